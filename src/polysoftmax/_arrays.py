@@ -1,0 +1,426 @@
+"""What the formulas need to know about arrays: namespace, promotion, axes, parameters, accurate sums.
+
+This file and ``engines/`` are the only places where a library's name may stand.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import array_api_compat
+from array_api_compat import device
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+Array: TypeAlias = Any
+"""An array of any supported library."""
+
+DType: TypeAlias = Any
+Axis: TypeAlias = int | tuple[int, ...] | None
+Number: TypeAlias = int | float
+
+
+class AxisError(ValueError, IndexError):
+    """An axis lies outside ``-ndim … ndim - 1``, or is named twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The array library that a type belongs to."""
+
+    name: str
+    xp: ModuleType
+
+
+_LIBRARIES: dict[type, Library] = {}
+
+
+def library(x: Array) -> Library:
+    """Return the library of ``x``; ``TypeError`` for anything that is not an array."""
+    found = _LIBRARIES.get(type(x))
+    return _identify(x) if found is None else found
+
+
+def _identify(x: Array) -> Library:
+    kind = type(x)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        if isinstance(x, numpy.ma.MaskedArray):
+            msg = (
+                "got a numpy.ma.MaskedArray, whose mask the formulas would ignore: "
+                "pass x.data together with where=~numpy.ma.getmaskarray(x)"
+            )
+            raise TypeError(msg)
+        if isinstance(x, numpy.matrix):
+            msg = "got a numpy.matrix, which cannot lose a dimension: pass numpy.asarray(x)"
+            raise TypeError(msg)
+    if not array_api_compat.is_array_api_obj(x):
+        msg = (
+            f"expected an array of NumPy, JAX, PyTorch, CuPy or another array API library, got {kind.__name__}: "
+            f"wrap it first, for example numpy.asarray({'x' if not isinstance(x, list | tuple) else '[...]'})"
+        )
+        raise TypeError(msg)
+    xp = array_api_compat.array_namespace(x)
+    name = xp.__name__.removeprefix("array_api_compat.").split(".")[0]
+    found = Library(name, xp)
+    _LIBRARIES[kind] = found
+    return found
+
+
+def namespace(x: Array) -> Any:
+    """Return the array API namespace of ``x``."""
+    return library(x).xp
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a Python or NumPy real scalar, the only kind whose range is checked."""
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int | float):
+        return True
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, (numpy.integer, numpy.floating))  # noqa: UP038 (dynamo)
+
+
+def is_array(value: object) -> bool:
+    """Whether ``value`` is an array of some library."""
+    return type(value) in _LIBRARIES or array_api_compat.is_array_api_obj(value)
+
+
+# --------------------------------------------------------------------------- dtypes
+
+_FLOAT_BITS: dict[Any, int] = {}
+
+
+def float_bits(xp: Any, dtype: DType) -> int:
+    """Width of a real floating dtype in bits; 0 for every other dtype."""
+    bits = _FLOAT_BITS.get(dtype)
+    if bits is None:
+        # NumPy does not count ml_dtypes.bfloat16 as floating, so it is known by its name.
+        if str(dtype).endswith("bfloat16"):
+            bits = 16
+        else:
+            bits = xp.finfo(dtype).bits if xp.isdtype(dtype, "real floating") else 0
+        _FLOAT_BITS[dtype] = bits
+    return bits
+
+
+def default_float(xp: Any) -> DType:
+    """Return the library's default real floating dtype."""
+    return xp.__array_namespace_info__().default_dtypes()["real floating"]
+
+
+def default_index(xp: Any) -> DType:
+    """Return the library's default dtype for indices."""
+    return xp.__array_namespace_info__().default_dtypes()["indexing"]
+
+
+def promotion(x: Array, xp: Any, dtype: DType | None) -> tuple[DType, DType]:
+    """Return the dtypes to compute in and to answer in.
+
+    Everything narrower than float32 is computed in float32. Integers become floating before anything
+    is subtracted: the difference of two int8 wraps.
+    """
+    own_bits = float_bits(xp, x.dtype)
+    if not own_bits and not xp.isdtype(x.dtype, "integral"):
+        msg = f"expected real numbers, got an array of dtype {x.dtype}: convert it to a real floating dtype"
+        raise TypeError(msg)
+    if dtype is None:
+        result = x.dtype if own_bits else default_float(xp)
+    else:
+        result = _as_dtype(xp, dtype)
+    widest, bits = xp.float32, 32
+    for candidate in (x.dtype, result):
+        if float_bits(xp, candidate) > bits:
+            widest, bits = candidate, float_bits(xp, candidate)
+    return widest, result
+
+
+def _as_dtype(xp: Any, dtype: DType) -> DType:
+    try:
+        found = xp.empty(0, dtype=dtype).dtype
+        known = float_bits(xp, found)
+    except (TypeError, ValueError, AttributeError) as error:
+        msg = f"dtype={dtype!r} is not a dtype of {xp.__name__.removeprefix('array_api_compat.')}"
+        raise TypeError(msg) from error
+    if not known:
+        msg = f"dtype must be real floating, got {dtype!r}"
+        raise TypeError(msg)
+    return found
+
+
+def cast(x: Array, dtype: DType) -> Array:
+    """Return ``x`` in ``dtype``, itself if it has it."""
+    return x if x.dtype == dtype else library(x).xp.astype(x, dtype)
+
+
+# --------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """An input brought into the form that row formulas take: one axis to reduce, and how to get back."""
+
+    xp: Any
+    x: Array
+    axis: int
+    compute: DType
+    result: DType
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    flattened: bool
+
+    @property
+    def length(self) -> int:
+        """Number of entries in a row."""
+        return self.x.shape[self.axis]  # type: ignore[no-any-return]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The axes that are not reduced, in order."""
+        return tuple(i for i in range(len(self.shape)) if i not in self.axes)
+
+    @property
+    def reduced_shape(self) -> tuple[int, ...]:
+        """Shape of the input without the reduced axes."""
+        return tuple(self.shape[i] for i in self.kept)
+
+    def elementwise(self, y: Array) -> Array:
+        """Give a result with the shape of the rows the shape of the input."""
+        if not self.flattened:
+            return y
+        order = self.kept + self.axes
+        inverse = tuple(order.index(i) for i in range(len(order)))
+        y = self.xp.reshape(y, tuple(self.shape[i] for i in order))
+        return y if inverse == tuple(range(len(order))) else self.xp.permute_dims(y, inverse)
+
+    def reduced(self, y: Array, *, keepdims: bool = False) -> Array:
+        """Give a result with one entry a row the shape of the reduced input."""
+        if not keepdims:
+            return self.xp.reshape(y, self.reduced_shape) if self.flattened else self.xp.squeeze(y, self.axis)
+        if not self.flattened:
+            return y
+        return self.xp.reshape(y, tuple(1 if i in self.axes else n for i, n in enumerate(self.shape)))
+
+    def _flatten(self, y: Array) -> Array:
+        """Bring an array with the input's number of dimensions into the form of the rows."""
+        if not self.flattened:
+            return y
+        y = self.xp.permute_dims(y, self.kept + self.axes)
+        batch = y.shape[: len(self.kept)]
+        return self.xp.reshape(y, (*batch, math.prod(y.shape[len(self.kept) :])))
+
+    def like_input(self, other: Array, name: str) -> Array:
+        """Bring an array of the input's shape (a tangent, other logits) into the form of the rows."""
+        require_same_library(self.x, other, name)
+        if other.shape != self.shape:
+            msg = f"{name} must have the shape of the input, {self.shape}, got {tuple(other.shape)}"
+            raise ValueError(msg)
+        return self._flatten(other)
+
+    def mask(self, where: Array | None) -> Array | None:
+        """Bring a boolean mask that broadcasts against the input into the form of the rows."""
+        if where is None:
+            return None
+        require_same_library(self.x, where, "where")
+        if not self.xp.isdtype(where.dtype, "bool"):
+            msg = f"where must be a boolean array (True: the entry exists), got dtype {where.dtype}"
+            raise TypeError(msg)
+        _require_broadcast(where, self.shape, "where")
+        if self.flattened:
+            return self._flatten(self.xp.broadcast_to(where, self.shape))
+        missing = len(self.shape) - where.ndim
+        return self.xp.reshape(where, (1,) * missing + where.shape) if missing else where
+
+    def like_row(self, weights: Array | None, name: str) -> Array | None:
+        """Bring real weights that broadcast against the input into the form of the rows."""
+        if weights is None:
+            return None
+        require_same_library(self.x, weights, name)
+        weights = self._real(weights, name)
+        _require_broadcast(weights, self.shape, name)
+        return self._flatten(self.xp.broadcast_to(weights, self.shape))
+
+    def parameter(self, value: Array | Number, name: str) -> Array | float:
+        """Bring a parameter, a number or an array with one entry a row, into the form of the rows.
+
+        Tried in this order: 0-d; the reduced shape; the input's number of dimensions with length 1 on the
+        reduced axes, and 1 or the input's length elsewhere.
+        """
+        if is_number(value):
+            return float(value)
+        if isinstance(value, bool | complex) or not is_array(value):
+            msg = f"{name} must be a real number or an array of the logits' library, got {type(value).__name__}"
+            raise TypeError(msg)
+        require_same_library(self.x, value, name)
+        value = self._real(value, name)
+        if value.ndim == 0:
+            return value
+        if value.shape == self.reduced_shape:
+            return self.xp.reshape(value, (*self.reduced_shape, 1)) if self.flattened else self.xp.expand_dims(value, axis=self.axis)
+        fits = value.ndim == len(self.shape) and all(
+            m == 1 or (m == n and i not in self.axes) for i, (m, n) in enumerate(zip(value.shape, self.shape, strict=True))
+        )
+        if not fits:
+            msg = (
+                f"{name} has shape {tuple(value.shape)}; for an input of shape {self.shape} it must be a number, "
+                f"or an array of shape (), {self.reduced_shape}, or {tuple(1 if i in self.axes else n for i, n in enumerate(self.shape))}"
+            )
+            raise ValueError(msg)
+        return self._flatten(value)
+
+    def temperature(self, value: Array | Number) -> Array | float | None:
+        """Bring a temperature into the form of the rows; None where it is 1 and nothing is to be divided."""
+        value = self.parameter(value, "temperature")
+        if not isinstance(value, float):
+            return value
+        if value == 1.0:
+            return None
+        if not value >= 0.0:
+            msg = f"temperature must be 0 or greater, got {value}"
+            raise ValueError(msg)
+        if 0.0 < value < math.inf:
+            return value
+        return self.xp.asarray(value, dtype=self.compute, device=device(self.x))
+
+    def _real(self, value: Array, name: str) -> Array:
+        if not (float_bits(self.xp, value.dtype) or self.xp.isdtype(value.dtype, "integral")):
+            msg = f"{name} must hold real numbers, got dtype {value.dtype}"
+            raise TypeError(msg)
+        return cast(value, self.compute)
+
+
+def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
+    """Check an input and bring it into the form that row formulas take."""
+    found = library(x)
+    xp = found.xp
+    if found.name == "numpy" and type(x) is not xp.ndarray:
+        x = xp.asarray(x)  # scalars become 0-d; subclasses would return their own kind from every operation
+    compute, result = promotion(x, xp, dtype)
+    shape = tuple(x.shape)
+    ndim = len(shape)
+    if isinstance(axis, int) and -ndim <= axis < ndim:
+        axis %= ndim
+        return Rows(xp, x, axis, compute, result, shape, (axis,), False)
+    axes = _normalise_axes(axis, ndim)
+    layout = Rows(xp, x, ndim - len(axes), compute, result, shape, axes, True)
+    flat = xp.reshape(x, (1,)) if ndim == 0 else layout._flatten(x)
+    return Rows(xp, flat, ndim - len(axes), compute, result, shape, axes, True)
+
+
+def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+    if axis is None:
+        return tuple(range(ndim))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    for one in axes:
+        if not hasattr(one, "__index__") or isinstance(one, bool):
+            msg = f"axis must be an int, a tuple of ints, or None, got {axis!r}"
+            raise TypeError(msg)
+    if ndim == 0 and not isinstance(axis, tuple) and -1 <= axis <= 0:
+        return ()
+    for one in axes:
+        if not -ndim <= one < ndim:
+            msg = f"axis {one} is out of bounds for an array of dimension {ndim}"
+            raise AxisError(msg)
+    normalised = tuple(sorted(one.__index__() % ndim for one in axes))
+    if len(set(normalised)) != len(normalised):
+        msg = f"axis {axis!r} names an axis twice"
+        raise AxisError(msg)
+    return normalised
+
+
+def _require_broadcast(value: Array, shape: tuple[int, ...], name: str) -> None:
+    own = tuple(value.shape)
+    fits = len(own) <= len(shape) and all(m in (1, n) for m, n in zip(reversed(own), reversed(shape), strict=False))
+    if not fits:
+        msg = f"{name} has shape {own}, which does not broadcast to the input's shape {shape}"
+        raise ValueError(msg)
+
+
+def require_same_library(x: Array, other: Array, name: str) -> None:
+    """Raise ``TypeError`` unless ``other`` is an array of the library and device of ``x``."""
+    mine = library(x)
+    if not is_array(other):
+        msg = f"{name} must be an array of {mine.name}, as the input is, got {type(other).__name__}"
+        raise TypeError(msg)
+    theirs = library(other)
+    if theirs.xp is not mine.xp:
+        msg = f"the input is an array of {mine.name} and {name} one of {theirs.name}: convert one of them"
+        raise TypeError(msg)
+    if mine.name not in _ONE_DEVICE and not _traced(x) and not _traced(other):
+        here, there = device(x), device(other)
+        if here != there:
+            msg = f"the input is on device {here} and {name} on {there}: move one of them"
+            raise TypeError(msg)
+
+
+_ONE_DEVICE = frozenset({"numpy", "dask", "array_api_strict"})
+
+
+def _traced(x: Array) -> bool:
+    """Whether ``x`` stands for a value that is not known yet (JAX's tracers have no device)."""
+    if library(x).name != "jax":
+        return False
+    import jax
+
+    return isinstance(x, jax.core.Tracer)
+
+
+# --------------------------------------------------------------------------- helpers of the formulas
+
+
+def stop_gradient(x: Array) -> Array:
+    """Return ``x`` as a constant for the library's automatic differentiation."""
+    name = library(x).name
+    if name == "torch":
+        return x.detach()
+    if name == "jax":
+        import jax
+
+        return jax.lax.stop_gradient(x)
+    return x
+
+
+_SEQUENTIAL = 16
+
+
+def accurate_sum(x: Array, axis: int) -> Array:
+    """Sum along ``axis``, kept with length 1, with an error that grows with log2(n) on every library.
+
+    PyTorch and JAX add in a tree along any axis, NumPy only along the axis that is contiguous. Elsewhere
+    halves are added to each other until a few terms are left.
+    """
+    found = library(x)
+    xp = found.xp
+    n = x.shape[axis]
+    in_a_tree = found.name in ("torch", "jax") or (
+        found.name == "numpy" and x.strides[axis] == min(x.strides, key=abs)
+    )
+    while n > _SEQUENTIAL and not in_a_tree:
+        half = n // 2
+        head = _slice(x, axis, 0, half) + _slice(x, axis, half, 2 * half)
+        x = head if n == 2 * half else xp.concat([head, _slice(x, axis, n - 1, n)], axis=axis)
+        n = x.shape[axis]
+    return xp.sum(x, axis=axis, keepdims=True)
+
+
+def _slice(x: Array, axis: int, start: int, stop: int) -> Array:
+    return x[(slice(None),) * axis + (slice(start, stop),)]
+
+
+def take_along(x: Array, indices: Array, axis: int) -> Array:
+    """Return the entry of every row that ``indices``, of length 1 on ``axis``, points at."""
+    found = library(x)
+    if found.name != "dask":
+        return found.xp.take_along_axis(x, indices, axis=axis)
+    hit = along_axis(found.xp.arange(x.shape[axis]), x.ndim, axis) == indices
+    return found.xp.sum(found.xp.where(hit, x, 0), axis=axis, keepdims=True, dtype=x.dtype)
+
+
+def along_axis(vector: Array, ndim: int, axis: int) -> Array:
+    """Lay a 1-d array along ``axis`` of an array of ``ndim`` dimensions."""
+    return library(vector).xp.reshape(vector, (1,) * axis + (-1,) + (1,) * (ndim - axis - 1))

@@ -1,0 +1,246 @@
+"""How a row formula is run.
+
+A *row formula* is a pure function of rows, written in array API calls, that stands in one of the formula
+files. It never knows how it is run: as it stands, under a compiler, or by a kernel registered for it. What
+a library needs for that is one file here.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from polysoftmax._arrays import Array, DType, Rows, cast, float_bits, library, namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Call", "Explanation", "RowFormula", "engine", "explain", "portable"]
+
+ENGINES = ("auto", "portable")
+
+
+class RowFormula:
+    """A pure function of rows, with its derivative rules.
+
+    ``function(x, *others, axis, **options)`` takes operands that broadcast against the rows ``x`` (None where
+    absent), all floating ones in the compute dtype, and returns something of the shape of ``x`` or with length
+    1 along ``axis``.
+
+    ``jvp(operands, tangents, y, **options)`` and ``vjp(operands, y, cotangent, wanted, **options)`` cover the
+    operands at the positions ``differentiated``; a tangent is None where it is zero. With respect to any other operand
+    the function itself is differentiated.
+    """
+
+    __slots__ = ("differentiated", "function", "jvp", "name", "vjp")
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Array],
+        *,
+        jvp: Callable[..., Array] | None = None,
+        vjp: Callable[..., tuple[Array | None, ...]] | None = None,
+        differentiated: tuple[int, ...] = (),
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.jvp = jvp
+        self.vjp = vjp
+        self.differentiated = differentiated
+        FORMULAS[name] = self
+
+    def __call__(self, rows: Rows, *operands: Array, result: DType = None, **options: Any) -> Array:
+        """Run the formula on ``rows`` in the way that suits their library."""
+        result = rows.result if result is None else result
+        call = Call(self, rows.axis, tuple(options.items()), rows.compute, result)
+        return _runner(rows.x).run(call, operands)
+
+    def __repr__(self) -> str:
+        return f"<row formula {self.name}>"
+
+
+FORMULAS: dict[str, RowFormula] = {}
+
+
+class Call(NamedTuple):
+    """A row formula with everything fixed but the arrays."""
+
+    formula: RowFormula
+    axis: int
+    options: tuple[tuple[str, Any], ...]
+    compute: DType
+    result: DType
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of the formula and of its derivative rules."""
+        return {"axis": self.axis, **dict(self.options)}
+
+    def widen(self, operands: tuple[Array, ...]) -> list[Array]:
+        """Bring the rows, and every floating array beside them, to the compute dtype."""
+        xp = namespace(operands[0])
+        wide = [cast(operands[0], self.compute)]
+        for one in operands[1:]:
+            floating = hasattr(one, "dtype") and float_bits(xp, one.dtype)
+            wide.append(cast(one, self.compute) if floating else one)
+        return wide
+
+    def evaluate(self, operands: tuple[Array, ...]) -> Array:
+        """Run the formula as it stands: the portable engine, and the definition of every other."""
+        y = self.formula.function(*self.widen(operands), **self.keywords)
+        return cast(y, self.result)
+
+
+class _Runner(Protocol):
+    def run(self, call: Call, operands: tuple[Array, ...]) -> Array: ...
+
+    def describe(self, x: Array) -> tuple[str, str]: ...
+
+
+class _Portable:
+    """Any library of the standard: formulas run as they stand."""
+
+    @staticmethod
+    def run(call: Call, operands: tuple[Array, ...]) -> Array:
+        return call.evaluate(operands)
+
+    @staticmethod
+    def describe(x: Array) -> tuple[str, str]:
+        return "portable", f"the array API formula as it stands; there is no other engine for {library(x).name}"
+
+
+_RUNNERS: dict[str, _Runner] = {}
+
+
+def _runner(x: Array) -> _Runner:
+    name = library(x).name
+    found = _RUNNERS.get(name)
+    if found is None:
+        found = _RUNNERS[name] = _load(name)
+    return found
+
+
+def _load(name: str) -> _Runner:
+    # The caller holds an array of the library, so importing its engine imports no backend anew.
+    if name in ("numpy", "array_api_strict"):
+        from polysoftmax.engines import numpy as runner
+    elif name == "jax":
+        from polysoftmax.engines import jax as runner
+    elif name == "torch":
+        from polysoftmax.engines import torch as runner
+    else:
+        return _Portable()
+    return runner
+
+
+# --------------------------------------------------------------------------- choosing
+
+
+def _known(name: str) -> str:
+    if name not in ENGINES:
+        msg = f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}"
+        raise ValueError(msg)
+    return name
+
+
+_CHOICE: ContextVar[str] = ContextVar("polysoftmax.engine", default=_known(os.environ.get("POLYSOFTMAX_ENGINE") or "auto"))
+
+
+def portable() -> bool:
+    """Whether the caller asked for formulas to run as they stand."""
+    return _CHOICE.get() == "portable"
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Choose the engine for the calls inside a ``with`` block.
+
+    Parameters
+    ----------
+    name : str
+        ``"auto"`` picks the fastest engine that meets the accuracy bounds; ``"portable"`` runs the array API
+        formulas as they stand. The environment variable ``POLYSOFTMAX_ENGINE`` sets the choice outside any
+        block.
+
+    Raises
+    ------
+    ValueError
+        If there is no engine of that name.
+
+    Notes
+    -----
+    The choice is a context variable: threads and asynchronous tasks do not see each other's. An engine is
+    an optimisation and nothing else; answers agree to the bounds of the numerics page.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> with polysoftmax.engine("portable"):
+    ...     polysoftmax.softmax(np.zeros(4))
+    array([0.25, 0.25, 0.25, 0.25])
+    """
+    token = _CHOICE.set(_known(name))
+    try:
+        yield
+    finally:
+        _CHOICE.reset(token)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which engine would run an operation on an array, and why."""
+
+    op: str
+    library: str
+    dtype: str
+    shape: tuple[int, ...]
+    engine: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op} of a {self.library} array, {self.dtype}{list(self.shape)}: {self.engine} ({self.reason})"
+
+
+def explain(x: Array, op: str) -> Explanation:
+    """Say which engine would run an operation on an array, and why.
+
+    Parameters
+    ----------
+    x : array
+        The input, of any shape. It is not computed with.
+    op : str
+        Name of a row formula, such as ``"softmax"`` or ``"cross_entropy"``.
+
+    Returns
+    -------
+    Explanation
+        Its fields are ``op``, ``library``, ``dtype``, ``shape``, ``engine`` and ``reason``; ``str`` of it is
+        one line to read.
+
+    Raises
+    ------
+    ValueError
+        If there is no such operation.
+    TypeError
+        If ``x`` is not an array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> polysoftmax.explain(np.zeros((2, 3)), "softmax").engine
+    'portable'
+    """
+    found = library(x)
+    if op not in FORMULAS:
+        msg = f"unknown operation {op!r}: choose one of {', '.join(sorted(FORMULAS))}"
+        raise ValueError(msg)
+    name, reason = _runner(x).describe(x)
+    if portable() and name != "portable":
+        name, reason = "portable", 'asked for by engine("portable") or POLYSOFTMAX_ENGINE'
+    return Explanation(op, found.name, str(x.dtype), tuple(x.shape), name, reason)
