@@ -1,5 +1,14 @@
 """The softmax family, written once in the array API standard, for NumPy, JAX, PyTorch and CuPy."""
 
+from polysoftmax._jacobian import (
+    log_softmax_jacobian,
+    log_softmax_jvp,
+    log_softmax_vjp,
+    softmax_jacobian,
+    softmax_jvp,
+    softmax_vjp,
+)
+from polysoftmax._losses import cross_entropy, entropy, kl_divergence
 from polysoftmax._softmax import log_softmax, logsumexp, softmax
 from polysoftmax.engines import engine, explain
 
@@ -7,9 +16,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "cross_entropy",
     "engine",
+    "entropy",
     "explain",
+    "kl_divergence",
     "log_softmax",
+    "log_softmax_jacobian",
+    "log_softmax_jvp",
+    "log_softmax_vjp",
     "logsumexp",
     "softmax",
+    "softmax_jacobian",
+    "softmax_jvp",
+    "softmax_vjp",
 ]

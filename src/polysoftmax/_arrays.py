@@ -206,6 +206,12 @@ class Rows:
             return y
         return self.xp.reshape(y, tuple(1 if i in self.axes else n for i, n in enumerate(self.shape)))
 
+    def from_reduced(self, y: Array) -> Array:
+        """Bring an array of the shape of the reduced input into the form of the rows, with length 1 on the axis."""
+        if self.flattened:
+            return self.xp.reshape(y, (*self.reduced_shape, 1))
+        return self.xp.expand_dims(y, axis=self.axis)
+
     def _flatten(self, y: Array) -> Array:
         """Bring an array with the input's number of dimensions into the form of the rows."""
         if not self.flattened:
@@ -220,7 +226,7 @@ class Rows:
         if other.shape != self.shape:
             msg = f"{name} must have the shape of the input, {self.shape}, got {tuple(other.shape)}"
             raise ValueError(msg)
-        return self._flatten(other)
+        return self._flatten(other if float_bits(self.xp, other.dtype) else self.real(other, name))
 
     def mask(self, where: Array | None) -> Array | None:
         """Bring a boolean mask that broadcasts against the input into the form of the rows."""
@@ -241,7 +247,7 @@ class Rows:
         if weights is None:
             return None
         require_same_library(self.x, weights, name)
-        weights = self._real(weights, name)
+        weights = self.real(weights, name)
         _require_broadcast(weights, self.shape, name)
         return self._flatten(self.xp.broadcast_to(weights, self.shape))
 
@@ -257,11 +263,11 @@ class Rows:
             msg = f"{name} must be a real number or an array of the logits' library, got {type(value).__name__}"
             raise TypeError(msg)
         require_same_library(self.x, value, name)
-        value = self._real(value, name)
+        value = self.real(value, name)
         if value.ndim == 0:
             return value
         if value.shape == self.reduced_shape:
-            return self.xp.reshape(value, (*self.reduced_shape, 1)) if self.flattened else self.xp.expand_dims(value, axis=self.axis)
+            return self.from_reduced(value)
         fits = value.ndim == len(self.shape) and all(
             m == 1 or (m == n and i not in self.axes) for i, (m, n) in enumerate(zip(value.shape, self.shape, strict=True))
         )
@@ -285,9 +291,10 @@ class Rows:
             raise ValueError(msg)
         if 0.0 < value < math.inf:
             return value
-        return self.xp.asarray(value, dtype=self.compute, device=device(self.x))
+        return self.xp.asarray(value, dtype=self.compute, device=device_for(self.x))
 
-    def _real(self, value: Array, name: str) -> Array:
+    def real(self, value: Array, name: str) -> Array:
+        """Bring an array of real numbers to the compute dtype."""
         if not (float_bits(self.xp, value.dtype) or self.xp.isdtype(value.dtype, "integral")):
             msg = f"{name} must hold real numbers, got dtype {value.dtype}"
             raise TypeError(msg)
@@ -385,6 +392,11 @@ def stop_gradient(x: Array) -> Array:
     return x
 
 
+def device_for(x: Array) -> Any:
+    """Return the ``device=`` that creates an array beside ``x``; JAX moves what was made without one."""
+    return None if library(x).name == "jax" else device(x)
+
+
 _SEQUENTIAL = 16
 
 
@@ -406,6 +418,17 @@ def accurate_sum(x: Array, axis: int) -> Array:
         x = head if n == 2 * half else xp.concat([head, _slice(x, axis, n - 1, n)], axis=axis)
         n = x.shape[axis]
     return xp.sum(x, axis=axis, keepdims=True)
+
+
+def values_are_free(x: Array) -> bool:
+    """Whether looking at the values of ``x`` costs no synchronisation, tracing or computation."""
+    name = library(x).name
+    if name == "torch":
+        import torch
+
+        tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return not tracing and x.device.type == "cpu"
+    return name == "numpy"
 
 
 def _slice(x: Array, axis: int, start: int, stop: int) -> Array:

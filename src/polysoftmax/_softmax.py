@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import accurate_sum, device, namespace, rows, stop_gradient
+from polysoftmax._arrays import accurate_sum, device_for, namespace, rows, stop_gradient
 from polysoftmax.engines import RowFormula
 
 if TYPE_CHECKING:
@@ -103,11 +103,10 @@ def cotangents(
 
 def _softmax(x: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
     xp = namespace(x)
-    e = xp.exp(shifted(x, temperature, where, axis))
-    total = accurate_sum(e, axis)
+    terms = xp.exp(shifted(x, temperature, where, axis))
     if where is None:
-        return e / total
-    return xp.where(where, e / xp.where(total == 0, 1.0, total), 0.0)
+        return terms / accurate_sum(terms, axis)
+    return xp.where(where, over_total(terms, axis), 0.0)
 
 
 def _softmax_jvp(
@@ -186,32 +185,37 @@ def _terms(x: Array, weights: Array | None, where: Array | None, axis: int) -> t
     return x, top, terms
 
 
-def _logsumexp(x: Array, weights: Array | None, where: Array | None, *, axis: int) -> Array:
-    xp = namespace(x)
-    x, top, terms = _terms(x, weights, where, axis)
-    # The terms at the maximum, which are the greatest, stay out of the sum: log1p keeps what is far below them.
-    at_top = x == top
+def log_of_sum(terms: Array, at_top: Array, axis: int) -> Array:
+    """Return log Σ terms, where those that stand at the maximum of their row are ``at_top``.
+
+    They stay out of the sum and log1p adds the rest, so that what lies far below them is kept.
+    """
+    xp = namespace(terms)
     most = accurate_sum(xp.where(at_top, terms, 0.0), axis)
     rest = accurate_sum(xp.where(at_top, 0.0, terms), axis)
-    log_total = xp.where(most > 0, xp.log(most) + xp.log1p(rest / most), xp.log(most + rest))
-    # Differentiating log1p would cancel digits that log keeps; this adds the derivative of log, and 0.
+    value = xp.where(most > 0, xp.log(most) + xp.log1p(rest / most), xp.log(most + rest))
+    # The derivative of log1p would cancel digits that the one of log keeps; this adds that one, and 0.
     total = most + rest
-    log_plain = xp.log(xp.where((total > 0) & (total < math.inf), total, 1.0))
-    return stop_gradient(top + log_total) + (log_plain - stop_gradient(log_plain))
+    plain = xp.log(xp.where((total > 0) & (total < math.inf), total, 1.0))
+    return stop_gradient(value) + (plain - stop_gradient(plain))
 
 
-def _shares(x: Array, weights: Array | None, where: Array | None, axis: int) -> Array:
-    """Return p = ∂ logsumexp / ∂x, 0 in rows whose logsumexp is -inf."""
-    _, _, terms = _terms(x, weights, where, axis)
+def _logsumexp(x: Array, weights: Array | None, where: Array | None, *, axis: int) -> Array:
+    x, top, terms = _terms(x, weights, where, axis)
+    return top + log_of_sum(terms, x == top, axis)
+
+
+def over_total(terms: Array, axis: int) -> Array:
+    """Return terms / Σ terms, and 0 in a row that sums to 0."""
     total = accurate_sum(terms, axis)
-    return terms / namespace(x).where(total == 0, 1.0, total)
+    return terms / namespace(terms).where(total == 0, 1.0, total)
 
 
 def _logsumexp_jvp(
     operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int
 ) -> Array:
     del y
-    p = _shares(*operands, axis)
+    p = over_total(_terms(*operands, axis)[2], axis)
     return accurate_sum(p * namespace(p).where(p != 0, tangents[0], 0.0), axis)
 
 
@@ -219,7 +223,7 @@ def _logsumexp_vjp(
     operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], *, axis: int
 ) -> tuple[Array | None, ...]:
     del y, wanted
-    return (_shares(*operands, axis) * cotangent,)
+    return (over_total(_terms(*operands, axis)[2], axis) * cotangent,)
 
 
 LOGSUMEXP = RowFormula("logsumexp", _logsumexp, jvp=_logsumexp_jvp, vjp=_logsumexp_vjp, differentiated=(0,))
@@ -423,7 +427,7 @@ def logsumexp(
     r = rows(x, axis, dtype)
     if r.length == 0:
         batch = [n for i, n in enumerate(r.x.shape) if i != r.axis]
-        empty = r.xp.full((*batch[: r.axis], 1, *batch[r.axis :]), -math.inf, dtype=r.result, device=device(r.x))
+        empty = r.xp.full((*batch[: r.axis], 1, *batch[r.axis :]), -math.inf, dtype=r.result, device=device_for(r.x))
         return r.reduced(empty, keepdims=keepdims)
     y = LOGSUMEXP(r, r.x, r.like_row(weights, "weights"), r.mask(where))
     return r.reduced(y, keepdims=keepdims)

@@ -59,7 +59,8 @@ def _differentiable(call: Call, template: _Template) -> Callable[..., Array]:
 
     if formula.jvp is None:
         return evaluate
-    jvp = formula.jvp
+    # Without checkpoint, what the rule computes from the input would be kept for the backward pass.
+    jvp = jax.checkpoint(functools.partial(formula.jvp, **call.keywords))
     function = jax.custom_jvp(evaluate)
 
     def rule(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -74,7 +75,7 @@ def _differentiable(call: Call, template: _Template) -> Callable[..., Array]:
         y = _differentiable(wide, template)(*primals)
         tangent_of = tuple(t if i in moved else None for i, t in enumerate(by_operand))
         widened = tuple(None if t is None else cast(t, call.compute) for t in tangent_of)
-        dy = jvp(call.widen(_fill(template, primals)), widened, y, **call.keywords)
+        dy = jvp(call.widen(_fill(template, primals)), widened, y)
         return cast(y, call.result), cast(dy, call.result)
 
     function.defjvp(rule, symbolic_zeros=True)

@@ -1,0 +1,516 @@
+"""cross_entropy, entropy and kl_divergence.
+
+As in ``_softmax.py``, z stands for ``(x - max) / temperature``, p and q for probabilities, g for a cotangent. The
+negative log-likelihood of a class is ``log Σ exp(x - max) + (max - x_c)``: the maximum never meets the
+logarithm, so a loss close to 0 keeps its relative accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from polysoftmax._arrays import (
+    Rows,
+    accurate_sum,
+    along_axis,
+    cast,
+    default_index,
+    device_for,
+    float_bits,
+    is_number,
+    namespace,
+    require_same_library,
+    rows,
+    stop_gradient,
+    take_along,
+    values_are_free,
+)
+from polysoftmax._softmax import LOG_SOFTMAX, cotangents, log_of_sum, over_total, shifted, tangent_of_z
+from polysoftmax.engines import RowFormula
+
+if TYPE_CHECKING:
+    from polysoftmax._arrays import Array, Axis, Number
+
+
+# cross_entropy: y = Σ c·nll + z_loss·logsumexp², with c = (1 - ε)·w·target + ε·w / C';
+# dy = Σ (p·Σ c - c + 2·z_loss·logsumexp·p)·dx
+
+
+def _cross_entropy(
+    x: Array,
+    targets: Array,
+    weight: Array | None,
+    *,
+    axis: int,
+    ignore_index: int | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> Array:
+    xp = namespace(x)
+    is_index = not float_bits(xp, targets.dtype)
+    counts = (targets != ignore_index) if is_index and ignore_index is not None else None
+    if counts is not None:
+        # An ignored row must leave no trace, whatever its logits are.
+        x, targets = xp.where(counts, x, 0.0), xp.where(counts, targets, 0)
+    top = stop_gradient(xp.max(x, axis=axis, keepdims=True))
+    log_total = log_of_sum(xp.exp(x - top), x == top, axis)
+    if is_index and not label_smoothing:
+        known = (targets >= 0) & (targets < x.shape[axis])
+        index = xp.where(known, targets, 0)
+        nll = log_total + (top - take_along(x, index, axis))
+        y = nll if weight is None else _times(take_along(xp.broadcast_to(weight, x.shape), index, axis), nll)
+        y = xp.where(known, y, math.nan)
+    else:
+        c = _class_weights(x, targets, weight, label_smoothing, axis)
+        y = accurate_sum(_times(c, log_total + (top - x)), axis)
+    if z_loss:
+        y = y + z_loss * (top + log_total) ** 2
+    return y if counts is None else xp.where(counts, y, 0.0)
+
+
+def _times(c: Array, nll: Array) -> Array:
+    """Return c·nll, where a class without weight adds 0 even if it is impossible."""
+    return c * namespace(c).where((c == 0) & (nll == math.inf), 0.0, nll)
+
+
+def _class_weights(x: Array, targets: Array, weight: Array | None, label_smoothing: float, axis: int) -> Array:
+    """Return the factor c that each class's negative log-likelihood has in the loss of its row."""
+    xp = namespace(x)
+    if float_bits(xp, targets.dtype):
+        c = targets
+    else:
+        n = x.shape[axis]
+        index = along_axis(xp.arange(n, dtype=targets.dtype, device=device_for(x)), x.ndim, axis)
+        c = xp.where(index == targets, 1.0, xp.zeros_like(x))
+        c = xp.where((targets >= 0) & (targets < n), c, math.nan)
+    if label_smoothing:
+        possible = xp.where(x == -math.inf, 0.0, xp.ones_like(x))
+        c = (1.0 - label_smoothing) * c + label_smoothing * possible / accurate_sum(possible, axis)
+    return c if weight is None else c * weight
+
+
+def _cross_entropy_slope(
+    operands: tuple[Array, ...],
+    *,
+    axis: int,
+    ignore_index: int | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> Array:
+    """Return the gradient of each row's loss for its logits."""
+    x, targets, weight = operands
+    xp = namespace(x)
+    is_index = not float_bits(xp, targets.dtype)
+    counts = (targets != ignore_index) if is_index and ignore_index is not None else None
+    if counts is not None:
+        x, targets = xp.where(counts, x, 0.0), xp.where(counts, targets, 0)
+    top = stop_gradient(xp.max(x, axis=axis, keepdims=True))
+    terms = xp.exp(x - top)
+    p = over_total(terms, axis)
+    c = _class_weights(x, targets, weight, label_smoothing, axis)
+    slope = p * accurate_sum(c, axis) - c
+    if z_loss:
+        slope = slope + 2.0 * z_loss * (top + log_of_sum(terms, x == top, axis)) * p
+    return slope if counts is None else xp.where(counts, slope, 0.0)
+
+
+def _cross_entropy_jvp(
+    operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, **options: object
+) -> Array:
+    del y
+    slope = _cross_entropy_slope(operands, **options)  # type: ignore[arg-type]
+    dx = namespace(slope).where(slope != 0, tangents[0], 0.0)
+    return accurate_sum(slope * dx, options["axis"])  # type: ignore[arg-type]
+
+
+def _cross_entropy_vjp(
+    operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], **options: object
+) -> tuple[Array | None, ...]:
+    del y, wanted
+    return (_cross_entropy_slope(operands, **options) * cotangent,)  # type: ignore[arg-type]
+
+
+CROSS_ENTROPY = RowFormula(
+    "cross_entropy", _cross_entropy, jvp=_cross_entropy_jvp, vjp=_cross_entropy_vjp, differentiated=(0,)
+)
+
+
+# entropy: y = -Σ p·log p = log Σ exp(z) - Σ p·z;  dy = -Σ p·(log p + y)·dz
+
+
+def _entropy(x: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
+    xp = namespace(x)
+    z = shifted(x, temperature, where, axis)
+    terms = xp.exp(z)
+    p = over_total(terms, axis)
+    # Both terms are at least 0, so nothing cancels.
+    y = log_of_sum(terms, z == 0, axis) - accurate_sum(p * xp.where(p != 0, z, 0.0), axis)
+    return y if where is None else xp.where(xp.any(where, axis=axis, keepdims=True), y, 0.0)
+
+
+def _entropy_slope(
+    x: Array, temperature: Array | float | None, where: Array | None, y: Array, axis: int
+) -> Array:
+    """Return the gradient of the entropy for z."""
+    xp = namespace(x)
+    log_p = LOG_SOFTMAX.function(x, temperature, where, axis=axis)
+    p = xp.exp(log_p)
+    return -p * (xp.where(p != 0, log_p, 0.0) + y)
+
+
+def _entropy_jvp(
+    operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int
+) -> Array:
+    slope = _entropy_slope(*operands, y, axis)
+    return accurate_sum(slope * tangent_of_z(*operands, tangents, slope != 0, axis), axis)
+
+
+def _entropy_vjp(
+    operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], *, axis: int
+) -> tuple[Array | None, ...]:
+    gz = _entropy_slope(*operands, y, axis) * cotangent
+    return cotangents(gz, *operands, wanted, axis)
+
+
+ENTROPY = RowFormula("entropy", _entropy, jvp=_entropy_jvp, vjp=_entropy_vjp, differentiated=(0, 1))
+
+
+# kl_divergence: y = Σ p·(log p - log q);  dy = Σ p·(log p - log q - y)·dz_p + Σ (q - p)·dz_q
+
+
+def _kl_terms(
+    x: Array, other: Array, temperature: Array | float | None, where: Array | None, axis: int
+) -> tuple[Array, Array, Array]:
+    """Return p, q, and log p - log q where p is not 0."""
+    xp = namespace(x)
+    log_p = LOG_SOFTMAX.function(x, temperature, where, axis=axis)
+    log_q = LOG_SOFTMAX.function(other, temperature, where, axis=axis)
+    p = xp.exp(log_p)
+    ratio = xp.where(p != 0, log_p, 0.0) - xp.where(p != 0, log_q, 0.0)
+    return p, xp.exp(log_q), ratio
+
+
+def _kl_divergence(
+    x: Array, other: Array, temperature: Array | float | None, where: Array | None, *, axis: int
+) -> Array:
+    p, _, ratio = _kl_terms(x, other, temperature, where, axis)
+    return accurate_sum(p * ratio, axis)
+
+
+def _kl_divergence_jvp(
+    operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int
+) -> Array:
+    x, other, temperature, where = operands
+    dx, dother, dtemperature = tangents[:3]
+    p, q, ratio = _kl_terms(*operands, axis)
+    slope_p, slope_q = p * (ratio - y), q - p
+    dz_p = tangent_of_z(x, temperature, where, (dx, dtemperature), p != 0, axis)
+    dz_q = tangent_of_z(other, temperature, where, (dother, dtemperature), slope_q != 0, axis)
+    return accurate_sum(slope_p * dz_p + slope_q * dz_q, axis)
+
+
+def _kl_divergence_vjp(
+    operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], *, axis: int
+) -> tuple[Array | None, ...]:
+    x, other, temperature, where = operands
+    p, q, ratio = _kl_terms(*operands, axis)
+    with_temperature = (True, wanted[2])
+    gx, gt_p = cotangents(p * (ratio - y) * cotangent, x, temperature, where, with_temperature, axis)
+    gother, gt_q = cotangents((q - p) * cotangent, other, temperature, where, with_temperature, axis)
+    return gx, gother, None if gt_p is None else gt_p + gt_q
+
+
+KL_DIVERGENCE = RowFormula(
+    "kl_divergence", _kl_divergence, jvp=_kl_divergence_jvp, vjp=_kl_divergence_vjp, differentiated=(0, 1, 2)
+)
+
+
+def cross_entropy(
+    logits: Array,
+    targets: Array,
+    /,
+    *,
+    axis: Axis = -1,
+    reduction: Literal["none", "sum", "mean"] = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    weight: Array | None = None,
+    z_loss: float = 0.0,
+) -> Array:
+    r"""Cross-entropy of target classes, or target probabilities, under the softmax of logits.
+
+    .. math:: \ell = (1 - \varepsilon)\, w_t\, \mathrm{nll}_t + \frac{\varepsilon}{C'} \sum_c w_c\, \mathrm{nll}_c
+              + \zeta\, (\log \sum_j e^{x_j})^2, \qquad \mathrm{nll}_c = \log \sum_j e^{x_j} - x_c
+
+    Parameters
+    ----------
+    logits : array
+        Logits, real, of any shape; one entry along ``axis`` a class.
+    targets : array
+        Integers: the class of each row, of the shape of ``logits`` without ``axis``. Floating: probabilities q, of
+        the shape of ``logits``; w_t·nll_t becomes Σ q·w·nll, and 0·log 0 is 0.
+    axis : int, tuple of ints, or None
+        The axis of the classes. Several are flattened in increasing order.
+    reduction : {"mean", "sum", "none"}
+        "mean" divides the sum by Σ w_t over the rows that count (integer targets) or by the number of rows
+        (probabilities), and is 0 where that is 0. "none" gives one loss a row.
+    ignore_index : int, optional
+        Integer targets of this value do not count: loss 0, gradient 0, whatever their logits are.
+    label_smoothing : float
+        ε in [0, 1], the part of the target that is spread over the C' classes with a logit above -inf.
+    weight : array, optional
+        w, a factor for each class, of shape (n,) for n classes.
+    z_loss : float
+        ζ, 0 or greater: keeps the logsumexp of the logits near 0.
+
+    Returns
+    -------
+    array
+        Losses in nats, in the float dtype of ``logits``: a 0-d array, or one entry a row for "none".
+
+    Raises
+    ------
+    IndexError
+        If an integer target is out of range, where values can be looked at for free (NumPy, and PyTorch eager on
+        the CPU); elsewhere the loss of that row is NaN.
+    TypeError
+        If arrays of two libraries or devices are mixed, or a dtype does not fit.
+    ValueError
+        If a shape, ``reduction``, ``label_smoothing`` or ``z_loss`` does not fit, if there is no class, or if
+        ``ignore_index`` is given with probabilities.
+    AxisError
+        A ValueError and IndexError, if ``axis`` is out of bounds.
+
+    Notes
+    -----
+    A target at a logit of -inf gives a loss of inf; a row of -inf, or with NaN or +inf, is NaN. The gradient,
+    p·Σ c - c with the weights c of the classes, is computed from the logits alone: nothing of their size is kept
+    for the backward pass. Sources: Goodfellow, Bengio and Courville, "Deep Learning", section 6.2.2; label
+    smoothing: Szegedy et al., CVPR 2016; z-loss: Chowdhery et al., "PaLM", JMLR 24, 2023.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> logits = np.asarray([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    >>> float(polysoftmax.cross_entropy(logits, np.asarray([2, 1])).round(4))
+    0.9076
+    >>> polysoftmax.cross_entropy(logits, np.asarray([2, -1]), ignore_index=-1, reduction="none").round(4)
+    array([0.4076, 0.    ])
+    """
+    if reduction not in ("none", "sum", "mean"):
+        msg = f'reduction must be "none", "sum" or "mean", got {reduction!r}'
+        raise ValueError(msg)
+    r = rows(logits, axis)
+    if r.length == 0:
+        msg = f"cross_entropy needs at least one class, got logits of shape {r.shape} with axis={axis}"
+        raise ValueError(msg)
+    q, is_index = _row_targets(r, targets, ignore_index)
+    w = None if weight is None else _row_weight(r, weight)
+    losses = CROSS_ENTROPY(
+        r,
+        r.x,
+        q,
+        w,
+        result=r.compute,
+        ignore_index=ignore_index,
+        label_smoothing=_number(label_smoothing, "label_smoothing", 1.0),
+        z_loss=_number(z_loss, "z_loss", math.inf),
+    )
+    if reduction == "none":
+        return cast(r.reduced(losses), r.result)
+    total = _sum_all(losses)
+    if reduction == "mean":
+        count = _total_weight(r, q, w, ignore_index) if is_index else math.prod(losses.shape)
+        total = _mean(r, total, count)
+    return cast(total, r.result)
+
+
+def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Array, bool]:
+    """Check the targets and bring them into the form of the rows; the second answer: whether they are classes."""
+    require_same_library(r.x, targets, "targets")
+    if float_bits(r.xp, targets.dtype):
+        if ignore_index is not None:
+            msg = f"ignore_index={ignore_index} goes with integer targets, got probabilities of dtype {targets.dtype}"
+            raise ValueError(msg)
+        return r.like_input(targets, "targets (floating, hence probabilities)"), False
+    if not r.xp.isdtype(targets.dtype, "integral"):
+        msg = f"targets must be integers (classes) or floating (probabilities), got dtype {targets.dtype}"
+        raise TypeError(msg)
+    if tuple(targets.shape) != r.reduced_shape:
+        msg = (
+            f"integer targets must have the shape of the logits without the class axis, {r.reduced_shape}, "
+            f"got {tuple(targets.shape)}"
+        )
+        raise ValueError(msg)
+    targets = cast(targets, default_index(r.xp))
+    if values_are_free(targets):
+        _require_known(r, targets, ignore_index)
+    return r.from_reduced(targets), True
+
+
+def _require_known(r: Rows, targets: Array, ignore_index: int | None) -> None:
+    known = (targets >= 0) & (targets < r.length)
+    if ignore_index is not None:
+        known = known | (targets == ignore_index)
+    if not bool(r.xp.all(known)):
+        worst = r.xp.reshape(targets, (-1,))[int(r.xp.argmin(r.xp.astype(r.xp.reshape(known, (-1,)), r.xp.int8)))]
+        msg = f"target {int(worst)} is out of range for {r.length} classes and is not ignore_index={ignore_index}"
+        raise IndexError(msg)
+
+
+def _row_weight(r: Rows, weight: Array) -> Array:
+    require_same_library(r.x, weight, "weight")
+    if tuple(weight.shape) != (r.length,):
+        msg = f"weight must have one entry a class, shape ({r.length},), got {tuple(weight.shape)}"
+        raise ValueError(msg)
+    return along_axis(r.real(weight, "weight"), r.x.ndim, r.axis)
+
+
+def _number(value: float, name: str, most: float) -> float:
+    if not is_number(value):
+        msg = f"{name} must be a number, got {type(value).__name__}"
+        raise TypeError(msg)
+    if not 0.0 <= value <= most:
+        msg = f"{name} must lie in [0, {most:g}], got {value}"
+        raise ValueError(msg)
+    return float(value)
+
+
+def _sum_all(x: Array) -> Array:
+    xp = namespace(x)
+    return xp.squeeze(accurate_sum(xp.reshape(x, (-1,)), 0), axis=0)
+
+
+def _total_weight(r: Rows, targets: Array, weight: Array | None, ignore_index: int | None) -> Array:
+    """Return Σ w_t over the rows that count."""
+    xp = r.xp
+    counts = xp.ones_like(targets, dtype=xp.bool) if ignore_index is None else targets != ignore_index
+    if weight is None:
+        each = xp.astype(counts, r.compute)
+    else:
+        known = counts & (targets >= 0) & (targets < r.length)
+        each = take_along(xp.broadcast_to(weight, r.x.shape), xp.where(known, targets, 0), r.axis)
+        each = xp.where(counts, each, 0.0)
+    return _sum_all(each)
+
+
+def _mean(r: Rows, total: Array, count: Array | int) -> Array:
+    if isinstance(count, int):
+        return total / count if count else total
+    nothing = count == 0
+    return r.xp.where(nothing, 0.0, total / r.xp.where(nothing, 1.0, count))
+
+
+def entropy(
+    x: Array,
+    /,
+    *,
+    axis: Axis = -1,
+    temperature: Array | Number = 1.0,
+    where: Array | None = None,
+) -> Array:
+    r"""Shannon entropy of the softmax of logits.
+
+    .. math:: H = -\sum_i p_i \log p_i, \qquad p = \mathrm{softmax}(x / T)
+
+    Parameters
+    ----------
+    x : array
+        Logits, real, of any shape.
+    axis : int, tuple of ints, or None
+        The axes along which the probabilities sum to 1; None means all.
+    temperature : number or array
+        T, in units of the logits, 0 or greater; an array has one entry a row (see `softmax`).
+    where : array of bool, optional
+        Broadcasts against ``x``. Entries under False do not exist.
+
+    Returns
+    -------
+    array
+        Entropies in nats, of the shape of ``x`` without ``axis``.
+
+    Raises
+    ------
+    TypeError, ValueError, AxisError
+        As for `softmax`.
+
+    Notes
+    -----
+    An entry of probability 0 adds 0. A row of -inf, or with NaN or +inf, is NaN; an empty row, or one with no True
+    in ``where``, is 0. At temperature 0 it is the logarithm of the number of tied maxima. Source: Shannon, "A
+    mathematical theory of communication", Bell System Technical Journal 27, 1948.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> float(polysoftmax.entropy(np.zeros(8)) / np.log(2.0))
+    3.0
+    """
+    r = rows(x, axis)
+    if r.length == 0:
+        return _nothing(r)
+    return r.reduced(ENTROPY(r, r.x, r.temperature(temperature), r.mask(where)))
+
+
+def kl_divergence(
+    logits_p: Array,
+    logits_q: Array,
+    /,
+    *,
+    axis: Axis = -1,
+    temperature: Array | Number = 1.0,
+    where: Array | None = None,
+) -> Array:
+    r"""Kullback-Leibler divergence between the softmaxes of two arrays of logits.
+
+    .. math:: D(p \,\|\, q) = \sum_i p_i (\log p_i - \log q_i)
+
+    Parameters
+    ----------
+    logits_p, logits_q : array
+        Logits of p and q, real, of one shape.
+    axis : int, tuple of ints, or None
+        The axes along which the probabilities sum to 1; None means all.
+    temperature : number or array
+        T of both, in units of the logits, 0 or greater (as in distillation); an array has one entry a row (see
+        `softmax`).
+    where : array of bool, optional
+        Broadcasts against the logits. Entries under False do not exist.
+
+    Returns
+    -------
+    array
+        Divergences in nats, of the shape of the logits without ``axis``, in the float dtype of ``logits_p``.
+
+    Raises
+    ------
+    TypeError, ValueError, AxisError
+        As for `softmax`; ``ValueError`` if the shapes of the logits differ.
+
+    Notes
+    -----
+    An entry with p = 0 adds 0; one with q = 0 < p makes the divergence inf. A row that is NaN in either softmax is
+    NaN; an empty row, or one with no True in ``where``, is 0. Between almost equal distributions the rounding of
+    the logarithms, about 1e-7 in float32, can outweigh the divergence. Sources: Kullback and Leibler, Annals of
+    Mathematical Statistics 22, 1951; with a temperature: Hinton, Vinyals and Dean, 2015.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> p, q = np.log([0.5, 0.5]), np.log([0.25, 0.75])
+    >>> float(polysoftmax.kl_divergence(p, q).round(4))
+    0.1438
+    """
+    r = rows(logits_p, axis)
+    other = r.like_input(logits_q, "logits_q")
+    if r.length == 0:
+        return _nothing(r)
+    return r.reduced(KL_DIVERGENCE(r, r.x, other, r.temperature(temperature), r.mask(where)))
+
+
+def _nothing(r: Rows) -> Array:
+    return r.xp.zeros(r.reduced_shape, dtype=r.result, device=device_for(r.x))
