@@ -41,8 +41,10 @@ _LIBRARIES: dict[type, Library] = {}
 
 def library(x: Array) -> Library:
     """Return the library of ``x``; ``TypeError`` for anything that is not an array."""
-    found = _LIBRARIES.get(type(x))
-    return _identify(x) if found is None else found
+    try:
+        return _LIBRARIES[type(x)]
+    except KeyError:
+        return _identify(x)
 
 
 def _identify(x: Array) -> Library:
@@ -73,7 +75,10 @@ def _identify(x: Array) -> Library:
 
 def namespace(x: Array) -> Any:
     """Return the array API namespace of ``x``."""
-    return library(x).xp
+    try:
+        return _LIBRARIES[type(x)].xp
+    except KeyError:
+        return _identify(x).xp
 
 
 def is_number(value: object) -> bool:
@@ -137,7 +142,13 @@ def promotion(x: Array, xp: Any, dtype: DType | None) -> tuple[DType, DType]:
     for candidate in (x.dtype, result):
         if float_bits(xp, candidate) > bits:
             widest, bits = candidate, float_bits(xp, candidate)
+    if x.dtype == widest == result:
+        _UNCHANGED[x.dtype] = (widest, result)
     return widest, result
+
+
+_UNCHANGED: dict[DType, tuple[DType, DType]] = {}
+"""The dtypes that are computed and answered in as they are; the look-up saves a tiny call a tenth of its time."""
 
 
 def _as_dtype(xp: Any, dtype: DType) -> DType:
@@ -161,7 +172,7 @@ def cast(x: Array, dtype: DType) -> Array:
 # --------------------------------------------------------------------------- rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rows:
     """An input brought into the form that row formulas take: one axis to reduce, and how to get back."""
 
@@ -281,6 +292,8 @@ class Rows:
 
     def temperature(self, value: Array | Number) -> Array | float | None:
         """Bring a temperature into the form of the rows; None where it is 1 and nothing is to be divided."""
+        if isinstance(value, float) and value == 1.0:
+            return None
         value = self.parameter(value, "temperature")
         if not isinstance(value, float):
             return value
@@ -307,7 +320,7 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     xp = found.xp
     if found.name == "numpy" and type(x) is not xp.ndarray:
         x = xp.asarray(x)  # scalars become 0-d; subclasses would return their own kind from every operation
-    compute, result = promotion(x, xp, dtype)
+    compute, result = (dtype is None and _UNCHANGED.get(x.dtype)) or promotion(x, xp, dtype)
     shape = tuple(x.shape)
     ndim = len(shape)
     if isinstance(axis, int) and -ndim <= axis < ndim:
@@ -397,6 +410,14 @@ def device_for(x: Array) -> Any:
     return None if library(x).name == "jax" else device(x)
 
 
+def row_maximum(x: Array, axis: int) -> Array:
+    """Return the maximum of every row, kept with length 1, as a constant for automatic differentiation."""
+    found = library(x)
+    if found.name == "numpy":
+        return found.xp.maximum.reduce(x, axis, None, None, True)  # half the call overhead of max
+    return stop_gradient(found.xp.max(x, axis=axis, keepdims=True))
+
+
 _SEQUENTIAL = 16
 
 
@@ -409,15 +430,18 @@ def accurate_sum(x: Array, axis: int) -> Array:
     found = library(x)
     xp = found.xp
     n = x.shape[axis]
-    in_a_tree = found.name in ("torch", "jax") or (
-        found.name == "numpy" and x.strides[axis] == min(x.strides, key=abs)
-    )
-    while n > _SEQUENTIAL and not in_a_tree:
+    while n > _SEQUENTIAL and not _adds_in_a_tree(found.name, x, axis):
         half = n // 2
         head = _slice(x, axis, 0, half) + _slice(x, axis, half, 2 * half)
         x = head if n == 2 * half else xp.concat([head, _slice(x, axis, n - 1, n)], axis=axis)
         n = x.shape[axis]
+    if found.name == "numpy":
+        return xp.add.reduce(x, axis, None, None, True)
     return xp.sum(x, axis=axis, keepdims=True)
+
+
+def _adds_in_a_tree(name: str, x: Array, axis: int) -> bool:
+    return name in ("torch", "jax") or (name == "numpy" and x.strides[axis] == min(x.strides, key=abs))
 
 
 def values_are_free(x: Array) -> bool:

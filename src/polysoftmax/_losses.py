@@ -21,8 +21,8 @@ from polysoftmax._arrays import (
     is_number,
     namespace,
     require_same_library,
+    row_maximum,
     rows,
-    stop_gradient,
     take_along,
     values_are_free,
 )
@@ -53,7 +53,7 @@ def _cross_entropy(
     if counts is not None:
         # An ignored row must leave no trace, whatever its logits are.
         x, targets = xp.where(counts, x, 0.0), xp.where(counts, targets, 0)
-    top = stop_gradient(xp.max(x, axis=axis, keepdims=True))
+    top = row_maximum(x, axis)
     log_total = log_of_sum(xp.exp(x - top), x == top, axis)
     if is_index and not label_smoothing:
         known = (targets >= 0) & (targets < x.shape[axis])
@@ -105,7 +105,7 @@ def _cross_entropy_slope(
     counts = (targets != ignore_index) if is_index and ignore_index is not None else None
     if counts is not None:
         x, targets = xp.where(counts, x, 0.0), xp.where(counts, targets, 0)
-    top = stop_gradient(xp.max(x, axis=axis, keepdims=True))
+    top = row_maximum(x, axis)
     terms = xp.exp(x - top)
     p = over_total(terms, axis)
     c = _class_weights(x, targets, weight, label_smoothing, axis)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import accurate_sum, device_for, namespace, rows, stop_gradient
+from polysoftmax._arrays import accurate_sum, device_for, namespace, row_maximum, rows, stop_gradient
 from polysoftmax.engines import RowFormula
 
 if TYPE_CHECKING:
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 
 def shifted(x: Array, temperature: Array | float | None, where: Array | None, axis: int) -> Array:
     """Return z = (x - max) / temperature along ``axis``, -inf where an entry does not exist."""
+    if where is None:
+        return over_temperature(x - row_maximum(x, axis), temperature)
     xp = namespace(x)
-    if where is not None:
-        x = xp.where(where, x, -math.inf)
-    top = stop_gradient(xp.max(x, axis=axis, keepdims=True))
-    if where is not None:
-        # -inf - -inf is NaN, which is the answer for a row of -inf, but not for a row without entries.
-        top = xp.where(xp.any(where, axis=axis, keepdims=True), top, 0.0)
+    x = xp.where(where, x, -math.inf)
+    # -inf - -inf is NaN, which is the answer for a row of -inf, but not for a row without entries.
+    top = xp.where(xp.any(where, axis=axis, keepdims=True), row_maximum(x, axis), 0.0)
     return over_temperature(x - top, temperature)
 
 
@@ -38,11 +37,11 @@ def over_temperature(distance: Array, temperature: Array | float | None) -> Arra
     At 0 only the maxima are left (z = 0, the rest -inf), at inf everything that has a logit above -inf is alike
     (z = 0). Both are constants: their derivatives are 0.
     """
-    xp = namespace(distance)
     if temperature is None:
         return distance
     if isinstance(temperature, float):
         return distance / temperature
+    xp = namespace(distance)
     gone = (distance == -math.inf) | ((temperature == 0) & (distance < 0))
     regular = (temperature > 0) & (temperature < math.inf)
     # Division sees finite numbers alone: the derivative of -inf / T would be 0·inf.
@@ -126,7 +125,9 @@ def _softmax_vjp(
     return cotangents(gz, x, temperature, where, wanted, axis)
 
 
-SOFTMAX = RowFormula("softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, differentiated=(0, 1))
+SOFTMAX = RowFormula(
+    "softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, differentiated=(0, 1), from_output=True
+)
 
 
 # log_softmax: y = z - log Σ exp(z);  dy = dz - Σ p·dz
@@ -163,7 +164,7 @@ def _log_softmax_vjp(
 
 
 LOG_SOFTMAX = RowFormula(
-    "log_softmax", _log_softmax, jvp=_log_softmax_jvp, vjp=_log_softmax_vjp, differentiated=(0, 1)
+    "log_softmax", _log_softmax, jvp=_log_softmax_jvp, vjp=_log_softmax_vjp, differentiated=(0, 1), from_output=True
 )
 
 
@@ -178,7 +179,7 @@ def _terms(x: Array, weights: Array | None, where: Array | None, axis: int) -> t
         exists = weights != 0 if where is None else where & (weights != 0)
     if exists is not None:
         x = xp.where(exists, x, -math.inf)
-    top = stop_gradient(xp.max(x, axis=axis, keepdims=True))
+    top = row_maximum(x, axis)
     terms = xp.exp(x - xp.where(xp.isfinite(top), top, 0.0))
     if weights is not None:
         terms = terms * xp.where(exists, weights, 0.0)

@@ -32,10 +32,10 @@ class RowFormula:
 
     ``jvp(operands, tangents, y, **options)`` and ``vjp(operands, y, cotangent, wanted, **options)`` cover the
     operands at the positions ``differentiated``; a tangent is None where it is zero. With respect to any other operand
-    the function itself is differentiated.
+    the function itself is differentiated. ``from_output`` says that the gradient for the rows follows from y.
     """
 
-    __slots__ = ("differentiated", "function", "jvp", "name", "vjp")
+    __slots__ = ("differentiated", "from_output", "function", "jvp", "name", "vjp")
 
     def __init__(
         self,
@@ -45,19 +45,21 @@ class RowFormula:
         jvp: Callable[..., Array] | None = None,
         vjp: Callable[..., tuple[Array | None, ...]] | None = None,
         differentiated: tuple[int, ...] = (),
+        from_output: bool = False,
     ) -> None:
         self.name = name
         self.function = function
         self.jvp = jvp
         self.vjp = vjp
         self.differentiated = differentiated
+        self.from_output = from_output
         FORMULAS[name] = self
 
     def __call__(self, rows: Rows, *operands: Array, result: DType = None, **options: Any) -> Array:
         """Run the formula on ``rows`` in the way that suits their library."""
-        result = rows.result if result is None else result
-        call = Call(self, rows.axis, tuple(options.items()), rows.compute, result)
-        return _runner(rows.x).run(call, operands)
+        options["axis"] = rows.axis
+        call = Call(self, options, rows.compute, result or rows.result)
+        return (_RUNNERS.get(type(rows.x)) or _runner(rows.x)).run(call, operands)
 
     def __repr__(self) -> str:
         return f"<row formula {self.name}>"
@@ -70,28 +72,23 @@ class Call(NamedTuple):
     """A row formula with everything fixed but the arrays."""
 
     formula: RowFormula
-    axis: int
-    options: tuple[tuple[str, Any], ...]
+    options: dict[str, Any]
     compute: DType
     result: DType
 
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """The keyword arguments of the formula and of its derivative rules."""
-        return {"axis": self.axis, **dict(self.options)}
-
     def widen(self, operands: tuple[Array, ...]) -> list[Array]:
         """Bring the rows, and every floating array beside them, to the compute dtype."""
-        xp = namespace(operands[0])
-        wide = [cast(operands[0], self.compute)]
-        for one in operands[1:]:
-            floating = hasattr(one, "dtype") and float_bits(xp, one.dtype)
-            wide.append(cast(one, self.compute) if floating else one)
+        wide = list(operands)
+        for i, one in enumerate(operands):
+            if one is None or isinstance(one, float) or one.dtype == self.compute:
+                continue
+            if i == 0 or float_bits(namespace(wide[0]), one.dtype):
+                wide[i] = cast(one, self.compute)
         return wide
 
     def evaluate(self, operands: tuple[Array, ...]) -> Array:
         """Run the formula as it stands: the portable engine, and the definition of every other."""
-        y = self.formula.function(*self.widen(operands), **self.keywords)
+        y = self.formula.function(*self.widen(operands), **self.options)
         return cast(y, self.result)
 
 
@@ -113,14 +110,13 @@ class _Portable:
         return "portable", f"the array API formula as it stands; there is no other engine for {library(x).name}"
 
 
-_RUNNERS: dict[str, _Runner] = {}
+_RUNNERS: dict[type, _Runner] = {}
 
 
 def _runner(x: Array) -> _Runner:
-    name = library(x).name
-    found = _RUNNERS.get(name)
+    found = _RUNNERS.get(type(x))
     if found is None:
-        found = _RUNNERS[name] = _load(name)
+        found = _RUNNERS[type(x)] = _load(library(x).name)
     return found
 
 

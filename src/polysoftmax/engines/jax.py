@@ -35,7 +35,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Array:
     else:
         compiled = _differentiable
     template = tuple(one if one is None or isinstance(one, float) else _ARRAY for one in operands)
-    return compiled(call, template)(*[one for one in operands if one is not None and not isinstance(one, float)])
+    key = call._replace(options=tuple(call.options.items()))
+    return compiled(key, template)(*[one for one in operands if one is not None and not isinstance(one, float)])
 
 
 def describe(x: Array) -> tuple[str, str]:
@@ -51,7 +52,8 @@ def _fill(template: _Template, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _differentiable(call: Call, template: _Template) -> Callable[..., Array]:
+def _differentiable(key: Call, template: _Template) -> Callable[..., Array]:
+    call = key._replace(options=dict(key.options))
     formula = call.formula
 
     def evaluate(*arrays: Array) -> Array:
@@ -60,7 +62,7 @@ def _differentiable(call: Call, template: _Template) -> Callable[..., Array]:
     if formula.jvp is None:
         return evaluate
     # Without checkpoint, what the rule computes from the input would be kept for the backward pass.
-    jvp = jax.checkpoint(functools.partial(formula.jvp, **call.keywords))
+    jvp = jax.checkpoint(functools.partial(formula.jvp, **call.options))
     function = jax.custom_jvp(evaluate)
 
     def rule(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -71,7 +73,7 @@ def _differentiable(call: Call, template: _Template) -> Callable[..., Array]:
             dense = tuple(_dense(x, t) for x, t in zip(primals, nonzero, strict=True))
             y, dy = jax.jvp(evaluate, primals, dense)
             return y, dy
-        wide = call._replace(result=call.compute)
+        wide = key._replace(result=call.compute)
         y = _differentiable(wide, template)(*primals)
         tangent_of = tuple(t if i in moved else None for i, t in enumerate(by_operand))
         widened = tuple(None if t is None else cast(t, call.compute) for t in tangent_of)
@@ -90,5 +92,5 @@ def _dense(x: Array, tangent: Array | None) -> Array:
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(call: Call, template: _Template) -> Callable[..., Array]:
-    return jax.jit(_differentiable(call, template))  # type: ignore[no-any-return]
+def _compiled(key: Call, template: _Template) -> Callable[..., Array]:
+    return jax.jit(_differentiable(key, template))  # type: ignore[no-any-return]

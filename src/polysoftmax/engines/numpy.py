@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from polysoftmax.engines import Call
 
 
+@np.errstate(all="ignore")
 def run(call: Call, operands: tuple[Array, ...]) -> Array:
     """Run a formula. NaN and inf are answers here, documented and tested, and no reason to warn."""
-    with np.errstate(all="ignore"):
-        return call.evaluate(operands)
+    return call.evaluate(operands)
 
 
 def describe(x: Array) -> tuple[str, str]:

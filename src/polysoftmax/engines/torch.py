@@ -41,9 +41,11 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Array) -> Array:
         y = call.evaluate(operands)
+        if call.formula.from_output and y.dtype == call.compute and not any(ctx.needs_input_grad[2:]):
+            operands = (y, *operands[1:])  # the rule does not look at the rows, so they need not be kept
         ctx.call = call
-        ctx.constants = [None if isinstance(one, torch.Tensor) else one for one in operands]
-        ctx.is_tensor = [isinstance(one, torch.Tensor) for one in operands]
+        ctx.constants = tuple(None if isinstance(one, torch.Tensor) else one for one in operands)
+        ctx.is_tensor = tuple(isinstance(one, torch.Tensor) for one in operands)
         ctx.save_for_backward(y, *[one for one in operands if isinstance(one, torch.Tensor)])
         return y
 
@@ -52,13 +54,15 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
         call: Call = ctx.call
         y, *tensors = ctx.saved_tensors
         left = iter(tensors)
-        operands = tuple(next(left) if is_tensor else one for is_tensor, one in zip(ctx.is_tensor, ctx.constants, strict=True))
+        operands = tuple(
+            next(left) if is_tensor else one for is_tensor, one in zip(ctx.is_tensor, ctx.constants, strict=True)
+        )
         if y.dtype != call.compute:
-            # The answer was rounded to 16 bits; its gradient is rounded once, too, and not twice.
+            # The answer was rounded to 16 bits; its gradient is to be rounded once, too, and not twice.
             y = run(call._replace(result=call.compute), operands)
         assert call.formula.vjp is not None
         wanted = ctx.needs_input_grad[1:]
-        gradients = call.formula.vjp(call.widen(operands), y, cotangent.to(call.compute), wanted, **call.keywords)
+        gradients = call.formula.vjp(call.widen(operands), y, cotangent.to(call.compute), wanted, **call.options)
         answers: list[Array | None] = [None]
         for i, operand in enumerate(operands):
             gradient = gradients[i] if wanted[i] else None
