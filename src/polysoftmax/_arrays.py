@@ -88,15 +88,13 @@ def is_number(value: object) -> bool:
     if isinstance(value, int | float):
         return True
     numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, (numpy.integer, numpy.floating))  # noqa: UP038 (dynamo)
+    return numpy is not None and isinstance(value, (numpy.integer, numpy.floating))
 
 
 def is_array(value: object) -> bool:
     """Whether ``value`` is an array of some library."""
     return type(value) in _LIBRARIES or array_api_compat.is_array_api_obj(value)
 
-
-# --------------------------------------------------------------------------- dtypes
 
 _FLOAT_BITS: dict[Any, int] = {}
 
@@ -134,10 +132,8 @@ def promotion(x: Array, xp: Any, dtype: DType | None) -> tuple[DType, DType]:
     if not own_bits and not xp.isdtype(x.dtype, "integral"):
         msg = f"expected real numbers, got an array of dtype {x.dtype}: convert it to a real floating dtype"
         raise TypeError(msg)
-    if dtype is None:
-        result = x.dtype if own_bits else default_float(xp)
-    else:
-        result = _as_dtype(xp, dtype)
+    inferred = x.dtype if own_bits else default_float(xp)
+    result = inferred if dtype is None else _as_dtype(xp, dtype)
     widest, bits = xp.float32, 32
     for candidate in (x.dtype, result):
         if float_bits(xp, candidate) > bits:
@@ -167,9 +163,6 @@ def _as_dtype(xp: Any, dtype: DType) -> DType:
 def cast(x: Array, dtype: DType) -> Array:
     """Return ``x`` in ``dtype``, itself if it has it."""
     return x if x.dtype == dtype else library(x).xp.astype(x, dtype)
-
-
-# --------------------------------------------------------------------------- rows
 
 
 @dataclass(slots=True)
@@ -280,12 +273,14 @@ class Rows:
         if value.shape == self.reduced_shape:
             return self.from_reduced(value)
         fits = value.ndim == len(self.shape) and all(
-            m == 1 or (m == n and i not in self.axes) for i, (m, n) in enumerate(zip(value.shape, self.shape, strict=True))
+            m == 1 or (m == n and i not in self.axes)
+            for i, (m, n) in enumerate(zip(value.shape, self.shape, strict=True))
         )
         if not fits:
+            kept = tuple(1 if i in self.axes else n for i, n in enumerate(self.shape))
             msg = (
                 f"{name} has shape {tuple(value.shape)}; for an input of shape {self.shape} it must be a number, "
-                f"or an array of shape (), {self.reduced_shape}, or {tuple(1 if i in self.axes else n for i, n in enumerate(self.shape))}"
+                f"or an array of shape (), {self.reduced_shape} or {kept}"
             )
             raise ValueError(msg)
         return self._flatten(value)
@@ -388,9 +383,6 @@ def _traced(x: Array) -> bool:
     import jax
 
     return isinstance(x, jax.core.Tracer)
-
-
-# --------------------------------------------------------------------------- helpers of the formulas
 
 
 def stop_gradient(x: Array) -> Array:

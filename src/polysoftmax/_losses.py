@@ -149,9 +149,7 @@ def _entropy(x: Array, temperature: Array | float | None, where: Array | None, *
     return y if where is None else xp.where(xp.any(where, axis=axis, keepdims=True), y, 0.0)
 
 
-def _entropy_slope(
-    x: Array, temperature: Array | float | None, where: Array | None, y: Array, axis: int
-) -> Array:
+def _entropy_slope(x: Array, temperature: Array | float | None, where: Array | None, y: Array, axis: int) -> Array:
     """Return the gradient of the entropy for z."""
     xp = namespace(x)
     log_p = LOG_SOFTMAX.function(x, temperature, where, axis=axis)
@@ -159,18 +157,19 @@ def _entropy_slope(
     return -p * (xp.where(p != 0, log_p, 0.0) + y)
 
 
-def _entropy_jvp(
-    operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int
-) -> Array:
-    slope = _entropy_slope(*operands, y, axis)
-    return accurate_sum(slope * tangent_of_z(*operands, tangents, slope != 0, axis), axis)
+def _entropy_jvp(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int) -> Array:
+    x, temperature, where = operands
+    slope = _entropy_slope(x, temperature, where, y, axis)
+    dz = tangent_of_z(x, temperature, where, tangents, slope != 0, axis)
+    return accurate_sum(slope * dz, axis)
 
 
 def _entropy_vjp(
     operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], *, axis: int
 ) -> tuple[Array | None, ...]:
-    gz = _entropy_slope(*operands, y, axis) * cotangent
-    return cotangents(gz, *operands, wanted, axis)
+    x, temperature, where = operands
+    gz = _entropy_slope(x, temperature, where, y, axis) * cotangent
+    return cotangents(gz, x, temperature, where, wanted, axis)
 
 
 ENTROPY = RowFormula("entropy", _entropy, jvp=_entropy_jvp, vjp=_entropy_vjp, differentiated=(0, 1))
@@ -203,7 +202,7 @@ def _kl_divergence_jvp(
 ) -> Array:
     x, other, temperature, where = operands
     dx, dother, dtemperature = tangents[:3]
-    p, q, ratio = _kl_terms(*operands, axis)
+    p, q, ratio = _kl_terms(x, other, temperature, where, axis)
     slope_p, slope_q = p * (ratio - y), q - p
     dz_p = tangent_of_z(x, temperature, where, (dx, dtemperature), p != 0, axis)
     dz_q = tangent_of_z(other, temperature, where, (dother, dtemperature), slope_q != 0, axis)
@@ -214,7 +213,7 @@ def _kl_divergence_vjp(
     operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], *, axis: int
 ) -> tuple[Array | None, ...]:
     x, other, temperature, where = operands
-    p, q, ratio = _kl_terms(*operands, axis)
+    p, q, ratio = _kl_terms(x, other, temperature, where, axis)
     with_temperature = (True, wanted[2])
     gx, gt_p = cotangents(p * (ratio - y) * cotangent, x, temperature, where, with_temperature, axis)
     gother, gt_q = cotangents((q - p) * cotangent, other, temperature, where, with_temperature, axis)

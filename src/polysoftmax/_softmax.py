@@ -81,7 +81,12 @@ def tangent_of_z(
 
 
 def cotangents(
-    gz: Array, x: Array, temperature: Array | float | None, where: Array | None, wanted: tuple[bool, ...], axis: int
+    gz: Array,
+    x: Array,
+    temperature: Array | float | None,
+    where: Array | None,
+    wanted: tuple[bool, ...],
+    axis: int,
 ) -> tuple[Array | None, Array | None]:
     """Return the gradients for x and for the temperature, one a row, from the gradient for z.
 
@@ -108,9 +113,7 @@ def _softmax(x: Array, temperature: Array | float | None, where: Array | None, *
     return xp.where(where, over_total(terms, axis), 0.0)
 
 
-def _softmax_jvp(
-    operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int
-) -> Array:
+def _softmax_jvp(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int) -> Array:
     x, temperature, where = operands
     dz = tangent_of_z(x, temperature, where, tangents, y != 0, axis)
     return y * (dz - accurate_sum(y * dz, axis))
@@ -125,9 +128,7 @@ def _softmax_vjp(
     return cotangents(gz, x, temperature, where, wanted, axis)
 
 
-SOFTMAX = RowFormula(
-    "softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, differentiated=(0, 1), from_output=True
-)
+SOFTMAX = RowFormula("softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, differentiated=(0, 1), from_output=True)
 
 
 # log_softmax: y = z - log Σ exp(z);  dy = dz - Σ p·dz
@@ -142,9 +143,7 @@ def _log_softmax(x: Array, temperature: Array | float | None, where: Array | Non
     return xp.where(where, z - xp.log(xp.where(total == 0, 1.0, total)), -math.inf)
 
 
-def _log_softmax_jvp(
-    operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int
-) -> Array:
+def _log_softmax_jvp(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int) -> Array:
     x, temperature, where = operands
     xp = namespace(y)
     p = xp.exp(y)
@@ -164,7 +163,12 @@ def _log_softmax_vjp(
 
 
 LOG_SOFTMAX = RowFormula(
-    "log_softmax", _log_softmax, jvp=_log_softmax_jvp, vjp=_log_softmax_vjp, differentiated=(0, 1), from_output=True
+    "log_softmax",
+    _log_softmax,
+    jvp=_log_softmax_jvp,
+    vjp=_log_softmax_vjp,
+    differentiated=(0, 1),
+    from_output=True,
 )
 
 
@@ -212,11 +216,10 @@ def over_total(terms: Array, axis: int) -> Array:
     return terms / namespace(terms).where(total == 0, 1.0, total)
 
 
-def _logsumexp_jvp(
-    operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int
-) -> Array:
+def _logsumexp_jvp(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int) -> Array:
     del y
-    p = over_total(_terms(*operands, axis)[2], axis)
+    x, weights, where = operands
+    p = over_total(_terms(x, weights, where, axis)[2], axis)
     return accurate_sum(p * namespace(p).where(p != 0, tangents[0], 0.0), axis)
 
 
@@ -224,7 +227,8 @@ def _logsumexp_vjp(
     operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], *, axis: int
 ) -> tuple[Array | None, ...]:
     del y, wanted
-    return (over_total(_terms(*operands, axis)[2], axis) * cotangent,)
+    x, weights, where = operands
+    return (over_total(_terms(x, weights, where, axis)[2], axis) * cotangent,)
 
 
 LOGSUMEXP = RowFormula("logsumexp", _logsumexp, jvp=_logsumexp_jvp, vjp=_logsumexp_vjp, differentiated=(0,))

@@ -11,7 +11,8 @@ import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from polysoftmax._arrays import Array, DType, Rows, cast, float_bits, library, namespace
 
@@ -107,7 +108,10 @@ class _Portable:
 
     @staticmethod
     def describe(x: Array) -> tuple[str, str]:
-        return "portable", f"the array API formula as it stands; there is no other engine for {library(x).name}"
+        return (
+            "portable",
+            f"the array API formula as it stands; there is no other engine for {library(x).name}",
+        )
 
 
 _RUNNERS: dict[type, _Runner] = {}
@@ -122,18 +126,10 @@ def _runner(x: Array) -> _Runner:
 
 def _load(name: str) -> _Runner:
     # The caller holds an array of the library, so importing its engine imports no backend anew.
-    if name in ("numpy", "array_api_strict"):
-        from polysoftmax.engines import numpy as runner
-    elif name == "jax":
-        from polysoftmax.engines import jax as runner
-    elif name == "torch":
-        from polysoftmax.engines import torch as runner
-    else:
+    module = {"numpy": "numpy", "array_api_strict": "numpy", "jax": "jax", "torch": "torch"}.get(name)
+    if module is None:
         return _Portable()
-    return runner
-
-
-# --------------------------------------------------------------------------- choosing
+    return import_module(f"polysoftmax.engines.{module}")
 
 
 def _known(name: str) -> str:
@@ -143,7 +139,8 @@ def _known(name: str) -> str:
     return name
 
 
-_CHOICE: ContextVar[str] = ContextVar("polysoftmax.engine", default=_known(os.environ.get("POLYSOFTMAX_ENGINE") or "auto"))
+_FROM_ENVIRONMENT: Final = _known(os.environ.get("POLYSOFTMAX_ENGINE") or "auto")
+_CHOICE: ContextVar[str] = ContextVar("polysoftmax.engine", default=_FROM_ENVIRONMENT)
 
 
 def portable() -> bool:

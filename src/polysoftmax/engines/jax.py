@@ -35,7 +35,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Array:
     else:
         compiled = _differentiable
     template = tuple(one if one is None or isinstance(one, float) else _ARRAY for one in operands)
-    key = call._replace(options=tuple(call.options.items()))
+    key = call._replace(options=tuple(call.options.items()))  # type: ignore[arg-type]  # hashable
     return compiled(key, template)(*[one for one in operands if one is not None and not isinstance(one, float)])
 
 
@@ -68,7 +68,9 @@ def _differentiable(key: Call, template: _Template) -> Callable[..., Array]:
     def rule(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
         nonzero = tuple(None if isinstance(one, SymbolicZero) else one for one in tangents)
         by_operand = _fill(template, nonzero)
-        moved = {i for i, (one, t) in enumerate(zip(template, by_operand, strict=True)) if one is _ARRAY and t is not None}
+        moved = {
+            i for i, (one, t) in enumerate(zip(template, by_operand, strict=True)) if one is _ARRAY and t is not None
+        }
         if not moved <= set(formula.differentiated):
             dense = tuple(_dense(x, t) for x, t in zip(primals, nonzero, strict=True))
             y, dy = jax.jvp(evaluate, primals, dense)
