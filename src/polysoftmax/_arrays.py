@@ -96,19 +96,19 @@ def is_array(value: object) -> bool:
     return type(value) in _LIBRARIES or array_api_compat.is_array_api_obj(value)
 
 
-_FLOAT_BITS: dict[Any, int] = {}
+_FLOAT_BITS: dict[tuple[Any, DType], int] = {}
 
 
 def float_bits(xp: Any, dtype: DType) -> int:
     """Width of a real floating dtype in bits; 0 for every other dtype."""
-    bits = _FLOAT_BITS.get(dtype)
+    bits = _FLOAT_BITS.get((xp, dtype))  # array-api-strict warns when its dtypes meet NumPy's
     if bits is None:
         # NumPy does not count ml_dtypes.bfloat16 as floating, so it is known by its name.
         if str(dtype).endswith("bfloat16"):
             bits = 16
         else:
             bits = xp.finfo(dtype).bits if xp.isdtype(dtype, "real floating") else 0
-        _FLOAT_BITS[dtype] = bits
+        _FLOAT_BITS[xp, dtype] = bits
     return bits
 
 
@@ -139,11 +139,11 @@ def promotion(x: Array, xp: Any, dtype: DType | None) -> tuple[DType, DType]:
         if float_bits(xp, candidate) > bits:
             widest, bits = candidate, float_bits(xp, candidate)
     if x.dtype == widest == result:
-        _UNCHANGED[x.dtype] = (widest, result)
+        _UNCHANGED[xp, x.dtype] = (widest, result)
     return widest, result
 
 
-_UNCHANGED: dict[DType, tuple[DType, DType]] = {}
+_UNCHANGED: dict[tuple[Any, DType], tuple[DType, DType]] = {}
 """The dtypes that are computed and answered in as they are; the look-up saves a tiny call a tenth of its time."""
 
 
@@ -315,7 +315,7 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     xp = found.xp
     if found.name == "numpy" and type(x) is not xp.ndarray:
         x = xp.asarray(x)  # scalars become 0-d; subclasses would return their own kind from every operation
-    compute, result = (dtype is None and _UNCHANGED.get(x.dtype)) or promotion(x, xp, dtype)
+    compute, result = (dtype is None and _UNCHANGED.get((xp, x.dtype))) or promotion(x, xp, dtype)
     shape = tuple(x.shape)
     ndim = len(shape)
     if isinstance(axis, int) and -ndim <= axis < ndim:
