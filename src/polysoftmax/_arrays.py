@@ -60,15 +60,19 @@ def _identify(x: Array) -> Library:
         if isinstance(x, numpy.matrix):
             msg = "got a numpy.matrix, which cannot lose a dimension: pass numpy.asarray(x)"
             raise TypeError(msg)
-    if not array_api_compat.is_array_api_obj(x):
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        # torch.compile cannot follow array-api-compat's way of telling.
+        import array_api_compat.torch as xp
+    elif array_api_compat.is_array_api_obj(x):
+        xp = array_api_compat.array_namespace(x)
+    else:
         msg = (
             f"expected an array of NumPy, JAX, PyTorch, CuPy or another array API library, got {kind.__name__}: "
             f"wrap it first, for example numpy.asarray({'x' if not isinstance(x, list | tuple) else '[...]'})"
         )
         raise TypeError(msg)
-    xp = array_api_compat.array_namespace(x)
-    name = xp.__name__.removeprefix("array_api_compat.").split(".")[0]
-    found = Library(name, xp)
+    found = Library(xp.__name__.removeprefix("array_api_compat.").split(".")[0], xp)
     _LIBRARIES[kind] = found
     return found
 
@@ -96,19 +100,19 @@ def is_array(value: object) -> bool:
     return type(value) in _LIBRARIES or array_api_compat.is_array_api_obj(value)
 
 
-_FLOAT_BITS: dict[tuple[Any, DType], int] = {}
+_FLOAT_BITS: dict[tuple[str, DType], int] = {}
 
 
 def float_bits(xp: Any, dtype: DType) -> int:
     """Width of a real floating dtype in bits; 0 for every other dtype."""
-    bits = _FLOAT_BITS.get((xp, dtype))  # array-api-strict warns when its dtypes meet NumPy's
+    bits = _FLOAT_BITS.get((xp.__name__, dtype))  # array-api-strict warns when its dtypes meet NumPy's
     if bits is None:
         # NumPy does not count ml_dtypes.bfloat16 as floating, so it is known by its name.
         if str(dtype).endswith("bfloat16"):
             bits = 16
         else:
             bits = xp.finfo(dtype).bits if xp.isdtype(dtype, "real floating") else 0
-        _FLOAT_BITS[xp, dtype] = bits
+        _FLOAT_BITS[xp.__name__, dtype] = bits
     return bits
 
 
@@ -139,11 +143,11 @@ def promotion(x: Array, xp: Any, dtype: DType | None) -> tuple[DType, DType]:
         if float_bits(xp, candidate) > bits:
             widest, bits = candidate, float_bits(xp, candidate)
     if x.dtype == widest == result:
-        _UNCHANGED[xp, x.dtype] = (widest, result)
+        _UNCHANGED[library(x).name, x.dtype] = (widest, result)
     return widest, result
 
 
-_UNCHANGED: dict[tuple[Any, DType], tuple[DType, DType]] = {}
+_UNCHANGED: dict[tuple[str, DType], tuple[DType, DType]] = {}
 """The dtypes that are computed and answered in as they are; the look-up saves a tiny call a tenth of its time."""
 
 
@@ -162,7 +166,13 @@ def _as_dtype(xp: Any, dtype: DType) -> DType:
 
 def cast(x: Array, dtype: DType) -> Array:
     """Return ``x`` in ``dtype``, itself if it has it."""
-    return x if x.dtype == dtype else library(x).xp.astype(x, dtype)
+    if x.dtype == dtype:
+        return x
+    found = library(x)
+    if found.name != "numpy":
+        return found.xp.astype(x, dtype)
+    with found.xp.errstate(over="ignore"):  # what is too large for 16 bits is inf
+        return x.astype(dtype)
 
 
 @dataclass(slots=True)
@@ -209,6 +219,10 @@ class Rows:
         if not self.flattened:
             return y
         return self.xp.reshape(y, tuple(1 if i in self.axes else n for i, n in enumerate(self.shape)))
+
+    def nothing(self) -> Array:
+        """Return the sum of empty rows, kept with length 1: 0, but known to automatic differentiation."""
+        return self.xp.sum(cast(self.x, self.result), axis=self.axis, keepdims=True)
 
     def from_reduced(self, y: Array) -> Array:
         """Bring an array of the shape of the reduced input into the form of the rows, with length 1 on the axis."""
@@ -315,7 +329,7 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     xp = found.xp
     if found.name == "numpy" and type(x) is not xp.ndarray:
         x = xp.asarray(x)  # scalars become 0-d; subclasses would return their own kind from every operation
-    compute, result = (dtype is None and _UNCHANGED.get((xp, x.dtype))) or promotion(x, xp, dtype)
+    compute, result = (dtype is None and _UNCHANGED.get((found.name, x.dtype))) or promotion(x, xp, dtype)
     shape = tuple(x.shape)
     ndim = len(shape)
     if isinstance(axis, int) and -ndim <= axis < ndim:
@@ -367,7 +381,7 @@ def require_same_library(x: Array, other: Array, name: str) -> None:
         msg = f"the input is an array of {mine.name} and {name} one of {theirs.name}: convert one of them"
         raise TypeError(msg)
     if mine.name not in _ONE_DEVICE and not _traced(x) and not _traced(other):
-        here, there = device(x), device(other)
+        here, there = _device(x), _device(other)
         if here != there:
             msg = f"the input is on device {here} and {name} on {there}: move one of them"
             raise TypeError(msg)
@@ -399,7 +413,12 @@ def stop_gradient(x: Array) -> Array:
 
 def device_for(x: Array) -> Any:
     """Return the ``device=`` that creates an array beside ``x``; JAX moves what was made without one."""
-    return None if library(x).name == "jax" else device(x)
+    return None if library(x).name == "jax" else _device(x)
+
+
+def _device(x: Array) -> Any:
+    # torch.compile cannot follow array-api-compat's question for the device.
+    return x.device if library(x).name == "torch" else device(x)
 
 
 def row_maximum(x: Array, axis: int) -> Array:

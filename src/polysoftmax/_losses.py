@@ -321,9 +321,8 @@ def cross_entropy(
         return cast(r.reduced(losses), r.result)
     total = _sum_all(losses)
     if reduction == "mean":
-        count = _total_weight(r, q, w, ignore_index) if is_index else math.prod(losses.shape)
-        total = _mean(r, total, count)
-    return cast(total, r.result)
+        total = _over(total, _total_weight(r, q, w, ignore_index) if is_index else math.prod(losses.shape))
+    return cast(r.xp.squeeze(total, axis=0), r.result)
 
 
 def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Array, bool]:
@@ -378,8 +377,8 @@ def _number(value: float, name: str, most: float) -> float:
 
 
 def _sum_all(x: Array) -> Array:
-    xp = namespace(x)
-    return xp.squeeze(accurate_sum(xp.reshape(x, (-1,)), 0), axis=0)
+    """Return the sum of all entries, in an array of one."""
+    return accurate_sum(namespace(x).reshape(x, (-1,)), 0)
 
 
 def _total_weight(r: Rows, targets: Array, weight: Array | None, ignore_index: int | None) -> Array:
@@ -395,11 +394,12 @@ def _total_weight(r: Rows, targets: Array, weight: Array | None, ignore_index: i
     return _sum_all(each)
 
 
-def _mean(r: Rows, total: Array, count: Array | int) -> Array:
+def _over(total: Array, count: Array | int) -> Array:
+    """Return total / count, and 0 where there is nothing to count."""
     if isinstance(count, int):
-        return total / count if count else total
-    nothing = count == 0
-    return r.xp.where(nothing, 0.0, total / r.xp.where(nothing, 1.0, count))
+        return total / max(count, 1)
+    xp = namespace(total)
+    return xp.where(count == 0, 0.0, total / xp.where(count == 0, 1.0, count))
 
 
 def entropy(
@@ -450,7 +450,7 @@ def entropy(
     """
     r = rows(x, axis)
     if r.length == 0:
-        return _nothing(r)
+        return r.reduced(r.nothing())
     return r.reduced(ENTROPY(r, r.x, r.temperature(temperature), r.mask(where)))
 
 
@@ -507,9 +507,5 @@ def kl_divergence(
     r = rows(logits_p, axis)
     other = r.like_input(logits_q, "logits_q")
     if r.length == 0:
-        return _nothing(r)
+        return r.reduced(r.nothing())
     return r.reduced(KL_DIVERGENCE(r, r.x, other, r.temperature(temperature), r.mask(where)))
-
-
-def _nothing(r: Rows) -> Array:
-    return r.xp.zeros(r.reduced_shape, dtype=r.result, device=device_for(r.x))

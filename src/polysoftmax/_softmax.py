@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import accurate_sum, device_for, namespace, row_maximum, rows, stop_gradient
+from polysoftmax._arrays import accurate_sum, namespace, row_maximum, rows, stop_gradient
 from polysoftmax.engines import RowFormula
 
 if TYPE_CHECKING:
@@ -431,8 +431,6 @@ def logsumexp(
     """
     r = rows(x, axis, dtype)
     if r.length == 0:
-        batch = [n for i, n in enumerate(r.x.shape) if i != r.axis]
-        empty = r.xp.full((*batch[: r.axis], 1, *batch[r.axis :]), -math.inf, dtype=r.result, device=device_for(r.x))
-        return r.reduced(empty, keepdims=keepdims)
+        return r.reduced(r.nothing() - math.inf, keepdims=keepdims)
     y = LOGSUMEXP(r, r.x, r.like_row(weights, "weights"), r.mask(where))
     return r.reduced(y, keepdims=keepdims)

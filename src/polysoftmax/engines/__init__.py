@@ -11,7 +11,6 @@ import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from polysoftmax._arrays import Array, DType, Rows, cast, float_bits, library, namespace
@@ -125,11 +124,21 @@ def _runner(x: Array) -> _Runner:
 
 
 def _load(name: str) -> _Runner:
-    # The caller holds an array of the library, so importing its engine imports no backend anew.
-    module = {"numpy": "numpy", "array_api_strict": "numpy", "jax": "jax", "torch": "torch"}.get(name)
-    if module is None:
-        return _Portable()
-    return import_module(f"polysoftmax.engines.{module}")
+    # The caller holds an array of the library, so importing its engine imports no backend anew. Import statements
+    # and not importlib, because torch.compile follows these.
+    if name in ("numpy", "array_api_strict"):
+        from polysoftmax.engines import numpy as numpy_engine
+
+        return numpy_engine
+    if name == "jax":
+        from polysoftmax.engines import jax as jax_engine
+
+        return jax_engine
+    if name == "torch":
+        from polysoftmax.engines import torch as torch_engine
+
+        return torch_engine
+    return _Portable()
 
 
 def _known(name: str) -> str:

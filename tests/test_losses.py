@@ -1,0 +1,423 @@
+"""cross_entropy, entropy and kl_divergence against mpmath, with their derivatives."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import mpmath
+import numpy as np
+import pytest
+
+import polysoftmax
+from polysoftmax.testing import FORMATS, Adapter, Backend, rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+INF, NAN = math.inf, math.nan
+LOGITS = ((1.0, 2.0, 3.0, 0.5), (1000.0, 1001.0, -INF, 999.0), (-2.0, -2.0, -2.0, -2.0), (0.25, -1.5, 4.0, 0.0))
+OTHER = ((3.0, 2.0, 1.0, 0.5), (1000.0, 999.0, -INF, 999.0), (-2.0, -1.0, -2.0, 0.0), (0.25, 1.5, -4.0, 0.0))
+CLASSES = (2, 1, 3, 0)
+PROBABILITIES = ((0.5, 0.25, 0.25, 0.0), (0.25, 0.75, 0.0, 0.0), (0.25, 0.25, 0.25, 0.25), (0.0, 0.0, 0.0, 1.0))
+WEIGHT = (0.5, 2.0, 1.0, 0.25)
+MASK = ((True, True, False, True), (False, True, True, True), (False, False, False, False), (True, False, False, False))
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"label_smoothing": 0.125},
+    {"z_loss": 0.25},
+    {"weight": WEIGHT},
+    {"weight": WEIGHT, "label_smoothing": 0.125, "z_loss": 0.25},
+)
+
+
+def log_softmax(row: Any, temperature: float = 1.0) -> list[Any]:
+    """Log-probabilities of a row of mpf, at 200 bits."""
+    if temperature == 0:
+        ties = [one == max(row) for one in row]
+        return [-mpmath.log(sum(ties)) if tie else mpmath.ninf for tie in ties]
+    scaled = [one / temperature for one in row]
+    total = mpmath.log(mpmath.fsum(mpmath.exp(one) for one in scaled))
+    return [one - total for one in scaled]
+
+
+def row_loss(row: Any, target: Any, *, weight: Any = None, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Any:
+    """The contract's row loss, written out as in its formula."""
+    w = weight or (1.0,) * len(row)
+    nll = [-one for one in log_softmax(row)]
+    total = mpmath.log(mpmath.fsum(mpmath.exp(one) for one in row))
+    q = target if isinstance(target, tuple) else tuple(float(c == target) for c in range(len(row)))
+    possible = [c for c in range(len(row)) if row[c] != mpmath.ninf]
+    of_target = mpmath.fsum(q[c] * w[c] * nll[c] for c in range(len(row)) if q[c] * w[c])
+    spread = mpmath.fsum(w[c] * nll[c] for c in possible) / len(possible)
+    return (1 - label_smoothing) * of_target + label_smoothing * spread + z_loss * total**2
+
+
+def row_entropy(row: Any, temperature: float = 1.0) -> Any:
+    return -mpmath.fsum(mpmath.exp(one) * one for one in log_softmax(row, temperature) if one != mpmath.ninf)
+
+
+def row_divergence(row: Any, other: Any, temperature: float = 1.0) -> Any:
+    pairs = zip(log_softmax(row, temperature), log_softmax(other, temperature), strict=True)
+    return mpmath.fsum(mpmath.exp(p) * (p - q) for p, q in pairs if p != mpmath.ninf)
+
+
+def exact(rows: Any, dtype: str = "float64") -> list[list[Any]]:
+    return [[mpmath.mpf(float(one)) for one in row] for row in rounded(rows, dtype)]
+
+
+def close(lib: Adapter, y: Any, want: Any, dtype: str, units: float = 64.0) -> None:
+    """Compare with an error of ``units`` in the last place of the compute dtype, and one rounding to ``dtype``."""
+    want = np.asarray(want, dtype=np.float64)
+    want = np.where(np.abs(want) > FORMATS[dtype].largest, np.copysign(INF, want), want)
+    lib.require(y, want.shape, dtype)
+    compute = FORMATS[dtype].compute
+    tolerance = units * compute.unit + (FORMATS[dtype].unit if compute.name != dtype else 0.0)
+    np.testing.assert_allclose(lib.values(y), want, rtol=tolerance, atol=tolerance)
+
+
+def arrays(lib: Adapter, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {name: lib.asarray(one, dtype) if name == "weight" else one for name, one in options.items()}
+
+
+def index_dtype(lib: Adapter) -> str:
+    return lib.can.default_index
+
+
+def gradient(lib: Adapter, function: Callable[[Any], Any], x: Any) -> Any:
+    """The gradient of a function of an array that answers a number, by the library's own reverse mode."""
+    if lib.backend.library == "jax":
+        import jax
+
+        return jax.jit(jax.grad(function))(x) if lib.backend is Backend.JAX_JIT else jax.grad(function)(x)
+    import torch
+
+    if lib.backend is Backend.TORCH_FUNC:
+        return torch.func.grad(function)(x)
+    if lib.backend is Backend.TORCH_COMPILE:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(function(x), x)[0]
+
+
+differentiable = pytest.mark.backends(lambda can: can.autodiff, "the library does not differentiate")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda one: "+".join(one) or "plain")
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_cross_entropy_of_classes_and_probabilities(lib: Adapter, dtype: str, options: dict[str, Any]) -> None:
+    if dtype not in lib.can.dtypes:
+        pytest.skip("the backend has no such dtype")
+    x = lib.asarray(LOGITS, dtype)
+    keywords = arrays(lib, options, dtype)
+    with mpmath.workprec(200):
+        rows = exact(LOGITS, dtype)
+        classes = [row_loss(row, t, **options) for row, t in zip(rows, CLASSES, strict=True)]
+        probabilities = [row_loss(row, q, **options) for row, q in zip(rows, PROBABILITIES, strict=True)]
+        w = [options.get("weight", (1,) * 4)[t] for t in CLASSES]
+        mean = mpmath.fsum(classes) / mpmath.fsum(w)
+    targets, q = lib.asarray(CLASSES, index_dtype(lib)), lib.asarray(PROBABILITIES, dtype)
+    call = polysoftmax.cross_entropy
+    close(lib, lib.call(call, x, targets, reduction="none", **keywords), classes, dtype)
+    close(lib, lib.call(call, x, targets, **keywords), mean, dtype)
+    close(lib, lib.call(call, x, q, reduction="none", **keywords), probabilities, dtype)
+    close(lib, lib.call(call, x, q, reduction="sum", **keywords), mpmath.fsum(probabilities), dtype)
+    close(lib, lib.call(call, x, q, reduction="mean", **keywords), mpmath.fsum(probabilities) / 4, dtype)
+
+
+def test_cross_entropy_along_other_axes(lib: Adapter) -> None:
+    grid = np.asarray(LOGITS[0] * 6).reshape(2, 3, 4) * np.arange(1, 7).reshape(2, 3, 1)
+    with mpmath.workprec(200):
+        first = [row_loss(row, 1) for row in exact(grid[:, 1, :].T)]
+        both = [row_loss(row, 5) for row in exact(grid.transpose(1, 0, 2).reshape(3, 8))]
+    dtype = lib.can.default_float
+    x = lib.asarray(grid, dtype)
+    ones = lib.asarray(np.ones((3, 4)), index_dtype(lib))
+    y = lib.call(polysoftmax.cross_entropy, x, ones, axis=0, reduction="none")
+    close(lib, y[1, :], first, dtype)
+    fives = lib.asarray(np.full(3, 5), index_dtype(lib))
+    close(lib, lib.call(polysoftmax.cross_entropy, x, fives, axis=(0, 2), reduction="none"), both, dtype)
+
+
+def test_ignored_rows_leave_no_trace(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    x = lib.asarray((*LOGITS, (NAN, INF, 0.0, -INF)), dtype)
+    targets = lib.asarray((2, -1, 3, 0, -1), index_dtype(lib))
+    with mpmath.workprec(200):
+        kept = [0, *(row_loss(exact(LOGITS)[i], CLASSES[i], weight=WEIGHT) for i in (0, 2, 3)), 0]
+    want = [kept[1], 0, kept[2], kept[3], 0]
+    weight = lib.asarray(WEIGHT, dtype)
+    y = lib.call(polysoftmax.cross_entropy, x, targets, ignore_index=-1, weight=weight, reduction="none")
+    close(lib, y, want, dtype)
+    mean = lib.call(polysoftmax.cross_entropy, x, targets, ignore_index=-1, weight=weight)
+    close(lib, mean, mpmath.fsum(want) / (WEIGHT[2] + WEIGHT[3] + WEIGHT[0]), dtype)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.5}, {"z_loss": 1.0}], ids=lambda one: "+".join(one) or "plain"
+)
+def test_every_target_ignored_is_0(lib: Adapter, options: dict[str, float]) -> None:
+    dtype = lib.can.default_float
+    x, targets = lib.asarray(((NAN, 1.0), (2.0, 3.0)), dtype), lib.asarray((-1, -1), index_dtype(lib))
+
+    def loss(x: Any) -> Any:
+        return polysoftmax.cross_entropy(x, targets, ignore_index=-1, **options)
+
+    close(lib, lib.call(polysoftmax.cross_entropy, x, targets, ignore_index=-1, **options), 0.0, dtype, units=0)
+    if lib.can.autodiff:
+        close(lib, gradient(lib, loss, x), np.zeros((2, 2)), dtype, units=0)
+
+
+def test_target_out_of_range(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    x = lib.asarray(LOGITS, dtype)
+    looked_at = lib.backend.library == "numpy" or lib.backend in (Backend.TORCH, Backend.TORCH_AUTOGRAD)
+    for wrong in (4, -1):
+        targets = lib.asarray((2, wrong, 3, 0), index_dtype(lib))
+        for options in ({}, {"label_smoothing": 0.25}):
+            if looked_at:
+                with pytest.raises(IndexError, match=rf"target {wrong} is out of range for 4 classes"):
+                    lib.call(polysoftmax.cross_entropy, x, targets, reduction="none", **options)
+            else:
+                y = lib.call(polysoftmax.cross_entropy, x, targets, reduction="none", **options)
+                assert np.isnan(lib.values(y)).tolist() == [False, True, False, False]
+
+
+def test_confident_loss_keeps_its_digits(lib: Adapter) -> None:
+    x = lib.asarray(((1000.0, 960.0), (960.0, 1000.0)), "float32")
+    y = lib.call(polysoftmax.cross_entropy, x, lib.asarray((0, 1), index_dtype(lib)), reduction="none")
+    np.testing.assert_allclose(lib.values(y), float(mpmath.log1p(mpmath.exp(-40))), rtol=1e-6)
+
+
+def test_smoothing_leaves_impossible_classes_out(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    x = lib.asarray(((0.0, -INF, 0.0, -INF),), dtype)
+    y = lib.call(polysoftmax.cross_entropy, x, lib.asarray((0,), index_dtype(lib)), label_smoothing=0.5)
+    close(lib, y, mpmath.log(2), dtype)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_entropy_and_divergence(lib: Adapter, dtype: str) -> None:
+    if dtype not in lib.can.dtypes:
+        pytest.skip("the backend has no such dtype")
+    x, other = lib.asarray(LOGITS, dtype), lib.asarray(OTHER, dtype)
+    for t in (1.0, 0.5, 2.0, 0.0):
+        with mpmath.workprec(200):
+            pairs = list(zip(exact(LOGITS, dtype), exact(OTHER, dtype), strict=True))
+            entropies = [row_entropy(row, t) for row, _ in pairs]
+            divergences = [row_divergence(row, b, t) for row, b in pairs]
+        close(lib, lib.call(polysoftmax.entropy, x, temperature=t), entropies, dtype)
+        # The conditioning of log p - log q is that of the logits' distance over T.
+        close(lib, lib.call(polysoftmax.kl_divergence, x, other, temperature=t), divergences, dtype, units=256)
+
+
+def test_masked_entropy_and_divergence(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    poisoned = np.where(np.asarray(MASK), np.asarray(LOGITS), NAN)
+    temperature = (0.5, 1.0, 1.0, 2.0)
+    with mpmath.workprec(200):
+        kept = [
+            [[row[i] for i in range(4) if m[i]] for row, m in zip(exact(rows), MASK, strict=True)]
+            for rows in (LOGITS, OTHER)
+        ]
+        kept[0][1], kept[1][1] = ([one for one in row if one != mpmath.ninf] for row in (kept[0][1], kept[1][1]))
+        entropies = [row_entropy(row, t) if row else 0 for row, t in zip(kept[0], temperature, strict=True)]
+        divergences = [row_divergence(row, b, t) if row else 0 for row, b, t in zip(*kept, temperature, strict=True)]
+    x, other = lib.asarray(poisoned, dtype), lib.asarray(np.where(np.asarray(MASK), np.asarray(OTHER), INF), dtype)
+    where, t = lib.asarray(MASK, "bool"), lib.asarray(temperature, dtype)
+    close(lib, lib.call(polysoftmax.entropy, x, where=where, temperature=t), entropies, dtype)
+    close(lib, lib.call(polysoftmax.kl_divergence, x, other, where=where, temperature=t), divergences, dtype)
+
+
+def test_impossible_under_q(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    p, q = lib.asarray(((0.0, 0.0), (0.0, -INF)), dtype), lib.asarray(((0.0, -INF), (0.0, 0.0)), dtype)
+    close(lib, lib.call(polysoftmax.kl_divergence, p, q), [INF, mpmath.log(2)], dtype)
+
+
+def slope(function: Callable[..., Any], row: list[Any], *args: Any, **kwargs: Any) -> list[float]:
+    """The gradient of a function of one row by mpmath's numerical differentiation at 200 bits."""
+    found = []
+    for i, one in enumerate(row):
+        if one == mpmath.ninf:
+            found.append(mpmath.mpf(0))
+            continue
+
+        def along(value: Any, i: int = i) -> Any:
+            return function([*row[:i], value, *row[i + 1 :]], *args, **kwargs)
+
+        found.append(mpmath.diff(along, one))
+    return [float(one) for one in found]
+
+
+@differentiable
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda one: "+".join(one) or "plain")
+def test_gradient_of_cross_entropy(lib: Adapter, options: dict[str, Any]) -> None:
+    dtype = lib.can.default_float
+    keywords = arrays(lib, options, dtype)
+    x = lib.asarray(LOGITS, dtype)
+    with mpmath.workprec(200):
+        by_class = [slope(row_loss, row, t, **options) for row, t in zip(exact(LOGITS), CLASSES, strict=True)]
+        by_q = [slope(row_loss, row, q, **options) for row, q in zip(exact(LOGITS), PROBABILITIES, strict=True)]
+    targets, q = lib.asarray(CLASSES, index_dtype(lib)), lib.asarray(PROBABILITIES, dtype)
+    # z_loss multiplies the gradient by the logsumexp, up to 1001 here.
+    units = 64 * (1000 if "z_loss" in options else 1)
+
+    def of_classes(x: Any) -> Any:
+        return polysoftmax.cross_entropy(x, targets, reduction="sum", **keywords)
+
+    def of_probabilities(x: Any) -> Any:
+        return polysoftmax.cross_entropy(x, q, reduction="sum", **keywords)
+
+    close(lib, gradient(lib, of_classes, x), by_class, dtype, units)
+    close(lib, gradient(lib, of_probabilities, x), by_q, dtype, units)
+
+
+@differentiable
+def test_gradients_of_entropy_and_divergence(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    x, other = lib.asarray(LOGITS, dtype), lib.asarray(OTHER, dtype)
+    t = 0.5
+    with mpmath.workprec(200):
+        pairs = list(zip(exact(LOGITS), exact(OTHER), strict=True))
+        of_entropy = [slope(row_entropy, row, t) for row, _ in pairs]
+        of_p = [slope(row_divergence, row, b, t) for row, b in pairs]
+        of_q = [slope(lambda b, row=row: row_divergence(row, b, t), b) for row, b in pairs]
+        by_temperature = float(
+            mpmath.fsum(mpmath.diff(lambda s, a=a, b=b: row_divergence(a, b, s), t) for a, b in pairs)
+        )
+
+    xp = lib.xp
+
+    def summed(y: Any) -> Any:
+        return xp.sum(y)
+
+    close(lib, gradient(lib, lambda x: summed(polysoftmax.entropy(x, temperature=t)), x), of_entropy, dtype, 256)
+    close(lib, gradient(lib, lambda x: summed(polysoftmax.kl_divergence(x, other, temperature=t)), x), of_p, dtype, 256)
+    close(lib, gradient(lib, lambda b: summed(polysoftmax.kl_divergence(x, b, temperature=t)), other), of_q, dtype, 256)
+    moved = gradient(lib, lambda s: summed(polysoftmax.kl_divergence(x, other, temperature=s)), lib.asarray(t, dtype))
+    close(lib, moved, by_temperature, dtype, 1024)
+
+
+@differentiable
+def test_gradients_for_targets_and_weights(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    finite = LOGITS[:1] + LOGITS[2:]
+    x, q = lib.asarray(finite, dtype), lib.asarray(PROBABILITIES[:3], dtype)
+    with mpmath.workprec(200):
+        nll = [[float(-one) for one in log_softmax(row)] for row in exact(finite)]
+    by_weight = (np.asarray(nll) * np.asarray(PROBABILITIES[:3])).sum(0)
+
+    def of_targets(q: Any) -> Any:
+        return polysoftmax.cross_entropy(x, q, reduction="sum")
+
+    def of_weights(w: Any) -> Any:
+        return polysoftmax.cross_entropy(x, q, weight=w, reduction="sum")
+
+    close(lib, gradient(lib, of_targets, q), nll, dtype)
+    close(lib, gradient(lib, of_weights, lib.asarray(WEIGHT, dtype)), by_weight, dtype)
+
+
+@differentiable
+def test_finite_gradient_at_an_impossible_class(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    x, q = lib.asarray(((0.0, -INF, 0.0),), dtype), lib.asarray(((0.5, 0.0, 0.5),), dtype)
+    close(lib, lib.call(polysoftmax.cross_entropy, x, q), mpmath.log(2), dtype)
+    close(lib, gradient(lib, lambda x: polysoftmax.cross_entropy(x, q), x), np.zeros((1, 3)), dtype)
+
+
+@pytest.mark.parametrize("function", ["cross_entropy", "entropy", "kl_divergence"])
+def test_second_order(function: str) -> None:
+    """Hessians of JAX, forward over forward and reverse over reverse, and of torch, against mpmath."""
+    jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+    row, b = [0.5, -1.0, 2.0], [1.0, 0.0, -0.5]
+    with mpmath.workprec(200):
+        of_row = {
+            "cross_entropy": lambda r: row_loss(r, 1, label_smoothing=0.25, z_loss=0.5),
+            "entropy": row_entropy,
+            "kl_divergence": lambda r: row_divergence(r, b),
+        }[function]
+        point = [mpmath.mpf(one) for one in row]
+        want = [slope(lambda r, i=i: mpmath.diff(_along(of_row, r, i), r[i]), point) for i in range(3)]
+
+    def ours(x: Any) -> Any:
+        xp = lib_of(x)
+        if function == "cross_entropy":
+            return polysoftmax.cross_entropy(x, xp.asarray(1), label_smoothing=0.25, z_loss=0.5)
+        if function == "entropy":
+            return polysoftmax.entropy(x)
+        return polysoftmax.kl_divergence(x, xp.asarray(b, dtype=x.dtype))
+
+    def lib_of(x: Any) -> Any:
+        return torch if isinstance(x, torch.Tensor) else jax.numpy
+
+    with jax.enable_x64(True):
+        x = jax.numpy.asarray(row)
+        for hessian in (jax.jacfwd(jax.jacfwd(ours)), jax.jacrev(jax.jacrev(ours)), jax.jit(jax.hessian(ours))):
+            np.testing.assert_allclose(hessian(x), want, rtol=1e-12, atol=1e-13)
+    x = torch.asarray(row, dtype=torch.float64)
+    for hessian in (torch.func.jacfwd(torch.func.jacfwd(ours)), torch.func.hessian(ours)):
+        np.testing.assert_allclose(hessian(x), want, rtol=1e-12, atol=1e-13)
+    by_autograd = torch.autograd.functional.hessian(ours, x)
+    np.testing.assert_allclose(by_autograd, want, rtol=1e-12, atol=1e-13)
+
+
+def _along(function: Callable[[Any], Any], row: list[Any], i: int) -> Callable[[Any], Any]:
+    return lambda value: function([*row[:i], value, *row[i + 1 :]])
+
+
+def test_backward_keeps_nothing_of_the_size_of_the_logits_but_them() -> None:
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    targets = np.arange(64) % 50
+    x = torch.randn(64, 50, requires_grad=True)
+    kept: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        polysoftmax.cross_entropy(x, torch.asarray(targets), label_smoothing=0.1, z_loss=0.1)
+    assert any(one.data_ptr() == x.data_ptr() for one in kept)
+    assert all(one.numel() <= 64 for one in kept if one.data_ptr() != x.data_ptr())
+
+    logits = jax.numpy.asarray(x.detach().numpy())
+    _, pullback = jax.vjp(lambda x: polysoftmax.cross_entropy(x, jax.numpy.asarray(targets)), logits)
+    large = [one for one in jax.tree_util.tree_leaves(pullback) if one.size > 64]
+    assert len(large) == 1
+    np.testing.assert_array_equal(large[0], logits)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x, t: polysoftmax.cross_entropy(x, t, reduction="max"), ValueError, r"reduction.*'max'"),
+        (lambda x, t: polysoftmax.cross_entropy(x, t[:1]), ValueError, r"\(2,\).*got \(1,\)"),
+        (lambda x, t: polysoftmax.cross_entropy(x, x[:, :1]), ValueError, r"probabilities.*\(2, 3\).*\(2, 1\)"),
+        (lambda x, t: polysoftmax.cross_entropy(x, t > 0), TypeError, "integers.*floating.*bool"),
+        (lambda x, t: polysoftmax.cross_entropy(x, [0, 1]), TypeError, "targets must be an array of numpy.*list"),
+        (lambda x, t: polysoftmax.cross_entropy(x, x, ignore_index=0), ValueError, "ignore_index=0.*integer targets"),
+        (lambda x, t: polysoftmax.cross_entropy(x, t, label_smoothing=1.5), ValueError, r"label_smoothing.*1\.5"),
+        (
+            lambda x, t: polysoftmax.cross_entropy(x, t, label_smoothing=x),
+            TypeError,
+            "label_smoothing.*number.*ndarray",
+        ),
+        (lambda x, t: polysoftmax.cross_entropy(x, t, z_loss=-1), ValueError, "z_loss.*-1"),
+        (lambda x, t: polysoftmax.cross_entropy(x, t, weight=x), ValueError, r"one entry a class.*\(3,\).*\(2, 3\)"),
+        (lambda x, t: polysoftmax.cross_entropy(x[:, :0], t), ValueError, "at least one class"),
+        (lambda x, t: polysoftmax.kl_divergence(x, x[:1]), ValueError, r"logits_q.*\(2, 3\).*\(1, 3\)"),
+        (lambda x, t: polysoftmax.entropy(x, temperature=-2), ValueError, "temperature.*-2"),
+        (lambda x, t: polysoftmax.entropy(x, axis=2), ValueError, "axis 2 is out of bounds.*dimension 2"),
+    ],
+)
+def test_errors(call: Callable[[Any, Any], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(np.zeros((2, 3)), np.asarray([0, 1]))
+
+
+def test_nothing_to_sum(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    empty = lib.asarray(np.zeros((2, 0)), dtype)
+    close(lib, lib.call(polysoftmax.entropy, empty), [0.0, 0.0], dtype)
+    close(lib, lib.call(polysoftmax.kl_divergence, empty, empty), [0.0, 0.0], dtype)
+    if lib.can.lazy:
+        return  # Dask's own maximum fails without rows
+    no_rows = lib.asarray(np.zeros((0, 3)), dtype)
+    close(lib, lib.call(polysoftmax.cross_entropy, no_rows, lib.asarray(np.zeros(0), index_dtype(lib))), 0.0, dtype)
+    close(lib, lib.call(polysoftmax.cross_entropy, no_rows, no_rows), 0.0, dtype)
