@@ -311,9 +311,12 @@ class Rows:
         if not value >= 0.0:
             msg = f"temperature must be 0 or greater, got {value}"
             raise ValueError(msg)
-        if 0.0 < value < math.inf:
+        range_ = self.xp.finfo(self.compute)
+        if float(range_.smallest_normal) <= value <= float(range_.max):
             return value
-        return self.xp.asarray(value, dtype=self.compute, device=device_for(self.x))
+        # 0 and inf, and what the compute dtype cannot tell from them, have a rule of their own.
+        limit = 0.0 if value < 1.0 else math.inf
+        return self.xp.asarray(limit, dtype=self.compute, device=device_for(self.x))
 
     def real(self, value: Array, name: str) -> Array:
         """Bring an array of real numbers to the compute dtype."""
