@@ -1,0 +1,131 @@
+"""The command line: ``python -m polysoftmax demo | check | info``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import polysoftmax
+from polysoftmax._demo.backends import NAMES, Backend, UsageError, look_for
+from polysoftmax.engines import portable
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m polysoftmax", description=polysoftmax.__doc__)
+    parser.add_argument("--version", action="version", version=f"polysoftmax {polysoftmax.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="fit a character model to English text on every backend, and compare them",
+        description="Show the backends found, the classical worked example on each, a character model fitted to real "
+        "text on each, and what temperature does to its predictions.",
+    )
+    demo.add_argument(
+        "--backend", nargs="+", action="extend", metavar="NAME",
+        help=f"only these of {', '.join(NAMES)}; by default all that are installed",
+    )  # fmt: skip
+    demo.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to fit; by default Python's own help texts")
+    demo.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw loss curves and temperatures into a PNG, PDF or SVG"
+    )
+    demo.add_argument(
+        "--steps", type=_positive, default=2000, metavar="N", help="steps of gradient descent (default: 2000)"
+    )
+    demo.set_defaults(command=_demo)
+
+    check = commands.add_parser(
+        "check",
+        help="measure the error of every function on every backend against high-precision values",
+        description="Measure the largest error of every function, on every backend and dtype, against values computed "
+        "to high precision with mpmath. The exit code is 1 if a bound is missed.",
+    )
+    check.add_argument(
+        "--backend", nargs="+", action="extend", metavar="NAME", help="only these; by default all that are installed"
+    )
+    check.add_argument("--peers", action="store_true", help="measure scipy, jax.nn and torch beside it")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write every figure to a file")
+    check.set_defaults(command=_check)
+
+    info = commands.add_parser("info", help="show versions, devices and the engines that would run")
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+_positive.__name__ = "positive number"  # argparse names the type in its message
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        from polysoftmax._demo.tour import run
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        msg = f"the demo needs {package}, which is not installed: pip install 'polysoftmax[demo]'"
+        raise UsageError(msg) from error
+    return run(backends=options.backend, text=options.text, plot=options.plot, steps=options.steps)
+
+
+def _check(options: argparse.Namespace) -> int:
+    try:
+        from polysoftmax.testing import report
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    return report(backends=options.backend, peers=options.peers, json=options.json)
+
+
+def _info(options: argparse.Namespace) -> int:
+    del options
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    lines = [
+        ("polysoftmax", polysoftmax.__version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("array-api-compat", metadata.version("array-api-compat")),
+        ("CPU threads", f"{threads}"),
+        ("engine", "portable" if portable() else "auto"),
+    ]
+    reasons = []
+    for one in map(look_for, NAMES):
+        if isinstance(one, Backend):
+            lines.append((one.name, f"{one.version}, {one.device}"))
+            reasons.append(str(polysoftmax.explain(one.floats([[0.0] * 1000] * 64), "softmax")))
+        else:
+            lines.append((one.name, f"{one.reason} ({one.remedy})"))
+    for label, value in lines:
+        print(f"{label:18}{value}")
+    print(*("", *reasons), sep="\n")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "command"):
+        parser.print_help()
+        return 0
+    # A terminal that cannot show a character gets a question mark, and not a traceback.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        return options.command(options)  # type: ignore[no-any-return]
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
