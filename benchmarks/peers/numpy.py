@@ -1,0 +1,123 @@
+"""What a NumPy user would call: SciPy, the plain formula, or PyTorch on the same memory."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import special
+
+from benchmarks.peers import SEED, TOP_K, TOP_P, from_probabilities
+from benchmarks.timing import wall
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Array = Any
+Axis = int
+gradient = None
+pullback = None
+_RNG = np.random.default_rng(SEED)
+
+
+def has_gpu() -> bool:
+    return False
+
+
+def asarray(x: np.ndarray, dtype: str, device: str) -> Array:
+    del device
+    return x.astype(dtype, copy=False)
+
+
+def key() -> int:
+    return SEED
+
+
+def stopwatch(device: str) -> Callable[..., float]:
+    del device
+    return wall(lambda y: y)
+
+
+def naive_softmax(x: Array, *, axis: Axis) -> Array:
+    y = np.exp(x - x.max(axis=axis, keepdims=True))
+    y /= y.sum(axis=axis, keepdims=True)
+    return y
+
+
+def naive_log_softmax(x: Array, *, axis: Axis) -> Array:
+    shifted = x - x.max(axis=axis, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
+
+
+def naive_logsumexp(x: Array, *, axis: Axis) -> Array:
+    most = x.max(axis=axis, keepdims=True)
+    return np.squeeze(most + np.log(np.exp(x - most).sum(axis=axis, keepdims=True)), axis=axis)
+
+
+def scipy_softmax_vjp(x: Array, cotangent: Array, *, axis: Axis) -> Array:
+    y = special.softmax(x, axis=axis)
+    return y * (cotangent - (y * cotangent).sum(axis=axis, keepdims=True))
+
+
+def scipy_cross_entropy(x: Array, targets: Array, *, axis: Axis) -> Array:
+    picked = np.take_along_axis(x, targets[..., None], axis=axis)[..., 0]
+    return (special.logsumexp(x, axis=axis) - picked).mean()
+
+
+def scipy_cross_entropy_grad(x: Array, targets: Array, *, axis: Axis) -> Array:
+    return from_probabilities(special.softmax(x, axis=axis), targets)
+
+
+def gumbel(x: Array, key: int, *, axis: Axis) -> Array:
+    """Draw by ``argmax(x + gumbel)``; minus the logarithm of an exponential is NumPy's cheapest Gumbel variate."""
+    del key
+    noise = _RNG.standard_exponential(x.shape, dtype=np.float32)
+    np.log(noise, out=noise)
+    return np.subtract(x, noise, out=noise).argmax(axis=axis)
+
+
+def gumbel_top_k(x: Array, key: int, *, axis: Axis) -> Array:
+    kept = np.argpartition(x, -TOP_K, axis=axis)[..., -TOP_K:]
+    drawn = gumbel(np.take_along_axis(x, kept, axis=axis), key, axis=axis)
+    return np.take_along_axis(kept, drawn[..., None], axis=axis)[..., 0]
+
+
+def gumbel_top_p(x: Array, key: int, *, axis: Axis) -> Array:
+    order = np.argsort(-x, axis=axis)
+    ordered = np.take_along_axis(x, order, axis=axis)
+    y = naive_softmax(ordered, axis=axis)
+    ordered[np.cumsum(y, axis=axis) - y >= TOP_P] = -np.inf
+    drawn = gumbel(ordered, key, axis=axis)
+    return np.take_along_axis(order, drawn[..., None], axis=axis)[..., 0]
+
+
+def _through_torch(op: str) -> dict[str, Callable[..., Array]]:
+    """Return the detour that shares memory with PyTorch both ways, if it is installed."""
+    if find_spec("torch") is None:
+        return {}
+    import torch
+
+    from benchmarks.peers import torch as peers
+
+    function = peers.PEERS[op]["torch"]
+
+    def detour(x: Array, *others: Array, axis: Axis) -> Array:
+        tensors = [torch.from_numpy(y) if isinstance(y, np.ndarray) else y for y in (x, *others)]
+        return function(*tensors, axis=axis).numpy()
+
+    return {"torch, no copy": detour}
+
+
+PEERS: dict[str, dict[str, Callable[..., Array]]] = {
+    "softmax": {"scipy": special.softmax, "naive": naive_softmax},
+    "log_softmax": {"scipy": special.log_softmax, "naive": naive_log_softmax},
+    "logsumexp": {"scipy": special.logsumexp, "naive": naive_logsumexp},
+    "softmax_vjp": {"scipy": scipy_softmax_vjp},
+    "cross_entropy": {"scipy": scipy_cross_entropy},
+    "cross_entropy_grad": {"scipy": scipy_cross_entropy_grad},
+    "sample": {"gumbel": gumbel},
+    "sample_top_k": {"gumbel": gumbel_top_k},
+    "sample_top_p": {"gumbel": gumbel_top_p},
+}
+PEERS = {op: found | _through_torch(op) for op, found in PEERS.items()}

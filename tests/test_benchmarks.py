@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+@pytest.fixture(scope="module")
+def targets() -> Any:
+    pytest.importorskip("rich")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        from benchmarks import cases, targets
+
+        yield cases, targets
+
+
+def test_one_quick_case_from_the_command_to_its_files(tmp_path: Path) -> None:
+    for name in ("matplotlib", "rich", "scipy"):
+        pytest.importorskip(name)
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--backend", "numpy", "--op", "logsumexp", "--no-memory"]
+    subprocess.run([*command, "--threads", "2", "--out", tmp_path], cwd=ROOT, check=True, capture_output=True)
+
+    result = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {"machine", "versions", "options", "cases", "memory", "dropped"} <= result.keys()
+    assert {"python", "numpy", "scipy", "polysoftmax"} <= result["versions"].keys()
+    assert {"cpu", "cpus", "caches"} <= result["machine"].keys()
+    assert result["options"]["threads"] == 2
+    assert [10] in [case["shape"] for case in result["cases"]]
+    for case in result["cases"]:
+        assert case["ours"]["quartiles_ms"][0] <= case["ours"]["ms"] <= case["ours"]["quartiles_ms"][1]
+        assert {"scipy", "naive", "copy"} <= {peer["name"] for peer in case["peers"]}
+        for peer in case["peers"]:
+            assert peer["ratio"] == pytest.approx(peer["ms"] / case["ours"]["ms"], rel=1e-4)
+    # A run names no folder, user or host.
+    assert str(ROOT) not in json.dumps(result)
+
+    for name in ("ratio-numpy.png", "throughput-numpy.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "## logsumexp" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("backend", "op", "shape", "peer", "fast", "text"),
+    [
+        ("numpy", "softmax", (10,), "scipy", True, "≥ 1×"),
+        ("numpy", "softmax", (100,), "scipy", True, None),
+        ("numpy", "softmax", (1000, 1000), "scipy", True, "≥ 3×"),
+        ("numpy", "softmax", (50_000, 32), "scipy", True, "≥ 5×"),
+        ("numpy", "softmax", (50_000, 32), "scipy", False, "≥ 1.3×"),
+        ("numpy", "softmax", (100_000, 16), "scipy", False, "≥ 4×"),
+        ("numpy", "softmax", (1000, 1000), "torch, no copy", True, None),
+        ("numpy", "softmax", (8192, 8192), "torch, no copy", True, "≥ 1×"),
+        ("numpy", "softmax", (8192, 8192), "naive", True, None),
+        ("torch", "log_softmax", (10,), "torch", True, "≤ +10 µs"),
+        ("torch", "cross_entropy_grad", (10,), "torch", True, "≤ +25 µs"),
+        ("torch", "cross_entropy", (100_000, 10), "torch", True, "≥ 3×"),
+        ("torch", "softmax", (64, 50_257), "torch", False, None),
+        ("jax", "logsumexp", (64, 50_257), "jax", True, "≥ 0.7×"),
+        ("numpy", "sample", (64, 50_257), "gumbel", True, "≥ 25×"),
+        ("jax", "sample", (64, 50_257), "jax", True, "≥ 8×"),
+        ("torch", "sample", (4096, 1000), "torch", False, "≥ 4×"),
+        ("torch", "sample_top_k", (64, 50_257), "torch", True, "≥ 1×"),
+        ("jax", "sample_top_p", (64, 50_257), "jax", True, "≥ 3×"),
+    ],
+)
+def test_targets_are_those_of_the_design(
+    targets: tuple[ModuleType, ModuleType],
+    backend: str,
+    op: str,
+    shape: tuple[int, ...],
+    peer: str,
+    fast: bool,
+    text: str | None,
+) -> None:
+    cases, module = targets
+    found = module.target(cases.Case(op, backend, "eager", shape), peer, fast=fast, cache=32 * 2**20)
+    assert (str(found) if found else None) == text
+
+
+def test_a_ratio_under_its_target_is_marked(targets: tuple[ModuleType, ModuleType]) -> None:
+    target = targets[1].Target
+    assert target(ratio=3.0).verdict(1.0, 3.0, 3.2) == "met"
+    assert target(ratio=3.0).verdict(1.0, 2.9, 3.1) == "near"
+    assert target(ratio=3.0).verdict(1.0, 2.9, 2.95) == "missed"
+    assert target(slack_us=10.0).verdict(0.012, 0.003, 0.3) == "met"
+    assert target(slack_us=10.0).verdict(0.014, 0.003, 0.3) == "missed"
