@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,27 @@ def test_one_quick_case_from_the_command_to_its_files(tmp_path: Path) -> None:
     for name in ("ratio-numpy.png", "throughput-numpy.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "## logsumexp" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_peers_answer_the_same_question(targets: tuple[ModuleType, ModuleType], backend: str) -> None:
+    pytest.importorskip(backend)
+    pytest.importorskip("scipy")
+    from benchmarks import peers
+
+    cases = targets[0]
+    for op in cases.available(cases.OPS):
+        case = cases.Case(op, backend, "eager", (5, 60))
+        arguments = peers.operands(case, "cpu")
+        results = {name: np.asarray(call()) for name, call in peers.contestants(case, arguments).items()}
+        ours = results.pop(peers.OURS)
+        assert results
+        for name, theirs in results.items():
+            assert theirs.shape == ours.shape, (op, name)
+            if op in cases.SAMPLING:
+                assert ((theirs >= 0) & (theirs < 60)).all(), (op, name)
+            else:
+                np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-6, err_msg=f"{op} {name}")
 
 
 @pytest.mark.parametrize(
