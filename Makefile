@@ -34,7 +34,7 @@ clean: ## Remove the environment and all that was built.
 
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing polysoftmax[$*] into $(VENV); the first time, this takes a few minutes."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
 # The target is pip, not python: where venv fails half-way (Debian without python3-venv), the next run tries again.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from polysoftmax.__main__ import main
 from polysoftmax._demo import backends, model, tour
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 WORDS = ("a", "small", "model", "reads", "words", "and", "learns", "which", "letter", "follows", "the", "others")
@@ -40,6 +43,12 @@ def backend(name: str) -> backends.Backend:
     if isinstance(found, backends.Missing):
         pytest.skip(found.reason)
     return found
+
+
+@pytest.fixture(autouse=True)
+def _keep_environment() -> Iterator[None]:
+    with patch.dict(os.environ):  # the demo sets numbers of threads for libraries that it imports
+        yield
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

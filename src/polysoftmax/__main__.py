@@ -68,6 +68,10 @@ _positive.__name__ = "positive number"  # argparse names the type in its message
 
 
 def _demo(options: argparse.Namespace) -> int:
+    # The model's matrices are small: a second BLAS thread gains little, and beside other busy programs the threads
+    # spend twenty times as long waiting for each other. The libraries read this once, when they are imported.
+    for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(threads, "1")
     try:
         from polysoftmax._demo.tour import run
     except ModuleNotFoundError as error:

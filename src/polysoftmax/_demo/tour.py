@@ -53,7 +53,7 @@ def run(*, backends: Iterable[str] | None, text: Path | None, plot: Path | None,
         draw(plot, fits, corpus, context, TEMPERATURES)
         console.print(f"\nThe figure is in {plot}", soft_wrap=True)
     verdict = "Every answer agrees." if agreed else "Not every answer agrees: see the crosses above."
-    console.print(f"\n{verdict} {time.perf_counter() - begun:.0f} s in all.", style="bold")
+    console.print(f"\n{verdict} {time.perf_counter() - begun:.1f} s in all.", style="bold")
     return 0 if agreed else 1
 
 
@@ -122,7 +122,7 @@ def _worked_example(console: Console, found: list[Backend]) -> bool:
             marks.append(_mark(errors[-1] <= SAME_VALUE))
         table.add_row(label, *(f"{value:.4f}" for value in expected), *marks)
     console.print(table)
-    console.print(f"Largest error against the exact values: {max(errors):.1e}", style="dim")
+    console.print(f"✓ within {SAME_VALUE:g} of the exact value; the largest error is {max(errors):.1e}", style="dim")
     return max(errors) <= SAME_VALUE
 
 
@@ -159,7 +159,8 @@ def _fit_all(console: Console, found: list[Backend], corpus: Corpus, steps: int)
 
 def _compare_fits(console: Console, fits: list[Fit], corpus: Corpus) -> bool:
     first = fits[0]
-    table = _grid("held-out loss", ">nats", ">bits per character", f"curve differs from {first.backend.name}'s by")
+    several = f"curve differs from {first.backend.name}'s by" if len(fits) > 1 else ""
+    table = _grid("held-out loss", ">nats", ">bits per character", several)
     counts = Counter(corpus.fitted)
     by_frequency = first.backend.floats([math.log(count) for count in counts.values()])
     baseline = float(polysoftmax.entropy(by_frequency))
@@ -183,6 +184,7 @@ def largest_difference(left: Sequence[float], right: Sequence[float]) -> float:
 
 def _show_temperatures(console: Console, fits: list[Fit], corpus: Corpus, context: str) -> bool:
     _heading(console, f"Temperature: what follows “{context}”")
+    console.print("Logits are divided by T: below 1 the likely gains, above 1 the unlikely does.", style="dim")
     at = {t: _distribution(fits[0], corpus, context, t) for t in TEMPERATURES}
     likely = sorted(range(len(corpus.alphabet)), key=lambda i: -at[1.0][i])[:8]
     table = _grid("", *(f"T = {t:g}" for t in TEMPERATURES))
