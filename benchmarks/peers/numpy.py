@@ -70,9 +70,16 @@ def scipy_cross_entropy_grad(x: Array, targets: Array, *, axis: Axis) -> Array:
 
 
 def gumbel(x: Array, key: int, *, axis: Axis) -> Array:
-    """Draw by ``argmax(x + gumbel)``; minus the logarithm of an exponential is NumPy's cheapest Gumbel variate."""
+    """Draw by ``argmax(x + gumbel)``, as it is usually written."""
+    del key
+    return np.argmax(x + _RNG.gumbel(size=x.shape), axis=axis)
+
+
+def gumbel_float32(x: Array, key: int, *, axis: Axis) -> Array:
+    """Draw the same with the cheapest Gumbel variates that NumPy has; few write it like this."""
     del key
     noise = _RNG.standard_exponential(x.shape, dtype=np.float32)
+    noise += np.float32(2.0**-126)  # an exponential in float32 is 0 once in 2^23 draws, and would win
     np.log(noise, out=noise)
     return np.subtract(x, noise, out=noise).argmax(axis=axis)
 
@@ -116,7 +123,7 @@ PEERS: dict[str, dict[str, Callable[..., Array]]] = {
     "softmax_vjp": {"scipy": scipy_softmax_vjp},
     "cross_entropy": {"scipy": scipy_cross_entropy},
     "cross_entropy_grad": {"scipy": scipy_cross_entropy_grad},
-    "sample": {"gumbel": gumbel},
+    "sample": {"gumbel": gumbel, "gumbel, float32": gumbel_float32},
     "sample_top_k": {"gumbel": gumbel_top_k},
     "sample_top_p": {"gumbel": gumbel_top_p},
 }
