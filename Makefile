@@ -17,6 +17,9 @@ help: ## Show this list.
 demo: $(VENV)/installed-all ## Fit a character model to English text on every CPU backend, and compare them.
 	@$(BIN)/python -m polysoftmax demo $(ARGS)
 
+# One BLAS thread a worker: two workers' threads would spend most of their time waiting for each other.
+test: export OMP_NUM_THREADS ?= 1
+test: export OPENBLAS_NUM_THREADS ?= 1
 test: $(VENV)/installed-test ## Run the whole test suite: every backend found, engines on and portable.
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, told apart by colour-blind readers, too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 _GREY = "#666666"
-SMOOTHED = 25
 
 
 def check_plot(path: Path) -> None:
@@ -70,7 +69,7 @@ def _bare(axes: Any) -> None:
 
 def _draw_curves(axes: Any, fits: list[Fit], corpus: Corpus) -> None:
     # Curves that agree hide each other: the first is the widest, and each one on top of it is thinner.
-    window = min(SMOOTHED, len(fits[0].losses))
+    window = _window(fits[0])
     for i, one in enumerate(fits):
         smooth = _moving_average(one.losses, window)
         label = f"{one.backend.name} (held-out text: {one.held_out:.3f})"
@@ -88,16 +87,22 @@ def _draw_curves(axes: Any, fits: list[Fit], corpus: Corpus) -> None:
     _bare(axes)
 
 
+def _window(one: Fit) -> int:
+    """Return over how many steps the noise of minibatches is smoothed."""
+    return min(25, len(one.losses) // 20 + 1)
+
+
 def _moving_average(values: Sequence[float], window: int) -> list[float]:
     return [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
 
 
 def _draw_differences(axes: Any, fits: list[Fit]) -> None:
     first = fits[0]
+    window = _window(first)
     for i, one in enumerate(fits[1:], start=1):
         apart = [abs(a - b) for a, b in zip(one.losses, first.losses, strict=True)]
-        starts = range(0, len(apart), SMOOTHED)
-        greatest = [max(apart[start : start + SMOOTHED]) for start in starts]
+        starts = range(0, len(apart), window)
+        greatest = [max(apart[start : start + window]) for start in starts]
         axes.plot([*starts, len(apart)], [*greatest, greatest[-1]], drawstyle="steps-post", color=_COLOURS[i], lw=1.2)
     axes.set_ylabel(f"greatest distance\nfrom {first.backend.name}")
     axes.set_ylim(bottom=0)

@@ -188,8 +188,9 @@ def _show_temperatures(console: Console, fits: list[Fit], corpus: Corpus, contex
     at = {t: _distribution(fits[0], corpus, context, t) for t in TEMPERATURES}
     likely = sorted(range(len(corpus.alphabet)), key=lambda i: -at[1.0][i])[:8]
     table = _grid("", *(f"T = {t:g}" for t in TEMPERATURES))
+    width = max(2, min(20, (console.width - 9) // len(TEMPERATURES) - 7))
     for i in likely:
-        table.add_row(Text(visible(corpus.alphabet[i])), *(_bar(at[t][i]) for t in TEMPERATURES))
+        table.add_row(Text(visible(corpus.alphabet[i])), *(_bar(at[t][i], width) for t in TEMPERATURES))
     x = next_logits(fits[0], corpus, context)
     entropies = [float(polysoftmax.entropy(x, temperature=t)) for t in TEMPERATURES]
     table.add_row(Text("entropy", style="dim"), *(Text(f"{h:.2f} nats", style="dim") for h in entropies))
@@ -213,7 +214,7 @@ def visible(character: str) -> str:
     return "space" if character == " " else character
 
 
-def _bar(probability: float, width: int = 9) -> Text:
+def _bar(probability: float, width: int) -> Text:
     eighths = round(probability * width * 8)
     bar = "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
     return Text.assemble((f"{bar:{width}}", "cyan"), f" {probability:4.0%}")
