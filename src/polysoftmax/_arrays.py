@@ -424,6 +424,15 @@ def _device(x: Array) -> Any:
     return x.device if library(x).name == "torch" else device(x)
 
 
+def formulas_are_differentiated(x: Array) -> bool:
+    """Whether the library may differentiate the formulas themselves, where it cannot be given their rules."""
+    if library(x).name != "torch":
+        return False
+    import torch
+
+    return torch.is_grad_enabled()  # type: ignore[no-any-return]
+
+
 def row_maximum(x: Array, axis: int) -> Array:
     """Return the maximum of every row, kept with length 1, as a constant for automatic differentiation."""
     found = library(x)

@@ -8,7 +8,7 @@ logarithm, so a loss close to 0 keeps its relative accuracy.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from polysoftmax._arrays import (
     Rows,
@@ -49,12 +49,13 @@ def _cross_entropy(
 ) -> Array:
     xp = namespace(x)
     is_index = not float_bits(xp, targets.dtype)
-    counts = (targets != ignore_index) if is_index and ignore_index is not None else None
-    if counts is not None:
+    counts = None
+    if ignore_index is not None:
+        counts = targets != ignore_index
         # An ignored row must leave no trace, whatever its logits are.
         x, targets = xp.where(counts, x, 0.0), xp.where(counts, targets, 0)
     top = row_maximum(x, axis)
-    log_total = log_of_sum(xp.exp(x - top), x == top, axis)
+    log_total = log_of_sum(xp.exp(x - top), x == top, None, axis)
     if is_index and not label_smoothing:
         known = (targets >= 0) & (targets < x.shape[axis])
         index = xp.where(known, targets, 0)
@@ -76,64 +77,83 @@ def _times(c: Array, nll: Array) -> Array:
 
 def _class_weights(x: Array, targets: Array, weight: Array | None, label_smoothing: float, axis: int) -> Array:
     """Return the factor c that each class's negative log-likelihood has in the loss of its row."""
-    xp = namespace(x)
-    if float_bits(xp, targets.dtype):
-        c = targets
-    else:
-        n = x.shape[axis]
-        index = along_axis(xp.arange(n, dtype=targets.dtype, device=device_for(x)), x.ndim, axis)
-        c = xp.where(index == targets, 1.0, xp.zeros_like(x))
-        c = xp.where((targets >= 0) & (targets < n), c, math.nan)
-    if label_smoothing:
-        possible = xp.where(x == -math.inf, 0.0, xp.ones_like(x))
-        c = (1.0 - label_smoothing) * c + label_smoothing * possible / accurate_sum(possible, axis)
+    c = _smoothed(x, targets, label_smoothing, axis)
     return c if weight is None else c * weight
 
 
-def _cross_entropy_slope(
+def _smoothed(x: Array, targets: Array, label_smoothing: float, axis: int) -> Array:
+    """Return the target probabilities: as they are or of a class, and smoothed over the possible classes."""
+    xp = namespace(x)
+    if float_bits(xp, targets.dtype):
+        q = targets
+    else:
+        n = x.shape[axis]
+        index = along_axis(xp.arange(n, dtype=targets.dtype, device=device_for(x)), x.ndim, axis)
+        q = xp.where(index == targets, 1.0, xp.zeros_like(x))
+        q = xp.where((targets >= 0) & (targets < n), q, math.nan)
+    if label_smoothing:
+        possible = xp.where(x == -math.inf, 0.0, xp.ones_like(x))
+        q = (1.0 - label_smoothing) * q + label_smoothing * possible / accurate_sum(possible, axis)
+    return q
+
+
+def _cross_entropy_slopes(
     operands: tuple[Array, ...],
+    wanted: tuple[bool, ...],
     *,
     axis: int,
     ignore_index: int | None,
     label_smoothing: float,
     z_loss: float,
-) -> Array:
-    """Return the gradient of each row's loss for its logits."""
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Return the gradients of each row's loss for its logits, its target probabilities and the class weights."""
     x, targets, weight = operands
     xp = namespace(x)
-    is_index = not float_bits(xp, targets.dtype)
-    counts = (targets != ignore_index) if is_index and ignore_index is not None else None
-    if counts is not None:
+    counts = None
+    if ignore_index is not None:
+        counts = targets != ignore_index
         x, targets = xp.where(counts, x, 0.0), xp.where(counts, targets, 0)
-    top = row_maximum(x, axis)
-    terms = xp.exp(x - top)
-    p = over_total(terms, axis)
-    c = _class_weights(x, targets, weight, label_smoothing, axis)
+    distance = x - row_maximum(x, axis)
+    terms = xp.exp(distance)
+    total = accurate_sum(terms, axis)
+    q = _smoothed(x, targets, label_smoothing, axis)
+    c = q if weight is None else q * weight
+    p = terms / total
     slope = p * accurate_sum(c, axis) - c
     if z_loss:
-        slope = slope + 2.0 * z_loss * (top + log_of_sum(terms, x == top, axis)) * p
-    return slope if counts is None else xp.where(counts, slope, 0.0)
+        slope = slope + 2.0 * z_loss * (row_maximum(x, axis) + xp.log(total)) * p
+    slopes: list[Array | None] = [slope, None, None]
+    if wanted[1] or wanted[2]:
+        nll = xp.where(x == -math.inf, 0.0, xp.log(total) - distance)
+        slopes[1] = (1.0 - label_smoothing) * (nll if weight is None else nll * weight)
+        slopes[2] = q * nll
+    if counts is not None:
+        slopes = [None if one is None else xp.where(counts, one, 0.0) for one in slopes]
+    return slopes[0], slopes[1], slopes[2]
 
 
 def _cross_entropy_jvp(
-    operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, **options: object
+    operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, **options: Any
 ) -> Array:
     del y
-    slope = _cross_entropy_slope(operands, **options)  # type: ignore[arg-type]
-    dx = namespace(slope).where(slope != 0, tangents[0], 0.0)
-    return accurate_sum(slope * dx, options["axis"])  # type: ignore[arg-type]
+    slopes = _cross_entropy_slopes(operands, tuple(one is not None for one in tangents), **options)
+    moves = [
+        slope * namespace(slope).where(slope != 0, tangent, 0.0)
+        for slope, tangent in zip(slopes, tangents, strict=True)
+        if tangent is not None
+    ]
+    return accurate_sum(sum(moves[1:], moves[0]), options["axis"])
 
 
 def _cross_entropy_vjp(
-    operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], **options: object
+    operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], **options: Any
 ) -> tuple[Array | None, ...]:
-    del y, wanted
-    return (_cross_entropy_slope(operands, **options) * cotangent,)  # type: ignore[arg-type]
+    del y
+    slopes = _cross_entropy_slopes(operands, wanted, **options)
+    return tuple(None if slope is None else slope * cotangent for slope in slopes)
 
 
-CROSS_ENTROPY = RowFormula(
-    "cross_entropy", _cross_entropy, jvp=_cross_entropy_jvp, vjp=_cross_entropy_vjp, differentiated=(0,)
-)
+CROSS_ENTROPY = RowFormula("cross_entropy", _cross_entropy, jvp=_cross_entropy_jvp, vjp=_cross_entropy_vjp)
 
 
 # entropy: y = -Σ p·log p = log Σ exp(z) - Σ p·z;  dy = -Σ p·(log p + y)·dz
@@ -145,7 +165,7 @@ def _entropy(x: Array, temperature: Array | float | None, where: Array | None, *
     terms = xp.exp(z)
     p = over_total(terms, axis)
     # Both terms are at least 0, so nothing cancels.
-    y = log_of_sum(terms, z == 0, axis) - accurate_sum(p * xp.where(p != 0, z, 0.0), axis)
+    y = log_of_sum(terms, z == 0, None, axis) - accurate_sum(p * xp.where(p != 0, z, 0.0), axis)
     return y if where is None else xp.where(xp.any(where, axis=axis, keepdims=True), y, 0.0)
 
 
@@ -172,7 +192,7 @@ def _entropy_vjp(
     return cotangents(gz, x, temperature, where, wanted, axis)
 
 
-ENTROPY = RowFormula("entropy", _entropy, jvp=_entropy_jvp, vjp=_entropy_vjp, differentiated=(0, 1))
+ENTROPY = RowFormula("entropy", _entropy, jvp=_entropy_jvp, vjp=_entropy_vjp)
 
 
 # kl_divergence: y = Σ p·(log p - log q);  dy = Σ p·(log p - log q - y)·dz_p + Σ (q - p)·dz_q
@@ -220,9 +240,7 @@ def _kl_divergence_vjp(
     return gx, gother, None if gt_p is None else gt_p + gt_q
 
 
-KL_DIVERGENCE = RowFormula(
-    "kl_divergence", _kl_divergence, jvp=_kl_divergence_jvp, vjp=_kl_divergence_vjp, differentiated=(0, 1, 2)
-)
+KL_DIVERGENCE = RowFormula("kl_divergence", _kl_divergence, jvp=_kl_divergence_jvp, vjp=_kl_divergence_vjp)
 
 
 def cross_entropy(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import accurate_sum, namespace, row_maximum, rows, stop_gradient
+from polysoftmax._arrays import accurate_sum, formulas_are_differentiated, namespace, row_maximum, rows, stop_gradient
 from polysoftmax.engines import RowFormula
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _softmax_vjp(
     return cotangents(gz, x, temperature, where, wanted, axis)
 
 
-SOFTMAX = RowFormula("softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, differentiated=(0, 1), from_output=True)
+SOFTMAX = RowFormula("softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, from_output=True)
 
 
 # log_softmax: y = z - log Σ exp(z);  dy = dz - Σ p·dz
@@ -167,7 +167,6 @@ LOG_SOFTMAX = RowFormula(
     _log_softmax,
     jvp=_log_softmax_jvp,
     vjp=_log_softmax_vjp,
-    differentiated=(0, 1),
     from_output=True,
 )
 
@@ -175,39 +174,41 @@ LOG_SOFTMAX = RowFormula(
 # logsumexp: y = max + log Σ w·exp(x - max);  dy = Σ p·dx with p = w·exp(x - max) / Σ w·exp(x - max)
 
 
-def _terms(x: Array, weights: Array | None, where: Array | None, axis: int) -> tuple[Array, Array, Array]:
-    """Return x without what does not exist, its maximum, and w·exp(x - max)."""
+def _terms(x: Array, weights: Array | None, where: Array | None, axis: int) -> tuple[Array, Array, Array, Array | None]:
+    """Return x without what does not exist, its maximum, exp(x - max), and the weights without the same."""
     xp = namespace(x)
     exists = where
     if weights is not None:
         exists = weights != 0 if where is None else where & (weights != 0)
+        weights = xp.where(exists, weights, 0.0)
     if exists is not None:
         x = xp.where(exists, x, -math.inf)
     top = row_maximum(x, axis)
-    terms = xp.exp(x - xp.where(xp.isfinite(top), top, 0.0))
-    if weights is not None:
-        terms = terms * xp.where(exists, weights, 0.0)
-    return x, top, terms
+    return x, top, xp.exp(x - xp.where(xp.isfinite(top), top, 0.0)), weights
 
 
-def log_of_sum(terms: Array, at_top: Array, axis: int) -> Array:
-    """Return log Σ terms, where those that stand at the maximum of their row are ``at_top``.
+def log_of_sum(terms: Array, at_top: Array, weights: Array | None, axis: int) -> Array:
+    """Return log Σ w·terms, where the terms ``at_top``, at the maximum of their row, are 1.
 
     They stay out of the sum and log1p adds the rest, so that what lies far below them is kept.
     """
     xp = namespace(terms)
-    most = accurate_sum(xp.where(at_top, terms, 0.0), axis)
+    most = accurate_sum(xp.where(at_top, xp.ones_like(terms) if weights is None else weights, 0.0), axis)
+    if weights is not None:
+        terms = terms * weights
     rest = accurate_sum(xp.where(at_top, 0.0, terms), axis)
-    value = xp.where(most > 0, xp.log(most) + xp.log1p(rest / most), xp.log(most + rest))
-    # The derivative of log1p would cancel digits that the one of log keeps; this adds that one, and 0.
-    total = most + rest
+    y = xp.where(most > 0, xp.log(most) + xp.log1p(rest / most), xp.log(most + rest))
+    if not formulas_are_differentiated(terms):
+        return y
+    # The greatest terms entered as constants; this adds the derivative of log Σ w·terms, and 0.
+    total = accurate_sum(terms, axis)
     plain = xp.log(xp.where((total > 0) & (total < math.inf), total, 1.0))
-    return stop_gradient(value) + (plain - stop_gradient(plain))
+    return stop_gradient(y) + (plain - stop_gradient(plain))
 
 
 def _logsumexp(x: Array, weights: Array | None, where: Array | None, *, axis: int) -> Array:
-    x, top, terms = _terms(x, weights, where, axis)
-    return top + log_of_sum(terms, x == top, axis)
+    x, top, terms, weights = _terms(x, weights, where, axis)
+    return top + log_of_sum(terms, x == top, weights, axis)
 
 
 def over_total(terms: Array, axis: int) -> Array:
@@ -216,11 +217,26 @@ def over_total(terms: Array, axis: int) -> Array:
     return terms / namespace(terms).where(total == 0, 1.0, total)
 
 
+def _logsumexp_slopes(x: Array, weights: Array | None, where: Array | None, axis: int) -> tuple[Array, Array]:
+    """Return the gradients of the logsumexp for x, which is p, and for the weights; 0 for what does not exist."""
+    xp = namespace(x)
+    x, _, terms, weights = _terms(x, weights, where, axis)
+    shares = terms if weights is None else terms * weights
+    total = accurate_sum(shares, axis)
+    total = xp.where(total == 0, 1.0, total)
+    return shares / total, xp.where(x > -math.inf, terms, 0.0) / total
+
+
 def _logsumexp_jvp(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int) -> Array:
     del y
     x, weights, where = operands
-    p = over_total(_terms(x, weights, where, axis)[2], axis)
-    return accurate_sum(p * namespace(p).where(p != 0, tangents[0], 0.0), axis)
+    slopes = _logsumexp_slopes(x, weights, where, axis)
+    moves = [
+        slope * namespace(slope).where(slope != 0, tangent, 0.0)
+        for slope, tangent in zip(slopes, tangents[:2], strict=True)
+        if tangent is not None
+    ]
+    return accurate_sum(sum(moves[1:], moves[0]), axis)
 
 
 def _logsumexp_vjp(
@@ -228,10 +244,10 @@ def _logsumexp_vjp(
 ) -> tuple[Array | None, ...]:
     del y, wanted
     x, weights, where = operands
-    return (over_total(_terms(x, weights, where, axis)[2], axis) * cotangent,)
+    return tuple(slope * cotangent for slope in _logsumexp_slopes(x, weights, where, axis))
 
 
-LOGSUMEXP = RowFormula("logsumexp", _logsumexp, jvp=_logsumexp_jvp, vjp=_logsumexp_vjp, differentiated=(0,))
+LOGSUMEXP = RowFormula("logsumexp", _logsumexp, jvp=_logsumexp_jvp, vjp=_logsumexp_vjp)
 
 
 def softmax(

@@ -15,7 +15,7 @@ from polysoftmax.engines import portable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polysoftmax._arrays import Array
+    from polysoftmax._arrays import Array, DType
     from polysoftmax.engines import Call
 
 _ARRAY = object()
@@ -39,8 +39,9 @@ def run(call: Call, operands: tuple[Array, ...]) -> Array:
     return compiled(key, template)(*[one for one in operands if one is not None and not isinstance(one, float)])
 
 
-def describe(x: Array) -> tuple[str, str]:
-    """Name the engine for ``x``, and why it was chosen."""
+def describe(x: Array, name: str) -> tuple[str, str]:
+    """Name the engine for a formula of ``x``, and why it was chosen."""
+    del name
     if isinstance(x, jax.core.Tracer):
         return "portable", "the formula is traced into the caller's own jit, grad or vmap"
     return "jit", "an eager call is compiled by jax.jit, once for each shape and dtype"
@@ -49,6 +50,13 @@ def describe(x: Array) -> tuple[str, str]:
 def _fill(template: _Template, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     left = iter(arrays)
     return tuple(next(left) if one is _ARRAY else one for one in template)
+
+
+def _tangents(template: _Template, arrays: tuple[Array, ...], dtype: DType) -> tuple[Array | None, ...]:
+    """Return the tangent of each operand, None where it is zero or there is nothing to move."""
+    given = iter(arrays)
+    each = (next(given) if one is _ARRAY else None for one in template)
+    return tuple(None if one is None or isinstance(one, SymbolicZero) else cast(one, dtype) for one in each)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -61,36 +69,20 @@ def _differentiable(key: Call, template: _Template) -> Callable[..., Array]:
 
     if formula.jvp is None:
         return evaluate
-    # Without checkpoint, what the rule computes from the input would be kept for the backward pass.
-    jvp = jax.checkpoint(functools.partial(formula.jvp, **call.options))
+    jvp = functools.partial(formula.jvp, **call.options)
+    # Otherwise what the rule computes from the rows would be kept for the backward pass.
+    lean_jvp = jax.checkpoint(jvp)
     function = jax.custom_jvp(evaluate)
 
     def rule(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-        nonzero = tuple(None if isinstance(one, SymbolicZero) else one for one in tangents)
-        by_operand = _fill(template, nonzero)
-        moved = {
-            i for i, (one, t) in enumerate(zip(template, by_operand, strict=True)) if one is _ARRAY and t is not None
-        }
-        if not moved <= set(formula.differentiated):
-            dense = tuple(_dense(x, t) for x, t in zip(primals, nonzero, strict=True))
-            y, dy = jax.jvp(evaluate, primals, dense)
-            return y, dy
-        wide = key._replace(result=call.compute)
-        y = _differentiable(wide, template)(*primals)
-        tangent_of = tuple(t if i in moved else None for i, t in enumerate(by_operand))
-        widened = tuple(None if t is None else cast(t, call.compute) for t in tangent_of)
-        dy = jvp(call.widen(_fill(template, primals)), widened, y)
+        moved = _tangents(template, tangents, call.compute)
+        y = _differentiable(key._replace(result=call.compute), template)(*primals)
+        of_output = formula.from_output and not any(one is not None for one in moved[1:])
+        dy = (jvp if of_output else lean_jvp)(call.widen(_fill(template, primals)), moved, y)
         return cast(y, call.result), cast(dy, call.result)
 
     function.defjvp(rule, symbolic_zeros=True)
     return function  # type: ignore[no-any-return]
-
-
-def _dense(x: Array, tangent: Array | None) -> Array:
-    if tangent is not None:
-        return tangent
-    x = jax.numpy.asarray(x)
-    return np.zeros(x.shape, x.dtype if jax.numpy.issubdtype(x.dtype, np.inexact) else jax.dtypes.float0)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -21,14 +21,13 @@ def run(call: Call, operands: tuple[Array, ...]) -> Array:
     """
     if torch.compiler.is_compiling() or _transformed() or not torch.is_grad_enabled():
         return call.evaluate(operands)
-    moved = [i for i, one in enumerate(operands) if isinstance(one, torch.Tensor) and one.requires_grad]
-    ruled = moved and call.formula.vjp is not None and all(i in call.formula.differentiated for i in moved)
-    return _Formula.apply(call, *operands) if ruled else call.evaluate(operands)
+    moves = any(isinstance(one, torch.Tensor) and one.requires_grad for one in operands)
+    return _Formula.apply(call, *operands) if moves and call.formula.vjp is not None else call.evaluate(operands)
 
 
-def describe(x: Array) -> tuple[str, str]:
+def describe(x: Array, name: str) -> tuple[str, str]:
     """Name the engine for ``x``, and why it was chosen."""
-    del x
+    del x, name
     return "portable", "the array API formula as it stands"
 
 
