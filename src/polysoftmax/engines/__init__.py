@@ -7,6 +7,7 @@ a library needs for that is one file here.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from polysoftmax._arrays import Array, DType, Rows, cast, float_bits, library, namespace
+from polysoftmax.engines._threads import set_num_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Call", "Explanation", "RowFormula", "engine", "explain", "portable"]
+__all__ = ["Call", "Explanation", "RowFormula", "engine", "explain", "portable", "set_num_threads"]
 
-ENGINES = ("auto", "portable")
+ENGINES = ("auto", "portable", "blocks", "fused")
 
 
 class RowFormula:
@@ -30,12 +32,12 @@ class RowFormula:
     absent), all floating ones in the compute dtype, and returns something of the shape of ``x`` or with length
     1 along ``axis``.
 
-    ``jvp(operands, tangents, y, **options)`` and ``vjp(operands, y, cotangent, wanted, **options)`` cover the
-    operands at the positions ``differentiated``; a tangent is None where it is zero. With respect to any other operand
-    the function itself is differentiated. ``from_output`` says that the gradient for the rows follows from y.
+    ``jvp(operands, tangents, y, **options)`` and ``vjp(operands, y, cotangent, wanted, **options)`` are its
+    derivative rules, for all floating operands; a tangent is None where it is zero. ``from_output`` says that the
+    gradient for the rows follows from y, so that they need not be kept for it.
     """
 
-    __slots__ = ("differentiated", "from_output", "function", "jvp", "name", "vjp")
+    __slots__ = ("from_output", "function", "jvp", "name", "vjp")
 
     def __init__(
         self,
@@ -44,14 +46,12 @@ class RowFormula:
         *,
         jvp: Callable[..., Array] | None = None,
         vjp: Callable[..., tuple[Array | None, ...]] | None = None,
-        differentiated: tuple[int, ...] = (),
         from_output: bool = False,
     ) -> None:
         self.name = name
         self.function = function
         self.jvp = jvp
         self.vjp = vjp
-        self.differentiated = differentiated
         self.from_output = from_output
         FORMULAS[name] = self
 
@@ -95,7 +95,7 @@ class Call(NamedTuple):
 class _Runner(Protocol):
     def run(self, call: Call, operands: tuple[Array, ...]) -> Array: ...
 
-    def describe(self, x: Array) -> tuple[str, str]: ...
+    def describe(self, x: Array, name: str) -> tuple[str, str]: ...
 
 
 class _Portable:
@@ -106,7 +106,8 @@ class _Portable:
         return call.evaluate(operands)
 
     @staticmethod
-    def describe(x: Array) -> tuple[str, str]:
+    def describe(x: Array, name: str) -> tuple[str, str]:
+        del name
         return (
             "portable",
             f"the array API formula as it stands; there is no other engine for {library(x).name}",
@@ -145,6 +146,9 @@ def _known(name: str) -> str:
     if name not in ENGINES:
         msg = f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}"
         raise ValueError(msg)
+    if name == "fused" and importlib.util.find_spec("numba") is None:
+        msg = 'the engine "fused" needs Numba: pip install polysoftmax[fast]'
+        raise ImportError(msg)
     return name
 
 
@@ -152,9 +156,13 @@ _FROM_ENVIRONMENT: Final = _known(os.environ.get("POLYSOFTMAX_ENGINE") or "auto"
 _CHOICE: ContextVar[str] = ContextVar("polysoftmax.engine", default=_FROM_ENVIRONMENT)
 
 
+chosen = _CHOICE.get
+"""Return the name of the engine that was asked for."""
+
+
 def portable() -> bool:
     """Whether the caller asked for formulas to run as they stand."""
-    return _CHOICE.get() == "portable"
+    return chosen() == "portable"
 
 
 @contextmanager
@@ -165,13 +173,16 @@ def engine(name: str) -> Iterator[None]:
     ----------
     name : str
         ``"auto"`` picks the fastest engine that meets the accuracy bounds; ``"portable"`` runs the array API
-        formulas as they stand. The environment variable ``POLYSOFTMAX_ENGINE`` sets the choice outside any
-        block.
+        formulas as they stand. On the CPU, for NumPy and PyTorch, ``"blocks"`` runs them in blocks of rows on
+        threads, and ``"fused"`` in Numba kernels as far as there are any, whatever the size; for other libraries
+        these two mean "auto". The environment variable ``POLYSOFTMAX_ENGINE`` sets the choice outside any block.
 
     Raises
     ------
     ValueError
         If there is no engine of that name.
+    ImportError
+        If ``"fused"`` is asked for and Numba is not installed.
 
     Notes
     -----
@@ -242,7 +253,7 @@ def explain(x: Array, op: str) -> Explanation:
     if op not in FORMULAS:
         msg = f"unknown operation {op!r}: choose one of {', '.join(sorted(FORMULAS))}"
         raise ValueError(msg)
-    name, reason = _runner(x).describe(x)
+    name, reason = _runner(x).describe(x, op)
     if portable() and name != "portable":
         name, reason = "portable", 'asked for by engine("portable") or POLYSOFTMAX_ENGINE'
     return Explanation(op, found.name, str(x.dtype), tuple(x.shape), name, reason)

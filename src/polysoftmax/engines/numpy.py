@@ -1,23 +1,106 @@
-"""NumPy: the formula as it stands, without the warnings that its NaN and inf rows would raise."""
+"""NumPy: large inputs in blocks of rows on threads, by fused kernels where Numba is installed.
+
+A formula makes about eight passes over its rows. In blocks that fit the cache only one of them reads from memory,
+and NumPy releases the interpreter lock, so the blocks run on all CPUs. Short rows are run transposed: a reduction
+of n numbers has a cost of its own however small n is, along the other axis it is done for whole vectors of rows.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from polysoftmax.engines import _blocks, chosen, fused
+from polysoftmax.engines._threads import num_threads
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
     from polysoftmax.engines import Call
 
+SMALL = 10_000
+"""Entries below which a formula runs as it stands."""
+
+_BLOCK_BYTES = 1 << 18
+"""Size of a block: with the temporaries of a formula it fits a second-level cache of 1 MB."""
+
+_SHORT = 32
+"""Rows up to this length are run transposed."""
+
+_PARALLEL = 1 << 15
+_PARALLEL_FUSED = 1 << 17
+"""Entries below which waking another thread costs more than it saves."""
+
+
+class Plan(NamedTuple):
+    """How a formula will be run, and why."""
+
+    engine: str
+    reason: str
+    layout: str = ""
+    block: int = 0
+    threads: int = 1
+
+
+def run(call: Call, operands: tuple[Array, ...]) -> Any:
+    """Run a formula. NaN and inf are answers here, documented and tested, and no reason to warn."""
+    x = operands[0]
+    engine = chosen()
+    if (x.size < SMALL and engine == "auto") or engine == "portable" or type(x) is not np.ndarray:
+        return _evaluate(call, operands)
+    axis = call.options["axis"]
+    if not x.size or not _blocks.fits(x, axis, operands):
+        return _evaluate(call, operands)
+    plan = _plan(x, axis, fused.obstacle(call, operands), np.dtype(call.compute))
+    blocks = _blocks.pieces(x, axis, plan.block)
+    if plan.engine == "fused":
+        return fused.run(call, operands, blocks, plan.threads)
+    evaluate = _evaluate_transposed if plan.layout == "transposed" else _evaluate
+    return _blocks.run_in_blocks(partial(evaluate, call), operands, axis, blocks, plan.threads)
+
+
+def describe(x: Array, name: str) -> tuple[str, str]:
+    """Name the engine for a formula along the last axis of ``x``, and why it was chosen."""
+    if type(x) is not np.ndarray:
+        return "portable", "the array API formula as it stands: the array is not NumPy's own"
+    if not x.size or not x.ndim or (x.size < SMALL and chosen() == "auto"):
+        return "portable", f"the array API formula as it stands: fewer than {SMALL} entries"
+    compute = np.dtype(np.float64 if x.dtype.kind in "iu" or x.dtype.itemsize > 4 else np.float32)
+    plan = _plan(x, x.ndim - 1, fused.obstacle_by_name(name, compute), compute)
+    rows = f"blocks of {plan.block} rows of {x.shape[-1]}, {plan.layout}"
+    return plan.engine, f"{rows}, {plan.threads} thread{'s' * (plan.threads > 1)}: {plan.reason}"
+
 
 @np.errstate(all="ignore")
-def run(call: Call, operands: tuple[Array, ...]) -> Array:
-    """Run a formula. NaN and inf are answers here, documented and tested, and no reason to warn."""
+def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
     return call.evaluate(operands)
 
 
-def describe(x: Array) -> tuple[str, str]:
-    """Name the engine for ``x``, and why it was chosen."""
-    del x
-    return "portable", "the array API formula as it stands"
+@np.errstate(all="ignore")
+def _evaluate_transposed(call: Call, operands: tuple[Array, ...]) -> Any:
+    axis = call.options["axis"]
+    turned = tuple(
+        np.ascontiguousarray(np.moveaxis(one, axis, 0)) if isinstance(one, np.ndarray) and one.ndim else one
+        for one in operands
+    )
+    y = call._replace(options={**call.options, "axis": 0}).evaluate(turned)
+    return tuple(np.moveaxis(one, 0, axis) for one in y) if isinstance(y, tuple) else np.moveaxis(y, 0, axis)
+
+
+def _plan(x: Array, axis: int, obstacle: str, compute: np.dtype[Any]) -> Plan:
+    """Decide how to run a formula; the size of a block follows from the array alone, never from the threads."""
+    n = x.shape[axis]
+    rows = x.size // n
+    block = max(1, _BLOCK_BYTES // (n * compute.itemsize))
+    along = abs(x.strides[axis]) <= min(map(abs, x.strides))
+    if not obstacle:
+        if x.flags.c_contiguous and axis == x.ndim - 1 and x.dtype == compute:
+            block = max(block, math.ceil(rows / 32))  # nothing is copied, so nothing has to fit the cache
+        threads = num_threads() if x.size >= _PARALLEL_FUSED else 1
+        return Plan("fused", "a fused kernel does a row in two or three passes", "row by row", block, threads)
+    threads = num_threads() if x.size >= _PARALLEL else 1
+    if along and n <= _SHORT:
+        return Plan("blocks", obstacle, "transposed", block, threads)
+    return Plan("blocks", obstacle, "as they stand", block if along else max(block, 64), threads)

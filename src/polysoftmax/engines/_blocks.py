@@ -1,0 +1,103 @@
+"""Rows in blocks: which parts of an array of any layout are run together, and where their answers go."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polysoftmax.engines._threads import parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polysoftmax._arrays import Array
+
+Piece = tuple[slice, ...]
+
+
+def pieces(x: Array, axis: int, rows: int) -> list[Piece]:
+    """Cut ``x`` into blocks of about ``rows`` whole rows, each as close together in memory as can be.
+
+    The blocks follow from the array alone and never from the number of threads, so that answers do not either.
+    """
+    cuts: list[list[slice]] = [[slice(None)]] * x.ndim
+    if rows * x.shape[axis] >= x.size:
+        return [(slice(None),) * x.ndim]
+    for d in sorted(range(x.ndim), key=lambda d: (abs(x.strides[d]), -d)):
+        if d == axis:
+            continue
+        length = x.shape[d]
+        count = -(-length // max(1, min(rows, length)))
+        step = -(-length // count)
+        cuts[d] = [slice(start, start + step) for start in range(0, length, step)]
+        rows = rows // length if count == 1 else 1
+    return list(itertools.product(*cuts))
+
+
+def fits(x: Array, axis: int, operands: tuple[Array, ...]) -> bool:
+    """Whether every operand can be cut along with ``x``: of its number of dimensions, and no larger than it."""
+    return all(
+        one.ndim == x.ndim and all(d == axis or one.shape[d] in (1, x.shape[d]) for d in range(x.ndim))
+        for one in operands
+        if isinstance(one, np.ndarray) and one.ndim
+    )
+
+
+def cut(operands: tuple[Array, ...], piece: Piece) -> tuple[Array, ...]:
+    """Return the parts of the operands that belong to a block."""
+    return tuple(
+        one[tuple(s if n > 1 else slice(None) for s, n in zip(piece, one.shape, strict=True))]
+        if isinstance(one, np.ndarray) and one.ndim
+        else one
+        for one in operands
+    )
+
+
+def like(x: Array, axis: int, length: int, dtype: Any) -> Array:
+    """Return an empty array with the shape and memory order of ``x``, but for its length along ``axis``."""
+    shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
+    return np.empty_like(x, dtype=dtype, shape=shape)
+
+
+class _Answers:
+    """The arrays that blocks put their answers into, made when the first block is done and shows their kind."""
+
+    def __init__(self, x: Array, axis: int) -> None:
+        self.x, self.axis = x, axis
+        self.lock = threading.Lock()
+        self.arrays: tuple[Array, ...] | None = None
+        self.several = False
+
+    def put(self, piece: Piece, y: Array | tuple[Array, ...]) -> None:
+        parts = y if isinstance(y, tuple) else (y,)
+        if self.arrays is None:
+            with self.lock:
+                if self.arrays is None:
+                    self.several = isinstance(y, tuple)
+                    self.arrays = tuple(like(self.x, self.axis, p.shape[self.axis], p.dtype) for p in parts)
+        for whole, part in zip(self.arrays, parts, strict=True):
+            whole[piece] = part
+
+    def all(self) -> Any:
+        assert self.arrays is not None
+        return self.arrays if self.several else self.arrays[0]
+
+
+def run_in_blocks(
+    evaluate: Callable[[tuple[Array, ...]], Any],
+    operands: tuple[Array, ...],
+    axis: int,
+    blocks: list[Piece],
+    threads: int,
+) -> Any:
+    """Call ``evaluate`` with the operands of every block, and put its answers, one or a tuple, into whole arrays."""
+    answers = _Answers(operands[0], axis)
+
+    def work(i: int) -> None:
+        answers.put(blocks[i], evaluate(cut(operands, blocks[i])))
+
+    parallel(work, len(blocks), threads)
+    return answers.all()

@@ -1,0 +1,192 @@
+"""A pool of helper threads for work that releases the interpreter lock."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextvars import copy_context
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_VARIABLE = "POLYSOFTMAX_NUM_THREADS"
+
+
+def _checked(n: object, name: str) -> int:
+    if isinstance(n, bool) or not isinstance(n, int):
+        msg = f"{name} must be an int, got {type(n).__name__}"
+        raise TypeError(msg)
+    if n < 1:
+        msg = f"{name} must be 1 or greater, got {n}"
+        raise ValueError(msg)
+    return n
+
+
+def _from_environment() -> int | None:
+    value = os.environ.get(_VARIABLE)
+    if not value:
+        return None
+    try:
+        return _checked(int(value), _VARIABLE)
+    except ValueError as error:
+        msg = f"{_VARIABLE} must be a whole number of threads, 1 or greater, got {value!r}"
+        raise ValueError(msg) from error
+
+
+_asked: int | None = _from_environment()
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads a call may use on the CPU, the caller's own included.
+
+    Parameters
+    ----------
+    n : int
+        Number of threads, 1 or greater, for every later call of this process. Before the first call of this
+        function it is the environment variable ``POLYSOFTMAX_NUM_THREADS``, or else the number of CPUs that the
+        process may run on.
+
+    Raises
+    ------
+    TypeError
+        If ``n`` is not an int.
+    ValueError
+        If ``n`` is less than 1.
+
+    Notes
+    -----
+    Answers do not depend on the number of threads, to the last bit. JAX has threads of its own, which this does not
+    reach.
+
+    Examples
+    --------
+    >>> import polysoftmax
+    >>> polysoftmax.set_num_threads(2)
+    """
+    global _asked
+    _asked = _checked(n, "n")
+
+
+def num_threads() -> int:
+    """Return how many threads a call may use."""
+    if _asked is not None:
+        return _asked
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Job:
+    """Numbered pieces of work that the caller and whichever helpers are idle take one by one."""
+
+    def __init__(self, work: Callable[[int], None], count: int) -> None:
+        self.work = work
+        self.count = count
+        self.taken = 0
+        self.busy = 0
+        self.error: BaseException | None = None
+        self.changed = threading.Condition(threading.Lock())
+
+    def take_all(self) -> None:
+        """Work until nothing is left to take."""
+        while True:
+            with self.changed:
+                if self.taken >= self.count:
+                    return
+                piece = self.taken
+                self.taken += 1
+            self.work(piece)
+
+    def help(self) -> None:
+        """Do what a helper thread does: leave errors to the caller."""
+        with self.changed:
+            if self.taken >= self.count:
+                return
+            self.busy += 1
+        try:
+            self.take_all()
+        except BaseException as error:  # raised again in the caller's thread
+            self.error = error
+            self.cancel()
+        with self.changed:
+            self.busy -= 1
+            self.changed.notify()
+
+    def cancel(self) -> None:
+        with self.changed:
+            self.taken = self.count
+
+    def wait(self) -> None:
+        with self.changed:
+            while self.busy:
+                self.changed.wait()
+
+
+class _Pool:
+    """Helper threads that start when first needed and live as long as the process."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self.started = 0
+        self.lock = threading.Lock()
+
+    def ask(self, task: Callable[[], object], helpers: int) -> None:
+        if self.started < helpers:
+            with self.lock:
+                while self.started < helpers and self._start():
+                    self.started += 1
+        self.queue.put(task)
+
+    def _start(self) -> bool:
+        # Daemons: a call made while the interpreter shuts down must find them alive, or else do without.
+        thread = threading.Thread(target=self._serve, name="polysoftmax", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be had, now or at all: the caller does the work itself
+            return False
+        return True
+
+    def _serve(self) -> None:
+        while True:
+            self.queue.get()()
+
+
+_pool = _Pool()
+
+
+def _forget() -> None:
+    """Start afresh in a forked child, where the helpers do not exist and locks may be held for ever."""
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def parallel(work: Callable[[int], None], count: int, threads: int) -> None:
+    """Call ``work(0)`` … ``work(count - 1)`` on at most ``threads`` threads, the caller's among them.
+
+    The caller never waits for a helper that has not begun, so calls from within ``work``, or from more threads than
+    there are helpers, cannot lock up. After an error or an interrupt no new piece is begun, and the pieces that run
+    are waited for: nobody writes into an array that the caller has been given back.
+    """
+    helpers = min(threads, count) - 1
+    if helpers < 1:
+        for piece in range(count):
+            work(piece)
+        return
+    job = _Job(work, count)
+    try:
+        for _ in range(helpers):
+            # A context of its own for each: the engine chosen, and NumPy's errstate.
+            _pool.ask(partial(copy_context().run, job.help), helpers)
+        job.take_all()
+    finally:
+        job.cancel()
+        job.wait()
+    if job.error is not None:
+        raise job.error

@@ -1,0 +1,211 @@
+"""Formulas that have a fused kernel: which calls the kernels cover, and how blocks of rows get into and out of them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polysoftmax.engines import _blocks, chosen
+from polysoftmax.engines._threads import parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+    from polysoftmax._arrays import Array
+    from polysoftmax.engines import Call
+
+
+def installed() -> bool:
+    """Whether Numba is there to be imported, without importing it."""
+    return importlib.util.find_spec("numba") is not None
+
+
+_loaded: ModuleType | str | None = None
+
+
+def _kernels() -> ModuleType | str:
+    """Return the kernels, or why there are none; the first call imports Numba."""
+    global _loaded
+    if _loaded is None:
+        try:
+            _loaded = importlib.import_module("polysoftmax.engines._kernels")
+        except ImportError as error:
+            _loaded = f"no fused kernels without polysoftmax[fast]: {error}"
+    return _loaded
+
+
+def obstacle_by_name(name: str, compute: np.dtype[Any]) -> str:
+    """Return why a formula has no kernel to run it in ``compute``; nothing if it has."""
+    if chosen() == "blocks":
+        return 'asked for by engine("blocks") or POLYSOFTMAX_ENGINE'
+    if name not in _FORMULAS:
+        return f"there is no fused kernel for {name}"
+    if compute not in (np.float32, np.float64):
+        return f"there is no fused kernel in {compute}"
+    kernels = _kernels()
+    return kernels if isinstance(kernels, str) else ""
+
+
+def obstacle(call: Call, operands: tuple[Array, ...]) -> str:
+    """Return why a call cannot run in a kernel; nothing if it can."""
+    name = call.formula.name
+    if name == "logsumexp" and operands[1] is not None:
+        return "the kernel of logsumexp takes no weights"
+    if name == "cross_entropy" and (operands[1].dtype.kind not in "iu" or call.options["label_smoothing"]):
+        return "the kernel of cross_entropy takes classes, without smoothing"
+    return obstacle_by_name(name, np.dtype(call.compute))
+
+
+def run(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Piece], threads: int) -> Array:
+    """Run a call in its kernel, block by block."""
+    x, axis = operands[0], call.options["axis"]
+    kernels = _kernels()
+    function, keeps_length = _FORMULAS[call.formula.name]
+    answer = _blocks.like(x, axis, x.shape[axis] if keeps_length else 1, call.result)
+
+    def work(i: int) -> None:
+        parts, target = operands, answer
+        if len(blocks) > 1:
+            parts, target = _blocks.cut(operands, blocks[i]), answer[blocks[i]]
+        block = _Block(call, parts)
+        target = _last(target, axis)
+        if target.dtype == block.dtype and target.flags.c_contiguous:
+            function(kernels, block, target.reshape(-1, target.shape[-1]))
+            return
+        out = np.empty((len(block.x), target.shape[-1]), block.dtype)
+        function(kernels, block, out)
+        with np.errstate(over="ignore"):  # what is too large for 16 bits is inf
+            target[...] = out.reshape(target.shape)
+
+    parallel(work, len(blocks), threads)
+    return answer
+
+
+def _last(x: Array, axis: int) -> Array:
+    return x if axis == x.ndim - 1 else np.moveaxis(x, axis, -1)
+
+
+class _Block:
+    """The operands of a block in the form that kernels take: C-contiguous rows in the compute dtype."""
+
+    __slots__ = ("axis", "dtype", "operands", "options", "shape", "x")
+
+    def __init__(self, call: Call, operands: tuple[Array, ...]) -> None:
+        self.axis: int = call.options["axis"]
+        self.options = call.options
+        self.shape = operands[0].shape
+        self.operands = operands
+        self.dtype = np.dtype(call.compute)
+        self.x = self.rows(0)
+
+    def rows(self, i: int) -> Array:
+        """Return an operand that has an entry for each of ``x``; None stays None."""
+        one = self.operands[i]
+        if one is None:
+            return None
+        if one.shape != self.shape:
+            one = np.broadcast_to(one, self.shape)
+        one = _last(one, self.axis)
+        return np.ascontiguousarray(one.reshape(-1, one.shape[-1]), self._dtype_of(one))
+
+    def per_row(self, i: int) -> Array:
+        """Return an operand that has one entry a row, or a number for all rows."""
+        one = self.operands[i]
+        if one is None:
+            return None
+        kept = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
+        one = np.broadcast_to(np.asarray(one), kept).reshape(-1)
+        return np.ascontiguousarray(one, self._dtype_of(one))
+
+    def _dtype_of(self, one: Array) -> np.dtype[Any]:
+        return one.dtype if one.dtype.kind in "biu" else self.dtype
+
+
+_SHORT_BYTES = 192
+"""Size of a row up to which many rows are done at a time, each on its own lane."""
+
+
+def _is_short(x: Array) -> bool:
+    return x.shape[1] * x.itemsize <= _SHORT_BYTES  # type: ignore[no-any-return]
+
+
+def _probabilities(kernels: Any, x: Array, temperature: Array | None, where: Array | None, out: Array) -> None:
+    if temperature is None and where is None and _is_short(x):
+        kernels.softmax_short(x, out)
+    else:
+        kernels.softmax(x, temperature, where, None, out)
+
+
+def _log_probabilities(kernels: Any, x: Array, temperature: Array | None, where: Array | None, out: Array) -> None:
+    if temperature is None and where is None and _is_short(x):
+        kernels.log_softmax_short(x, out)
+    else:
+        kernels.log_softmax(x, temperature, where, out)
+
+
+def _log_total(kernels: Any, x: Array, where: Array | None) -> tuple[Array, Array]:
+    top, log_total = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
+    if where is None and _is_short(x):
+        kernels.log_total_short(x, top, log_total)
+    else:
+        kernels.log_total(x, where, top, log_total)
+    return top, log_total
+
+
+def _softmax(kernels: Any, block: _Block, out: Array) -> None:
+    _probabilities(kernels, block.x, block.per_row(1), block.rows(2), out)
+
+
+def _log_softmax(kernels: Any, block: _Block, out: Array) -> None:
+    _log_probabilities(kernels, block.x, block.per_row(1), block.rows(2), out)
+
+
+def _softmax_vjp(kernels: Any, block: _Block, out: Array) -> None:
+    y, temperature = np.empty_like(block.x), block.per_row(2)
+    _probabilities(kernels, block.x, temperature, block.rows(3), y)
+    kernels.softmax_slope(y, block.rows(1), temperature, out)
+
+
+def _log_softmax_vjp(kernels: Any, block: _Block, out: Array) -> None:
+    y, temperature, where = np.empty_like(block.x), block.per_row(2), block.rows(3)
+    _log_probabilities(kernels, block.x, temperature, where, y)
+    kernels.log_softmax_slope(y, block.rows(1), temperature, where, out)
+
+
+@np.errstate(all="ignore")
+def _logsumexp(kernels: Any, block: _Block, out: Array) -> None:
+    top, log_total = _log_total(kernels, block.x, block.rows(2))
+    out[:, 0] = top + log_total
+
+
+@np.errstate(all="ignore")
+def _cross_entropy(kernels: Any, block: _Block, out: Array) -> None:
+    x, targets = block.x, block.per_row(1)
+    ignore_index, z_loss = block.options["ignore_index"], block.options["z_loss"]
+    top, log_total = _log_total(kernels, x, None)
+    top = np.where(np.isfinite(top), top, np.nan)
+    known = (targets >= 0) & (targets < x.shape[1])
+    index = np.where(known, targets, 0)
+    y = log_total + (top - x[np.arange(len(x)), index])
+    if block.operands[2] is not None:
+        weight = block.rows(2)[np.arange(len(x)), index]
+        y = np.where((weight == 0) & (y == np.inf), 0.0, weight * y)
+    y = np.where(known, y, np.nan)
+    if z_loss:
+        y = y + z_loss * (top + log_total) ** 2
+    out[:, 0] = y if ignore_index is None else np.where(targets == ignore_index, 0.0, y)
+
+
+_FORMULAS: dict[str, tuple[Callable[[Any, _Block, Array], None], bool]] = {
+    "softmax": (_softmax, True),
+    "log_softmax": (_log_softmax, True),
+    "softmax_vjp": (_softmax_vjp, True),
+    "log_softmax_vjp": (_log_softmax_vjp, True),
+    "logsumexp": (_logsumexp, False),
+    "cross_entropy": (_cross_entropy, False),
+}
+"""Each formula's kernel, and whether its answer has the length of the rows (else 1)."""
