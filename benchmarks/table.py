@@ -121,5 +121,5 @@ def _verdicts(result: dict[str, Any]) -> str:
         text = f"- memory of {one['op']}, {one['runner']}: {one['extra_mib']:.1f} MiB, target ≤ 16"
         found.append((text, one["verdict"]))
     counts = {name: sum(verdict == name for _, verdict in found) for name in MARKS}
-    head = f"{counts['met']} met, {counts['near']} missed within the spread, {counts['missed']} missed:"
+    head = f"{counts['met']} met, {counts['near']} missed within the spread, {counts['missed']} missed."
     return "\n".join([head, "", *(text for text, verdict in found if verdict == "missed")])

@@ -29,7 +29,7 @@ LONG = 0.05
 class Effort:
     """How long a case is measured."""
 
-    seconds: float = 2.0
+    seconds: float = 1.0
     least: int = 7
     most: int = 50
 
