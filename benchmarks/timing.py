@@ -66,13 +66,15 @@ def wall(finish: Callable[[Any], Any]) -> Stopwatch:
 def race(calls: dict[str, Call], stopwatch: Stopwatch, effort: Effort) -> dict[str, list[float]]:
     """Time every call in interleaved rounds, and return the seconds of each round.
 
-    The first two calls, which import, compile and fill caches, are not counted. The rounds end after
+    The first calls, which import, compile and fill caches, are not counted. The rounds end after
     ``effort.seconds`` once there are ``effort.least`` of them.
     """
     estimates = {}
     for name, call in calls.items():
         stopwatch(call, 1)
-        estimates[name] = stopwatch(call, 1)
+        once = stopwatch(call, 1)
+        # One stall here would make every later sample a single call, and a stall in it would count in full.
+        estimates[name] = once if once > LONG else min(once, stopwatch(call, 1), stopwatch(call, 1))
     numbers = {name: max(1, int(BURST / max(once, 1e-7))) for name, once in estimates.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
