@@ -1,0 +1,51 @@
+"""How each library's own keys and generators become two 32-bit words, and how words move between libraries."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from polysoftmax._arrays import Array, device_for, library
+
+
+def drawn_words(source: object) -> Array | None:
+    """Draw two words from a NumPy, PyTorch or CuPy generator, as int32; None for anything else."""
+    numpy, torch, cupy = (sys.modules.get(name) for name in ("numpy", "torch", "cupy"))
+    if numpy is not None and isinstance(source, numpy.random.Generator):
+        return source.integers(0, 1 << 32, size=2, dtype=numpy.uint32).view(numpy.int32)
+    if torch is not None and isinstance(source, torch.Generator):
+        return torch.randint(-(1 << 31), 1 << 31, (2,), generator=source, dtype=torch.int32, device=source.device)
+    if cupy is not None and isinstance(source, cupy.random.Generator):
+        return source.integers(0, 1 << 32, size=2, dtype=cupy.uint32).view(cupy.int32)
+    return None
+
+
+def key_data(key: Array) -> Array:
+    """Return the words of one of JAX's typed keys; any other array as it is."""
+    if library(key).name == "jax":
+        import jax
+
+        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return jax.random.key_data(key)
+    return key
+
+
+def move(words: Array, x: Array) -> Array:
+    """Bring words to the library and device of ``x``; the one place where arrays of two libraries may meet."""
+    here, there = library(words), library(x)
+    if here.xp is not there.xp:
+        words = there.xp.asarray(_host(words, here.name), device=device_for(x))
+    elif there.name == "torch" and words.device != x.device:
+        words = words.to(x.device)
+    return words
+
+
+def _host(words: Array, name: str) -> Any:
+    """Return words as a NumPy array."""
+    import numpy as np
+
+    if name == "torch":
+        words = words.cpu()
+    elif name == "cupy":
+        words = words.get()
+    return np.array(words)

@@ -1,0 +1,398 @@
+"""Counter-based random numbers that are the same on every backend: Threefry-2x32 with 20 rounds.
+
+Words are 32 bits in int32 arrays, whose sums wrap around; a logical right shift is a shift and a mask. Word i of
+domain d is the first word of ``threefry2x32(key, (i, d))``. Source: Salmon, Moraes, Dror and Shaw, "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from polysoftmax._arrays import cast, device_for, is_array, is_number, library, namespace
+from polysoftmax.engines.generators import drawn_words, key_data, move
+
+if TYPE_CHECKING:
+    from polysoftmax._arrays import Array
+
+__all__ = ["bits", "fold_in", "gumbel", "key", "split", "threefry2x32", "uniform"]
+
+BITS, BLOCKS, TOKENS, KEYS = range(4)
+"""The domains: public bits, block variates, token variates, and new keys. They are frozen, as all of this is."""
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+
+
+def _rotate(x: Array, by: int) -> Array:
+    return (x << by) | ((x >> (32 - by)) & ((1 << by) - 1))
+
+
+def _threefry(k0: Array, k1: Array, c0: Array, c1: Array) -> tuple[Array, Array]:
+    """Return the two words of each block, from int32 arrays that broadcast against each other."""
+    schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
+    a, b = c0 + k0, c1 + k1
+    for group in range(5):
+        for by in _ROTATIONS[group % 2]:
+            a = a + b
+            b = _rotate(b, by) ^ a
+        a = a + schedule[(group + 1) % 3]
+        b = b + (schedule[(group + 2) % 3] + (group + 1))
+    return a, b
+
+
+def words(k0: Array, k1: Array, index: Array, domain: int) -> Array:
+    """Return the random words of an index, int32 arrays that broadcast, in a domain."""
+    return _threefry(k0, k1, index, namespace(index).full_like(index, domain))[0]
+
+
+def uniform_of(word: Array) -> Array:
+    """Return float32 numbers in (0, 1) with the full resolution of 32 bits near 0."""
+    xp = namespace(word)
+    high = xp.astype((word >> 16) & 0xFFFF, xp.float32)
+    low = xp.astype(word & 0xFFFF, xp.float32)
+    return xp.minimum((high * 65536.0 + low + 0.5) * 2.0**-32, xp.full_like(high, 1.0 - 2.0**-24))
+
+
+def gumbel_of(word: Array) -> Array:
+    """Return float32 standard Gumbel variates; great ones come from numbers near 0, which are resolved best."""
+    xp = namespace(word)
+    return -xp.log(-xp.log1p(-uniform_of(word)))
+
+
+def threefry2x32(key_words: Array, counter_words: Array, /) -> Array:
+    """One block of Threefry-2x32 with 20 rounds, for those who check the generator.
+
+    Parameters
+    ----------
+    key_words, counter_words : array
+        32-bit words, of shapes (..., 2) that broadcast: uint32 NumPy arrays, or int32 of any library.
+
+    Returns
+    -------
+    array
+        The words of the block, of the broadcast shape and the dtype of ``counter_words``.
+
+    Raises
+    ------
+    TypeError
+        If the words are not 32-bit integers of one library.
+    ValueError
+        If the last axis does not have two entries.
+
+    Notes
+    -----
+    Source: Salmon, Moraes, Dror and Shaw, SC 2011; the known answers of their Random123 library are tests.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from polysoftmax import random
+    >>> zeros = np.zeros(2, np.uint32)
+    >>> [hex(word) for word in random.threefry2x32(zeros, zeros)]
+    ['0x6b200159', '0x99ba4efe']
+    """
+    xp = namespace(counter_words)
+    k, c = _int32(key_words, "key_words"), _int32(counter_words, "counter_words")
+    a, b = _threefry(k[..., 0:1], k[..., 1:2], c[..., 0:1], c[..., 1:2])
+    return cast(xp.concat([a, b], axis=-1), counter_words.dtype)
+
+
+def _int32(value: Array, name: str) -> Array:
+    """Return 32-bit words as int32, their bits unchanged."""
+    xp = library(value).xp
+    if str(value.dtype).rpartition(".")[2] not in ("int32", "uint32"):
+        msg = f"{name} must hold 32-bit words, int32 or uint32, got dtype {value.dtype}"
+        raise TypeError(msg)
+    if value.ndim < 1 or value.shape[-1] != 2:
+        msg = f"{name} must have two words along the last axis, got shape {tuple(value.shape)}"
+        raise ValueError(msg)
+    return xp.astype(value, xp.int32)
+
+
+def key(seed: int | Array, *, xp: Any = None, device: Any = None) -> Array:
+    """Make a key from a seed, or keys from an array of seeds.
+
+    Parameters
+    ----------
+    seed : int or array of ints
+        Any integer; it counts modulo 2**64.
+    xp : namespace, optional
+        The library of the key; by default that of an array of seeds, else NumPy, which is then imported.
+    device : optional
+        Where the key is put.
+
+    Returns
+    -------
+    array
+        int32, of shape (..., 2): the high and the low word of each seed.
+
+    Raises
+    ------
+    TypeError
+        If ``seed`` is neither an int nor an array of ints.
+
+    Notes
+    -----
+    The words are those of ``jax.random.key(seed)``. Keys are plain arrays: stack them, index them, pass them
+    through ``jax.jit``.
+
+    Examples
+    --------
+    >>> from polysoftmax import random
+    >>> random.key(7)
+    array([0, 7], dtype=int32)
+    """
+    if is_array(seed) and not is_number(seed):
+        return _key_of_array(seed, xp, device)
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        msg = f"a seed must be an int or an array of ints, got {type(seed).__name__}"
+        raise TypeError(msg)
+    whole = seed.__index__() % (1 << 64)
+    if xp is None:
+        xp = import_module("array_api_compat.numpy")
+    return xp.asarray([_signed(whole >> 32), _signed(whole & 0xFFFFFFFF)], dtype=xp.int32, device=device)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _key_of_array(seed: Array, xp: Any, device: Any) -> Array:
+    own = namespace(seed)
+    if not own.isdtype(seed.dtype, "integral"):
+        msg = f"seeds must be ints, got dtype {seed.dtype}"
+        raise TypeError(msg)
+    if own.iinfo(seed.dtype).bits == 64:
+        high = own.astype(seed >> 32, own.int32)
+    elif own.isdtype(seed.dtype, "signed integer"):
+        high = own.where(seed < 0, own.full(seed.shape, -1, dtype=own.int32), 0)
+    else:
+        high = own.zeros(seed.shape, dtype=own.int32)
+    made = own.stack([high, own.astype(seed, own.int32)], axis=-1)
+    return made if xp is None else move(made, xp.empty(0, device=device))
+
+
+def split(key: Array | int, num: int = 2) -> Array:
+    """Make new, independent keys from one.
+
+    Parameters
+    ----------
+    key : array, int or generator
+        A key, or keys of shape (..., 2), or whatever `sample` takes as one.
+    num : int
+        How many.
+
+    Returns
+    -------
+    array
+        int32, of shape (..., num, 2).
+
+    Raises
+    ------
+    TypeError
+        If ``key`` is no key.
+    ValueError
+        If ``num`` is negative.
+
+    Examples
+    --------
+    >>> from polysoftmax import random
+    >>> random.split(random.key(7), 3).shape
+    (3, 2)
+    """
+    if num < 0:
+        msg = f"num must be 0 or greater, got {num}"
+        raise ValueError(msg)
+    k = as_key(key)
+    xp = namespace(k)
+    index = xp.arange(num, dtype=xp.int32, device=device_for(k))
+    return xp.stack(_threefry(k[..., 0:1], k[..., 1:2], index, xp.full_like(index, KEYS)), axis=-1)
+
+
+def fold_in(key: Array | int, data: int | Array) -> Array:
+    """Make a new key from a key and an integer, such as the number of a row or of a step.
+
+    Parameters
+    ----------
+    key : array, int or generator
+        A key, or keys of shape (..., 2), or whatever `sample` takes as one.
+    data : int or array of ints
+        It counts modulo 2**32. An array broadcasts against the keys' leading dimensions.
+
+    Returns
+    -------
+    array
+        int32, of shape (..., 2).
+
+    Raises
+    ------
+    TypeError
+        If ``key`` is no key, or ``data`` neither an int nor an array of ints.
+
+    Notes
+    -----
+    ``fold_in(key, i)`` is entry i of ``split(key, n)`` for every n above i.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from polysoftmax import random
+    >>> bool((random.fold_in(7, 2) == random.split(7, 5)[2]).all())
+    True
+    """
+    k = as_key(key)
+    xp = namespace(k)
+    if is_array(data) and not is_number(data):
+        index = move(data, k)
+        if not xp.isdtype(index.dtype, "integral"):
+            msg = f"data must be ints, got dtype {index.dtype}"
+            raise TypeError(msg)
+        index = xp.astype(index, xp.int32)
+    elif isinstance(data, bool) or not hasattr(data, "__index__"):
+        msg = f"data must be an int or an array of ints, got {type(data).__name__}"
+        raise TypeError(msg)
+    else:
+        index = xp.asarray(_signed(data.__index__() & 0xFFFFFFFF), dtype=xp.int32, device=device_for(k))
+    return _fold(k, xp.expand_dims(index, axis=-1))
+
+
+def _fold(k: Array, index: Array) -> Array:
+    """Return new keys from keys and int32 indices of shape (..., 1)."""
+    xp = namespace(k)
+    k0, k1, index = xp.broadcast_arrays(k[..., 0:1], k[..., 1:2], index)
+    return xp.concat(_threefry(k0, k1, index, xp.full_like(index, KEYS)), axis=-1)
+
+
+def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, device: Any = None) -> Array:
+    """Random bits, the same on every backend.
+
+    Parameters
+    ----------
+    key : array, int or generator
+        A key, or keys of shape (..., 2): each then gives an array of its own.
+    shape : int or tuple of ints
+        Shape of the words of one key.
+    xp : namespace, optional
+        The library of the result; by default that of the key.
+    device : optional
+        Where the result is put.
+
+    Returns
+    -------
+    array
+        int32 words of 32 random bits, of shape (..., *shape): word i, counted in C order, belongs to the key and i
+        alone.
+
+    Raises
+    ------
+    TypeError
+        If ``key`` is no key.
+
+    Examples
+    --------
+    >>> from polysoftmax import random
+    >>> bool((random.bits(7, 6)[:3] == random.bits(7, 3)).all())
+    True
+    """
+    k = as_key(key)
+    if xp is not None:
+        k = move(k, xp.empty(0, device=device))
+    own = namespace(k)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    count = math.prod(shape)
+    word = words(k[..., 0:1], k[..., 1:2], own.arange(count, dtype=own.int32, device=device_for(k)), BITS)
+    return own.reshape(word, (*k.shape[:-1], *shape))
+
+
+def uniform(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, device: Any = None) -> Array:
+    """Uniform numbers in (0, 1), the same on every backend.
+
+    Parameters
+    ----------
+    key, shape, xp, device
+        As for `bits`.
+
+    Returns
+    -------
+    array
+        float32, min((w + 1/2)·2^-32, 1 - 2^-24) for a word w: neither 0 nor 1, and finest near 0.
+
+    Raises
+    ------
+    TypeError
+        If ``key`` is no key.
+
+    Examples
+    --------
+    >>> from polysoftmax import random
+    >>> random.uniform(7, 1000).mean().round(1)
+    np.float32(0.5)
+    """
+    return uniform_of(bits(key, shape, xp=xp, device=device))
+
+
+def gumbel(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, device: Any = None) -> Array:
+    """Return standard Gumbel variates from the same bits on every backend.
+
+    Parameters
+    ----------
+    key, shape, xp, device
+        As for `bits`.
+
+    Returns
+    -------
+    array
+        float32, -log(-log(1 - u)) for `uniform` numbers u; always finite.
+
+    Raises
+    ------
+    TypeError
+        If ``key`` is no key.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from polysoftmax import random
+    >>> bool(np.isfinite(random.gumbel(7, 1000)).all())
+    True
+    """
+    return gumbel_of(bits(key, shape, xp=xp, device=device))
+
+
+def as_key(value: Array | int | object, like: Array | None = None) -> Array:
+    """Return keys as an int32 array of shape (..., 2), in the library of ``like`` if that is given."""
+    drawn = drawn_words(value)
+    if drawn is not None:
+        found = drawn
+    elif is_array(value) and not is_number(value):
+        found = key_data(value)
+        if found.ndim >= 1 and found.shape[-1] == 4:
+            found = _fold_four(found)
+        found = _int32(found, "a key")
+    elif (isinstance(value, int) and not isinstance(value, bool)) or (is_number(value) and hasattr(value, "__index__")):
+        found = key(value)
+    else:
+        msg = (
+            "a key must be an int seed, a polysoftmax.random.key, a jax.random.key, or a generator of NumPy, PyTorch "
+            f"or CuPy, got {type(value).__name__}"
+        )
+        raise TypeError(msg)
+    return found if like is None else move(found, like)
+
+
+def _fold_four(four: Array) -> Array:
+    """Return one key of two words for each of JAX's keys of four."""
+    xp = namespace(four)
+    k = xp.astype(four, xp.int32)
+    return xp.concat(_threefry(k[..., 0:1], k[..., 1:2], k[..., 2:3], k[..., 3:4]), axis=-1)
+
+
+def row_keys(k: Array, batch: tuple[int, ...]) -> Array:
+    """Return one key a row: keys with leading dimensions as they are, a single one folded with the row's number."""
+    if k.ndim > 1 or not batch:
+        return k
+    xp = namespace(k)
+    return _fold(k, xp.reshape(xp.arange(math.prod(batch), dtype=xp.int32, device=device_for(k)), (*batch, 1)))
