@@ -1,5 +1,6 @@
 """The softmax family, written once in the array API standard, for NumPy, JAX, PyTorch and CuPy."""
 
+from polysoftmax import random
 from polysoftmax._jacobian import (
     log_softmax_jacobian,
     log_softmax_jvp,
@@ -9,7 +10,9 @@ from polysoftmax._jacobian import (
     softmax_vjp,
 )
 from polysoftmax._losses import cross_entropy, entropy, kl_divergence
+from polysoftmax._sampling import sample
 from polysoftmax._softmax import log_softmax, logsumexp, softmax
+from polysoftmax._truncation import truncate
 from polysoftmax.engines import engine, explain
 
 __version__ = "0.1.0"
@@ -26,8 +29,11 @@ __all__ = [
     "log_softmax_jvp",
     "log_softmax_vjp",
     "logsumexp",
+    "random",
+    "sample",
     "softmax",
     "softmax_jacobian",
     "softmax_jvp",
     "softmax_vjp",
+    "truncate",
 ]

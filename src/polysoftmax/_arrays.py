@@ -344,6 +344,12 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     return Rows(xp, flat, ndim - len(axes), compute, result, shape, axes, True)
 
 
+def last_rows(x: Array, axis: Axis) -> Rows:
+    """Check an input and bring it into the form of rows whose entries stand along the last axis."""
+    r = rows(x, axis)
+    return r if r.flattened or r.axis == len(r.shape) - 1 else rows(x, (r.axis,))
+
+
 def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
     if axis is None:
         return tuple(range(ndim))
@@ -489,6 +495,46 @@ def take_along(x: Array, indices: Array, axis: int) -> Array:
         return found.xp.take_along_axis(x, indices, axis=axis)
     hit = along_axis(found.xp.arange(x.shape[axis]), x.ndim, axis) == indices
     return found.xp.sum(found.xp.where(hit, x, 0), axis=axis, keepdims=True, dtype=x.dtype)
+
+
+def largest(x: Array, k: int) -> Array:
+    """Return the k greatest entries of every row along the last axis, in decreasing order."""
+    found = library(x)
+    xp = found.xp
+    n = x.shape[-1]
+    if found.name == "dask":
+        msg = "Dask cannot sort lazily, as top_k and top_p need: compute the logits first, logits.compute()"
+        raise NotImplementedError(msg)
+    if found.name == "torch":
+        import torch
+
+        return torch.topk(x, k, dim=-1).values if k < n else torch.sort(x, dim=-1, descending=True).values
+    if found.name == "jax" and k < n:
+        import jax
+
+        return jax.lax.top_k(x, k)[0]
+    if found.name == "numpy":
+        # NumPy's sort is fast, but only increasing.
+        part = x if k == n else xp.partition(x, n - k, axis=-1)[..., n - k :]
+        return xp.sort(part, axis=-1)[..., ::-1]
+    return xp.sort(x, axis=-1, descending=True)[..., :k]
+
+
+def block_of(z: Array, block: Array, size: int) -> tuple[Array, Array]:
+    """Return a block of ``size`` entries of every row along the last axis, and their indices as int32.
+
+    ``block`` has length 1 there. Entries past the end are -inf. Where the library cannot gather, the rows are returned
+    whole, with -inf outside the block.
+    """
+    found = library(z)
+    xp = found.xp
+    n = z.shape[-1]
+    if found.name == "dask":
+        index = xp.arange(n, dtype=xp.int32)
+        return xp.where(index // size == block, z, -math.inf), index
+    index = xp.astype(block, xp.int32) * size + xp.arange(size, dtype=xp.int32, device=device_for(z))
+    inside = xp.astype(xp.minimum(index, xp.full_like(index, n - 1)), default_index(xp))
+    return xp.where(index < n, xp.take_along_axis(z, inside, axis=-1), -math.inf), index
 
 
 def along_axis(vector: Array, ndim: int, axis: int) -> Array:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import Rows, cast, device_for, rows
+from polysoftmax._arrays import Rows, cast, device_for, last_rows, rows
 from polysoftmax._softmax import LOG_SOFTMAX, SOFTMAX, over_regular_temperature
 from polysoftmax.engines import RowFormula
 
@@ -299,7 +299,7 @@ def softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Numbe
            [-0.022 ,  0.1848, -0.1628],
            [-0.0599, -0.1628,  0.2227]])
     """
-    r = _last(x, axis)
+    r = last_rows(x, axis)
     t = r.temperature(temperature)
     y = SOFTMAX(r, r.x, t, None, result=r.compute)
     matrix = y[..., :, None] * (_identity(r) - y[..., None, :])
@@ -344,16 +344,10 @@ def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | N
            [-0.09  ,  0.7553, -0.6652],
            [-0.09  , -0.2447,  0.3348]])
     """
-    r = _last(x, axis)
+    r = last_rows(x, axis)
     t = r.temperature(temperature)
     p = SOFTMAX(r, r.x, t, None, result=r.compute)
     return cast(over_regular_temperature(_identity(r) - p[..., None, :], _per_matrix(t)), r.result)
-
-
-def _last(x: Array, axis: Axis) -> Rows:
-    """Return rows whose entries stand along the last axis."""
-    r = rows(x, axis)
-    return r if r.flattened or r.axis == len(r.shape) - 1 else rows(x, (r.axis,))
 
 
 def _identity(r: Rows) -> Array:

@@ -1,0 +1,234 @@
+"""The two-level Gumbel-max draw: the same token on every backend, for about n/256 + 256 random words a row.
+
+The axis is cut into blocks. A Gumbel variate is added to the logarithm of each block's mass, and the best block wins;
+inside it, one is added to each scaled logit, and the best token wins. As a softmax of softmaxes is a softmax, the draw
+is exact. Source of the max trick: Gumbel, "Statistical theory of extreme values", 1954; Maddison, Tarlow and Minka,
+"A* sampling", NeurIPS 2014.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from polysoftmax._arrays import (
+    accurate_sum,
+    block_of,
+    cast,
+    default_index,
+    device_for,
+    last_rows,
+    namespace,
+    row_maximum,
+)
+from polysoftmax._softmax import over_temperature
+from polysoftmax._truncation import filters, is_spread, truncated
+from polysoftmax.engines import RowFormula
+from polysoftmax.random import BLOCKS, TOKENS, as_key, gumbel_of, row_keys, words
+
+if TYPE_CHECKING:
+    from polysoftmax._arrays import Array, Axis, Number, Rows
+
+
+def block_length(n: int) -> int:
+    """Return how many tokens a block holds, for rows of n; it is frozen, since the draw depends on it."""
+    return max(2, min(256, 1 << (((n - 1).bit_length() + 1) // 2)))
+
+
+def _sample(
+    x: Array,
+    k0: Array,
+    k1: Array,
+    temperature: Array | float | None,
+    where: Array | None,
+    k: Array | None,
+    p: Array | float | None,
+    min_p: Array | float | None,
+    *,
+    axis: int,
+    top_k: int | None,
+    filtered: bool,
+    logprobs: bool,
+) -> tuple[Array, ...]:
+    xp = namespace(x)
+    operands: tuple[Any, ...] = (x, k0, k1, temperature, where, k, p, min_p)
+    if axis != x.ndim - 1:
+        operands = tuple(xp.moveaxis(one, axis, -1) if is_spread(one) else one for one in operands)
+    x, k0, k1, temperature, where, *bounds = operands
+    if where is not None:
+        x = xp.where(where, x, -math.inf)
+    if filtered:
+        x = truncated(x, temperature, *bounds, top_k=top_k)
+    size = block_length(x.shape[-1])
+    top = row_maximum(x, x.ndim - 1)
+    z = over_temperature(x - top, temperature)
+    mass = _block_sums(xp.exp(z), size)
+    block = _best(mass, xp.log(mass), k0, k1, _indices(mass), BLOCKS, temperature)
+    inside, index = block_of(z, block, size)
+    position = _best(xp.exp(inside), inside, k0, k1, index, TOKENS, temperature)
+    won = _indices(inside) == position
+    token = xp.max(xp.where(won, index, -1), axis=-1, keepdims=True)
+    # NaN, +inf and nothing to draw from show in the maximum; a bad temperature makes every mass NaN.
+    total = accurate_sum(mass, x.ndim - 1)
+    drawn = (top > -math.inf) & (top < math.inf) & (total > 0)
+    answer = [xp.where(drawn, xp.astype(token, default_index(xp)), -1)]
+    if logprobs:
+        score = xp.max(xp.where(won, inside, -math.inf), axis=-1, keepdims=True)
+        answer.append(xp.where(drawn, score - xp.log(total), math.nan))
+    return tuple(answer if axis == x.ndim - 1 else (xp.moveaxis(one, -1, axis) for one in answer))
+
+
+def _block_sums(terms: Array, size: int) -> Array:
+    """Return the sum of every block along the last axis; the last block may be shorter."""
+    xp = namespace(terms)
+    whole = terms.shape[-1] // size * size
+    sums = []
+    if whole:
+        blocks = xp.reshape(terms[..., :whole], (*terms.shape[:-1], whole // size, size))
+        sums.append(accurate_sum(blocks, blocks.ndim - 1)[..., 0])
+    if whole < terms.shape[-1]:
+        sums.append(accurate_sum(terms[..., whole:], terms.ndim - 1))
+    return sums[0] if len(sums) == 1 else xp.concat(sums, axis=-1)
+
+
+def _indices(x: Array) -> Array:
+    return namespace(x).arange(x.shape[-1], dtype=namespace(x).int32, device=device_for(x))
+
+
+def _best(
+    mass: Array, score: Array, k0: Array, k1: Array, index: Array, domain: int, temperature: Array | float | None
+) -> Array:
+    """Return the position of the best score along the last axis: with a Gumbel variate, or of the first at T = 0."""
+    xp = namespace(score)
+    noisy = score + cast(gumbel_of(words(k0, k1, index, domain)), score.dtype)
+    if temperature is not None and not isinstance(temperature, float):
+        greedy = xp.where(mass > 0, 0.0, xp.full_like(score, -math.inf))
+        noisy = xp.where(temperature == 0, greedy, noisy)
+    return xp.argmax(noisy, axis=-1, keepdims=True)
+
+
+SAMPLE = RowFormula("sample", _sample)
+
+
+def sample(
+    logits: Array,
+    key: Array | int | object,
+    /,
+    *,
+    axis: Axis = -1,
+    temperature: Array | Number = 1.0,
+    top_k: Array | int | None = None,
+    top_p: Array | Number | None = None,
+    min_p: Array | Number | None = None,
+    where: Array | None = None,
+    return_logprobs: bool = False,
+) -> Array | tuple[Array, Array]:
+    r"""Draw a token from the softmax of logits: the same one on every backend.
+
+    Parameters
+    ----------
+    logits : array
+        Real, of any shape.
+    key : int, key or generator
+        An int seed; a `polysoftmax.random.key`; a ``jax.random.key``; a generator of NumPy, PyTorch or CuPy, from
+        which two words are drawn; or an array of one key a row, of shape (..., 2), whose leading dimensions broadcast
+        against the rows. A key may come from another library or device than the logits.
+    axis : int, tuple of ints, or None
+        The axes of the tokens; several are flattened in increasing order.
+    temperature : number or array
+        T, in units of the logits, 0 or greater. At 0 the most likely token is taken, the lowest index among equals.
+        Rows may mix 0 and positive values.
+    top_k, top_p, min_p : number or array, optional
+        What is removed before the draw (see `truncate`).
+    where : array of bool, optional
+        Broadcasts against ``logits``. Tokens under False do not exist.
+    return_logprobs : bool
+        Whether to return also the log-probability of each token under the distribution it was drawn from.
+
+    Returns
+    -------
+    array, or tuple of two arrays
+        Indices along ``axis``, of the shape of ``logits`` without it, in the library's default index dtype; -1 for a
+        row without a token, with NaN or with +inf. Then the log-probabilities in nats, float32 or wider; NaN for -1.
+
+    Raises
+    ------
+    TypeError
+        If ``logits`` is not an array, ``key`` is none of the above, or arrays of two libraries or devices are mixed.
+    ValueError
+        If the axis is empty, the keys do not match the rows, or a parameter given as a number is out of range.
+    AxisError
+        A ValueError and IndexError, if ``axis`` is out of bounds.
+    NotImplementedError
+        For top_k and top_p on Dask, which cannot sort lazily.
+
+    Notes
+    -----
+    The random bits depend on the row's key and the index of the token alone: not on the batch around the row, its
+    chunks, threads or device. Tokens are therefore equal everywhere, except where two scores lie within rounding of
+    each other. A single key is folded with each row's number, so that rows differ; give keys per row, and a row's
+    token does not depend on its neighbours.
+
+    A removed, masked or -inf token is never drawn. The draw is exact: two levels of the Gumbel-max trick, over blocks
+    and within one. Sources: Gumbel, "Statistical theory of extreme values", 1954; Maddison, Tarlow and Minka, "A*
+    sampling", NeurIPS 2014.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> logits = np.log([[0.1, 0.2, 0.7], [0.1, 0.2, 0.7]])
+    >>> polysoftmax.sample(logits, 7, temperature=np.asarray([0.0, 1.0])).shape
+    (2,)
+    >>> tokens = polysoftmax.sample(logits[0], polysoftmax.random.split(7, 10_000))
+    >>> (np.bincount(tokens) / 10_000).round(1)
+    array([0.1, 0.2, 0.7])
+    """
+    r = last_rows(logits, axis)
+    if r.length == 0:
+        msg = f"sample needs at least one token, got logits of shape {r.shape} with axis={axis}"
+        raise ValueError(msg)
+    x, keys = _rows_and_keys(r, as_key(key, like=r.x))
+    kept = filters(r, top_k, top_p, min_p)
+    answer = SAMPLE(
+        replace(r, x=x, axis=x.ndim - 1),
+        x,
+        keys[..., 0:1],
+        keys[..., 1:2],
+        r.temperature(temperature),
+        r.mask(where),
+        kept.k,
+        kept.p,
+        kept.min_p,
+        top_k=kept.top_k,
+        filtered=not kept.off,
+        logprobs=return_logprobs,
+    )
+    tokens, *logprobs = (r.xp.squeeze(one, axis=-1) for one in answer)
+    return (tokens, logprobs[0]) if return_logprobs else tokens
+
+
+def _rows_and_keys(r: Rows, keys: Array) -> tuple[Array, Array]:
+    """Return the rows and one key for each; several keys for one row repeat the row."""
+    batch = r.reduced_shape
+    keys = row_keys(keys, batch)
+    try:
+        shape = _broadcast_shapes(tuple(keys.shape[:-1]), batch)
+    except ValueError as error:
+        msg = f"keys of shape {tuple(keys.shape)} do not match rows of shape {batch}: leading dimensions must broadcast"
+        raise ValueError(msg) from error
+    x = r.x if shape == batch else r.xp.broadcast_to(r.x, (*shape, r.length))
+    return x, r.xp.broadcast_to(keys, (*shape, 2))
+
+
+def _broadcast_shapes(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    ndim = max(len(one), len(other))
+    pairs = zip((1,) * (ndim - len(one)) + one, (1,) * (ndim - len(other)) + other, strict=True)
+    shape = []
+    for m, n in pairs:
+        if m != n and 1 not in (m, n):
+            msg = f"{m} and {n} do not broadcast"
+            raise ValueError(msg)
+        shape.append(n if m == 1 else m)
+    return tuple(shape)
