@@ -16,7 +16,7 @@ import pytest
 
 import polysoftmax
 from polysoftmax.__main__ import main
-from polysoftmax._demo import backends, model, tour
+from polysoftmax._demo import backends, model, tour, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,7 +111,15 @@ def test_bundled_text_is_english() -> None:
 def test_demo_shows_every_part(capsys: pytest.CaptureFixture[str], text: Path) -> None:
     code, out, err = run(capsys, "demo", "--text", text, "--steps", 30, "--backend", "numpy")
     assert (code, err) == (0, "")
-    for part in ("Backends", np.__version__, "words.txt", "held-out loss", "T = 0.25", "Every answer agrees"):
+    for part in (
+        "Backends",
+        np.__version__,
+        "words.txt",
+        "held-out loss",
+        "T = 0.25",
+        "top_p = 0.9",
+        "Every answer agrees",
+    ):
         assert part in out
     rows = {tuple(re.findall(r"-?\d\.\d{4}", line)) for line in out.splitlines()}
     assert ("0.0900", "0.2447", "0.6652") in rows
@@ -153,6 +161,47 @@ def test_demo_bears_a_text_of_one_character(capsys: pytest.CaptureFixture[str], 
     code, out, _ = run(capsys, "demo", "--text", path, "--steps", 3, "--backend", "numpy")
     assert code == 0
     assert "1 symbols" in out
+
+
+@pytest.fixture(scope="module")
+def fitted(corpus: model.Corpus) -> model.Fit:
+    return model.fit(backend("numpy"), corpus, 30, lambda *_: None)
+
+
+PROMPT = "the others"
+
+
+def test_texts_follow_their_style(corpus: model.Corpus, fitted: model.Fit) -> None:
+    length = 60
+    texts = writing.write_text(fitted, fitted.backend, corpus, PROMPT, length, seed=1)
+    rows = dict(zip((style.name for style in writing.STYLES), texts, strict=True))
+    # The ranks of the characters drawn, among what the model holds likely after what stands before them.
+    ranks = {}
+    for name, text in rows.items():
+        numbers = corpus.encode(PROMPT + text)
+        before = np.asarray([numbers[i : i + model.CONTEXT] for i in range(length)])
+        z = model.logits(fitted.weights, before)
+        drawn = np.asarray(numbers[model.CONTEXT :])
+        ranks[name] = (z > np.take_along_axis(z, drawn[:, None], axis=1)).sum(axis=1)
+    assert ranks["T = 0"].max() == 0
+    assert ranks["T = 1, top_k = 5"].max() < 5
+    assert ranks["T = 1, top_k = 5"].max() > 0
+    assert ranks["T = 1"].max() >= 5
+    again = writing.write_text(fitted, fitted.backend, corpus, PROMPT, length, seed=2)
+    assert [text == other for text, other in zip(texts, again, strict=True)] == [True] + [False] * (len(texts) - 1)
+
+
+@pytest.mark.parametrize("name", ["jax", "torch", "torch:cuda", "cupy"])
+def test_texts_are_those_of_numpy(name: str, corpus: model.Corpus, fitted: model.Fit) -> None:
+    texts = writing.write_text(fitted, fitted.backend, corpus, PROMPT, 40, seed=1)
+    assert writing.write_text(fitted, backend(name), corpus, PROMPT, 40, seed=1) == texts
+
+
+def test_demo_says_where_texts_part() -> None:
+    same = ["abcdef"] * len(writing.STYLES)
+    other = [*same[:2], "abcXef", *same[3:]]
+    assert "draws the same 6 texts as numpy" in tour._compare_texts("numpy", same, list(same))
+    assert tour._compare_texts("numpy", same, other).endswith("rounding: T = 1 from character 4")
 
 
 @pytest.mark.parametrize("names", [["numpy"], ["numpy", "torch"]])

@@ -13,6 +13,7 @@ from pathlib import Path
 import polysoftmax
 from polysoftmax._demo.backends import NAMES, Backend, UsageError, look_for
 from polysoftmax.engines import portable
+from polysoftmax.engines._threads import num_threads
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,12 +92,11 @@ def _check(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     del options
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     lines = [
         ("polysoftmax", polysoftmax.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("array-api-compat", metadata.version("array-api-compat")),
-        ("CPU threads", f"{threads}"),
+        ("threads", str(num_threads())),
         ("engine", "portable" if portable() else "auto"),
     ]
     reasons = []

@@ -15,6 +15,7 @@ from rich.text import Text
 import polysoftmax
 from polysoftmax._demo.backends import Backend, Missing, choose
 from polysoftmax._demo.model import CONTEXT, Corpus, Fit, fit, gradient_rule, next_logits, open_context, read_corpus
+from polysoftmax._demo.writing import STYLES, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from polysoftmax._arrays import Array
 
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0)
+WRITTEN = 160
+SEED = 2026
 
 # Largest differences that the demo calls agreement: about ten roundings of float32, and what they may grow to while
 # a model is fitted.
@@ -47,6 +50,7 @@ def run(*, backends: Iterable[str] | None, text: Path | None, plot: Path | None,
     agreed &= _compare_fits(console, fits, corpus)
     context = open_context(fits[0], corpus)
     agreed &= _show_temperatures(console, fits, corpus, context)
+    _show_texts(console, fits, corpus, context)
     if plot is not None:
         from polysoftmax._demo.plot import draw
 
@@ -207,6 +211,33 @@ def _show_temperatures(console: Console, fits: list[Fit], corpus: Corpus, contex
 def _distribution(one: Fit, corpus: Corpus, context: str, temperature: float) -> list[float]:
     x = next_logits(one, corpus, context)
     return polysoftmax.softmax(x, temperature=temperature).tolist()  # type: ignore[no-any-return]
+
+
+def _show_texts(console: Console, fits: list[Fit], corpus: Corpus, prompt: str) -> None:
+    _heading(console, f"Text drawn with sample, seed {SEED}")
+    # All backends get the same weights: what is compared is the draw.
+    written = [write_text(fits[0], one.backend, corpus, prompt, WRITTEN, SEED) for one in fits]
+    table = _grid("", "", header=False)
+    for i, style in enumerate(STYLES):
+        table.add_row(style.name, Text.assemble((prompt, "dim"), written[0][i]))
+    console.print(table)
+    for one, texts in zip(fits[1:], written[1:], strict=True):
+        console.print(f"{one.backend.name} {_compare_texts(fits[0].backend.name, written[0], texts)}", style="dim")
+
+
+def _compare_texts(name: str, texts: list[str], others: list[str]) -> str:
+    """Say whether texts are those of the first backend, and where they part.
+
+    Parting is no failure: logits differ by rounding, and a draw changes where two scores lie that close.
+    """
+    parted = [i for i, (text, other) in enumerate(zip(texts, others, strict=True)) if text != other]
+    if not parted:
+        return f"draws the same {len(texts)} texts as {name} [green]✓[/]"
+    places = []
+    for i in parted:
+        at = next(j for j, (a, b) in enumerate(zip(texts[i], others[i], strict=True)) if a != b)
+        places.append(f"{STYLES[i].name} from character {at + 1}")
+    return f"departs from {name}, as it may where two scores lie within rounding: {'; '.join(places)}"
 
 
 def visible(character: str) -> str:
