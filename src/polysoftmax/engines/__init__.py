@@ -30,7 +30,7 @@ class RowFormula:
 
     ``function(x, *others, axis, **options)`` takes operands that broadcast against the rows ``x`` (None where
     absent), all floating ones in the compute dtype, and returns something of the shape of ``x`` or with length
-    1 along ``axis``.
+    1 along ``axis``, or a tuple of such arrays in dtypes of their own.
 
     ``jvp(operands, tangents, y, **options)`` and ``vjp(operands, y, cotangent, wanted, **options)`` are its
     derivative rules, for all floating operands; a tangent is None where it is zero. ``from_output`` says that the
@@ -86,10 +86,10 @@ class Call(NamedTuple):
                 wide[i] = cast(one, self.compute)
         return wide
 
-    def evaluate(self, operands: tuple[Array, ...]) -> Array:
+    def evaluate(self, operands: tuple[Array, ...]) -> Any:
         """Run the formula as it stands: the portable engine, and the definition of every other."""
         y = self.formula.function(*self.widen(operands), **self.options)
-        return cast(y, self.result)
+        return y if isinstance(y, tuple) else cast(y, self.result)
 
 
 class _Runner(Protocol):

@@ -53,9 +53,9 @@ def obstacle_by_name(name: str, compute: np.dtype[Any]) -> str:
 def obstacle(call: Call, operands: tuple[Array, ...]) -> str:
     """Return why a call cannot run in a kernel; nothing if it can."""
     name = call.formula.name
-    if name == "logsumexp" and operands[1] is not None:
+    if name.endswith("logsumexp") and operands[1] is not None:
         return "the kernel of logsumexp takes no weights"
-    if name == "cross_entropy" and (operands[1].dtype.kind not in "iu" or call.options["label_smoothing"]):
+    if name.endswith("cross_entropy") and (operands[1].dtype.kind not in "iu" or call.options["label_smoothing"]):
         return "the kernel of cross_entropy takes classes, without smoothing"
     return obstacle_by_name(name, np.dtype(call.compute))
 
@@ -110,7 +110,8 @@ class _Block:
         if one.shape != self.shape:
             one = np.broadcast_to(one, self.shape)
         one = _last(one, self.axis)
-        return np.ascontiguousarray(one.reshape(-1, one.shape[-1]), self._dtype_of(one))
+        # The rows themselves may be integers, other integers are classes.
+        return np.ascontiguousarray(one.reshape(-1, one.shape[-1]), self.dtype if i == 0 else self._dtype_of(one))
 
     def per_row(self, i: int) -> Array:
         """Return an operand that has one entry a row, or a number for all rows."""
@@ -200,6 +201,41 @@ def _cross_entropy(kernels: Any, block: _Block, out: Array) -> None:
     out[:, 0] = y if ignore_index is None else np.where(targets == ignore_index, 0.0, y)
 
 
+def _softmax_pullback(kernels: Any, block: _Block, out: Array) -> None:
+    kernels.softmax_slope(block.rows(3), block.rows(4), block.per_row(1), out)
+
+
+def _log_softmax_pullback(kernels: Any, block: _Block, out: Array) -> None:
+    kernels.log_softmax_slope(block.rows(3), block.rows(4), block.per_row(1), block.rows(2), out)
+
+
+@np.errstate(all="ignore")
+def _logsumexp_pullback(kernels: Any, block: _Block, out: Array) -> None:
+    where, y, g = block.rows(2), block.per_row(3), block.per_row(4)
+    kernels.softmax(block.x, None, where, g, out)
+    odd = np.isinf(y)  # a row that sums to 0 or to inf has no maximum to subtract
+    if odd.any():
+        terms = np.exp(block.x[odd] if where is None else np.where(where[odd], block.x[odd], -np.inf))
+        total = np.sum(terms, axis=1, keepdims=True)
+        out[odd] = terms / np.where(total == 0, 1.0, total) * g[odd, None]
+
+
+@np.errstate(all="ignore")
+def _cross_entropy_pullback(kernels: Any, block: _Block, out: Array) -> None:
+    x, targets, g = block.x, block.per_row(1), block.per_row(4)
+    ignore_index, z_loss = block.options["ignore_index"], block.options["z_loss"]
+    ignored = np.zeros(len(x), bool) if ignore_index is None else targets == ignore_index
+    at_target = np.arange(len(x)), np.where(ignored, 0, targets)
+    weight = g if block.operands[2] is None else g * block.rows(2)[at_target]
+    factor = weight
+    if z_loss:
+        top, log_total = _log_total(kernels, x, None)
+        factor = weight + 2.0 * z_loss * (top + log_total) * g
+    kernels.softmax(x, None, None, factor, out)
+    out[at_target] -= weight
+    out[ignored] = 0.0
+
+
 _FORMULAS: dict[str, tuple[Callable[[Any, _Block, Array], None], bool]] = {
     "softmax": (_softmax, True),
     "log_softmax": (_log_softmax, True),
@@ -207,5 +243,9 @@ _FORMULAS: dict[str, tuple[Callable[[Any, _Block, Array], None], bool]] = {
     "log_softmax_vjp": (_log_softmax_vjp, True),
     "logsumexp": (_logsumexp, False),
     "cross_entropy": (_cross_entropy, False),
+    "pullback of softmax": (_softmax_pullback, True),
+    "pullback of log_softmax": (_log_softmax_pullback, True),
+    "pullback of logsumexp": (_logsumexp_pullback, True),
+    "pullback of cross_entropy": (_cross_entropy_pullback, True),
 }
 """Each formula's kernel, and whether its answer has the length of the rows (else 1)."""
