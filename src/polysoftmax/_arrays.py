@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import array_api_compat
@@ -202,6 +202,10 @@ class Rows:
     def reduced_shape(self) -> tuple[int, ...]:
         """Shape of the input without the reduced axes."""
         return tuple(self.shape[i] for i in self.kept)
+
+    def of(self, x: Array) -> Rows:
+        """Return rows like these, of other entries: what a formula answered for each."""
+        return replace(self, x=x)
 
     def elementwise(self, y: Array) -> Array:
         """Give a result with the shape of the rows the shape of the input."""
@@ -495,29 +499,6 @@ def take_along(x: Array, indices: Array, axis: int) -> Array:
         return found.xp.take_along_axis(x, indices, axis=axis)
     hit = along_axis(found.xp.arange(x.shape[axis]), x.ndim, axis) == indices
     return found.xp.sum(found.xp.where(hit, x, 0), axis=axis, keepdims=True, dtype=x.dtype)
-
-
-def largest(x: Array, k: int) -> Array:
-    """Return the k greatest entries of every row along the last axis, in decreasing order."""
-    found = library(x)
-    xp = found.xp
-    n = x.shape[-1]
-    if found.name == "dask":
-        msg = "Dask cannot sort lazily, as top_k and top_p need: compute the logits first, logits.compute()"
-        raise NotImplementedError(msg)
-    if found.name == "torch":
-        import torch
-
-        return torch.topk(x, k, dim=-1).values if k < n else torch.sort(x, dim=-1, descending=True).values
-    if found.name == "jax" and k < n:
-        import jax
-
-        return jax.lax.top_k(x, k)[0]
-    if found.name == "numpy":
-        # NumPy's sort is fast, but only increasing.
-        part = x if k == n else xp.partition(x, n - k, axis=-1)[..., n - k :]
-        return xp.sort(part, axis=-1)[..., ::-1]
-    return xp.sort(x, axis=-1, descending=True)[..., :k]
 
 
 def block_of(z: Array, block: Array, size: int) -> tuple[Array, Array]:

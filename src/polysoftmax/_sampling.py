@@ -9,8 +9,7 @@ is exact. Source of the max trick: Gumbel, "Statistical theory of extreme values
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polysoftmax._arrays import (
     accurate_sum,
@@ -21,10 +20,13 @@ from polysoftmax._arrays import (
     last_rows,
     namespace,
     row_maximum,
+    rows,
+    take_along,
 )
 from polysoftmax._softmax import over_temperature
-from polysoftmax._truncation import filters, is_spread, truncated
+from polysoftmax._truncation import TRUNCATE, along_last, filters, truncated
 from polysoftmax.engines import RowFormula
+from polysoftmax.engines.selection import leading
 from polysoftmax.random import BLOCKS, TOKENS, as_key, gumbel_of, row_keys, words
 
 if TYPE_CHECKING:
@@ -36,47 +38,84 @@ def block_length(n: int) -> int:
     return max(2, min(256, 1 << (((n - 1).bit_length() + 1) // 2)))
 
 
-def _sample(
+# Three formulas, because what is done for every token of a row should run in other blocks than what is done for a few.
+
+
+def _masses(x: Array, temperature: Array | float | None) -> tuple[Array, Array]:
+    """Return the maximum of every row, and Σ exp((x - max) / temperature) over each of its blocks."""
+    top = row_maximum(x, x.ndim - 1)
+    return top, _block_sums(namespace(x).exp(over_temperature(x - top, temperature)), block_length(x.shape[-1]))
+
+
+def _draw(
+    mass: Array,
     x: Array,
+    top: Array,
     k0: Array,
     k1: Array,
     temperature: Array | float | None,
-    where: Array | None,
-    k: Array | None,
+    *,
+    logprobs: bool,
+) -> tuple[Array, ...]:
+    """Draw a block by the masses, and a token inside it."""
+    xp = namespace(x)
+    size = block_length(x.shape[-1])
+    block = _best(mass, xp.log(mass), k0, k1, _indices(mass), BLOCKS, temperature)
+    inside, index = block_of(x, block, size)
+    z = over_temperature(inside - top, temperature)
+    position = _best(xp.exp(z), z, k0, k1, index, TOKENS, temperature)
+    return _answer(top, accurate_sum(mass, mass.ndim - 1), z, index, position, logprobs)
+
+
+def _draw_leading(
+    x: Array,
+    index: Array,
+    top: Array,
+    k0: Array,
+    k1: Array,
+    temperature: Array | float | None,
     p: Array | float | None,
     min_p: Array | float | None,
     *,
-    axis: int,
-    top_k: int | None,
-    filtered: bool,
+    size: int,
     logprobs: bool,
 ) -> tuple[Array, ...]:
+    """Draw what `_draw` would from the few tokens that top_k left, given with their indices in increasing order."""
     xp = namespace(x)
-    operands: tuple[Any, ...] = (x, k0, k1, temperature, where, k, p, min_p)
-    if axis != x.ndim - 1:
-        operands = tuple(xp.moveaxis(one, axis, -1) if is_spread(one) else one for one in operands)
-    x, k0, k1, temperature, where, *bounds = operands
+    if p is not None or min_p is not None:
+        x = truncated(x, temperature, None, None, p, min_p, top_k=None)
+    z = over_temperature(x - top, temperature)
+    terms = xp.exp(z)
+    block = index // size
+    same = block[..., :, None] == block[..., None, :]
+    mass = xp.sum(xp.where(same, terms[..., None, :], 0.0), axis=-1)
+    won = _indices(x) == _best(mass, xp.log(mass), k0, k1, block, BLOCKS, temperature)
+    z = xp.where(block == xp.max(xp.where(won, block, -1), axis=-1, keepdims=True), z, -math.inf)
+    position = _best(xp.exp(z), z, k0, k1, index, TOKENS, temperature)
+    return _answer(top, accurate_sum(terms, z.ndim - 1), z, index, position, logprobs)
+
+
+def _answer(top: Array, total: Array, z: Array, index: Array, position: Array, logprobs: bool) -> tuple[Array, ...]:
+    xp = namespace(z)
+    won = _indices(z) == position
+    token = xp.max(xp.where(won, index, -1), axis=-1, keepdims=True)
+    # NaN, +inf and nothing to draw from show in the maximum; a bad temperature or filter makes the total NaN.
+    drawn = (top > -math.inf) & (top < math.inf) & (total > 0)
+    tokens = xp.where(drawn, xp.astype(token, default_index(xp)), -1)
+    if not logprobs:
+        return (tokens,)
+    score = xp.max(xp.where(won, z, -math.inf), axis=-1, keepdims=True)
+    return tokens, xp.where(drawn, score - xp.log(total), math.nan)
+
+
+def _leading(x: Array, where: Array | None, *, top_k: int) -> tuple[Array, Array, Array]:
+    """Return the maximum of every row, its top_k greatest logits, and their indices in increasing order."""
+    xp = namespace(x)
     if where is not None:
         x = xp.where(where, x, -math.inf)
-    if filtered:
-        x = truncated(x, temperature, *bounds, top_k=top_k)
-    size = block_length(x.shape[-1])
-    top = row_maximum(x, x.ndim - 1)
-    z = over_temperature(x - top, temperature)
-    mass = _block_sums(xp.exp(z), size)
-    block = _best(mass, xp.log(mass), k0, k1, _indices(mass), BLOCKS, temperature)
-    inside, index = block_of(z, block, size)
-    position = _best(xp.exp(inside), inside, k0, k1, index, TOKENS, temperature)
-    won = _indices(inside) == position
-    token = xp.max(xp.where(won, index, -1), axis=-1, keepdims=True)
-    # NaN, +inf and nothing to draw from show in the maximum; a bad temperature makes every mass NaN.
-    total = accurate_sum(mass, x.ndim - 1)
-    drawn = (top > -math.inf) & (top < math.inf) & (total > 0)
-    answer = [xp.where(drawn, xp.astype(token, default_index(xp)), -1)]
-    if logprobs:
-        score = xp.max(xp.where(won, inside, -math.inf), axis=-1, keepdims=True)
-        answer.append(xp.where(drawn, score - xp.log(total), math.nan))
-    return tuple(answer if axis == x.ndim - 1 else (xp.moveaxis(one, -1, axis) for one in answer))
+    index = leading(x, top_k)
+    values = take_along(x, index, x.ndim - 1)
+    return row_maximum(x, x.ndim - 1), values, xp.astype(index, xp.int32)
 
 
 def _block_sums(terms: Array, size: int) -> Array:
@@ -108,7 +147,10 @@ def _best(
     return xp.argmax(noisy, axis=-1, keepdims=True)
 
 
-SAMPLE = RowFormula("sample", _sample)
+MASSES = RowFormula("sample_masses", along_last(_masses))
+DRAW = RowFormula("sample_draw", along_last(_draw), many_steps=True)
+LEADING = RowFormula("sample_leading", along_last(_leading), many_steps=True)
+DRAW_LEADING = RowFormula("sample_draw_leading", along_last(_draw_leading), many_steps=True)
 
 
 def sample(
@@ -189,27 +231,29 @@ def sample(
     if r.length == 0:
         msg = f"sample needs at least one token, got logits of shape {r.shape} with axis={axis}"
         raise ValueError(msg)
-    x, keys = _rows_and_keys(r, as_key(key, like=r.x))
-    kept = filters(r, top_k, top_p, min_p)
-    answer = SAMPLE(
-        replace(r, x=x, axis=x.ndim - 1),
-        x,
-        keys[..., 0:1],
-        keys[..., 1:2],
-        r.temperature(temperature),
-        r.mask(where),
-        kept.k,
-        kept.p,
-        kept.min_p,
-        top_k=kept.top_k,
-        filtered=not kept.off,
-        logprobs=return_logprobs,
-    )
+    r, keys = _with_keys(r, as_key(key, like=r.x))
+    t, mask, kept = r.temperature(temperature), r.mask(where), filters(r, top_k, top_p, min_p)
+    k0, k1 = keys[..., 0:1], keys[..., 1:2]
+    if kept.top_k is not None and kept.top_k * _FEW <= r.length:
+        top, x, index = LEADING(r, r.x, mask, top_k=kept.top_k)
+        size = block_length(r.length)
+        options = {"size": size, "logprobs": return_logprobs}
+        answer = DRAW_LEADING(r.of(x), x, index, top, k0, k1, t, kept.p, kept.min_p, **options)
+    else:
+        if mask is not None or not kept.off:
+            x = TRUNCATE(r, r.x, t, mask, kept.k, kept.p, kept.min_p, top_k=kept.top_k)
+            r = r.of(x)
+        top, mass = MASSES(r, r.x, t)
+        answer = DRAW(r.of(mass), mass, r.x, top, k0, k1, t, logprobs=return_logprobs)
     tokens, *logprobs = (r.xp.squeeze(one, axis=-1) for one in answer)
     return (tokens, logprobs[0]) if return_logprobs else tokens
 
 
-def _rows_and_keys(r: Rows, keys: Array) -> tuple[Array, Array]:
+_FEW = 4
+"""How many times longer than top_k a row must be for its survivors to be drawn from by themselves."""
+
+
+def _with_keys(r: Rows, keys: Array) -> tuple[Rows, Array]:
     """Return the rows and one key for each; several keys for one row repeat the row."""
     batch = r.reduced_shape
     keys = row_keys(keys, batch)
@@ -218,8 +262,9 @@ def _rows_and_keys(r: Rows, keys: Array) -> tuple[Array, Array]:
     except ValueError as error:
         msg = f"keys of shape {tuple(keys.shape)} do not match rows of shape {batch}: leading dimensions must broadcast"
         raise ValueError(msg) from error
-    x = r.x if shape == batch else r.xp.broadcast_to(r.x, (*shape, r.length))
-    return x, r.xp.broadcast_to(keys, (*shape, 2))
+    if shape != batch:
+        r = rows(r.xp.broadcast_to(r.x, (*shape, r.length)), -1)
+    return r, r.xp.broadcast_to(keys, (*shape, 2))
 
 
 def _broadcast_shapes(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,13 +1,14 @@
 """top-k, top-p and min-p: which tokens survive.
 
-Tokens are ordered by logit, then by index. Each filter keeps a prefix of that order, so all of them together keep the
-first m for some m: the m-th greatest value, and how many of the entries that are equal to it, say which.
+Tokens are ordered by logit, then by index, and each filter keeps a prefix of that order: all that is above a threshold,
+and the first few of the entries that are equal to it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polysoftmax._arrays import (
     Array,
@@ -15,9 +16,7 @@ from polysoftmax._arrays import (
     accurate_sum,
     cast,
     default_index,
-    device_for,
     is_number,
-    largest,
     namespace,
     row_maximum,
     rows,
@@ -25,14 +24,18 @@ from polysoftmax._arrays import (
 )
 from polysoftmax._softmax import over_temperature
 from polysoftmax.engines import RowFormula
+from polysoftmax.engines.selection import descending, first, leading, mass_threshold
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polysoftmax._arrays import Axis, Number
 
 
 def truncated(
     x: Array,
     temperature: Array | float | None,
+    where: Array | None,
     k: Array | None,
     p: Array | float | None,
     min_p: Array | float | None,
@@ -41,64 +44,65 @@ def truncated(
 ) -> Array:
     """Return x with -inf for what the filters remove, and NaN for a row that has no answer; along the last axis."""
     xp = namespace(x)
+    if where is not None:
+        x = xp.where(where, x, -math.inf)
     top = row_maximum(x, x.ndim - 1)
-    keep = top == top
-    if top_k is None and k is None and p is None:
-        if min_p is not None:
-            keep = xp.exp(over_temperature(x - top, temperature)) >= min_p
-    else:
-        values = largest(x, x.shape[-1] if top_k is None else top_k)
-        m = _survivors(values, temperature, k, p, min_p)
-        least = take_along(values, xp.astype(m - 1, default_index(xp)), x.ndim - 1)
-        tie = x == least
-        room = m - xp.sum(xp.astype(values > least, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
-        rank = xp.cumulative_sum(xp.astype(tie, xp.int32), axis=-1, dtype=xp.int32)
-        keep = (x > least) | (tie & (rank <= room))
+    kept = x
+    if top_k is not None:
+        kept = _first_k(kept, take_along(kept, leading(kept, top_k), x.ndim - 1), top_k)
+    elif k is not None:
+        kept = xp.where(k == 0, kept, _first_k(kept, kept, xp.where(k > 0, k, 1.0)))
+    distance = over_temperature(kept - top, temperature)
+    if p is not None:
+        inside = _nucleus(distance, p)
+        kept, distance = xp.where(inside, kept, -math.inf), xp.where(inside, distance, -math.inf)
+    if min_p is not None:
+        kept = xp.where(xp.exp(distance) >= min_p, kept, -math.inf)
     answered = top < math.inf
     for bound, most in ((k, math.inf), (p, 1.0), (min_p, 1.0), (temperature, math.inf)):
         if bound is not None and not isinstance(bound, float):
             answered = answered & (bound >= 0) & (bound <= most)  # False for NaN
-    return xp.where(answered, xp.where(keep, x, -math.inf), math.nan)
+    return xp.where(answered, kept, math.nan)
 
 
-def _survivors(
-    values: Array,
-    temperature: Array | float | None,
-    k: Array | None,
-    p: Array | float | None,
-    min_p: Array | float | None,
-) -> Array:
-    """Return how many of the values, which decrease along the last axis, survive: at least one."""
-    xp = namespace(values)
-    mass = xp.exp(over_temperature(values - values[..., :1], temperature))
-    kept = mass == mass
-    if k is not None:
-        rank = xp.arange(values.shape[-1], dtype=values.dtype, device=device_for(values))
-        kept = (rank < k) | (k == 0)
-        mass = xp.where(kept, mass, 0.0)
-    if p is not None:
-        before = xp.cumulative_sum(mass, axis=-1) - mass
-        short = before < p * accurate_sum(mass, mass.ndim - 1)
-        kept = kept & (short if isinstance(p, float) else short | (p >= 1))
-    if min_p is not None:
-        kept = kept & (mass >= min_p)
-    count = xp.sum(xp.astype(kept, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
-    return xp.maximum(count, xp.ones_like(count))
+def _first_k(x: Array, values: Array, k: Array | int) -> Array:
+    """Return x with -inf for all but the k greatest entries, the lowest indices among equals.
 
-
-def _truncate(
-    x: Array,
-    temperature: Array | float | None,
-    k: Array | None,
-    p: Array | float | None,
-    min_p: Array | float | None,
-    *,
-    axis: int,
-    top_k: int | None,
-) -> Array:
+    ``values`` are entries of the row, the k greatest among them.
+    """
     xp = namespace(x)
-    operands = (xp.moveaxis(one, axis, -1) if is_spread(one) else one for one in (x, temperature, k, p, min_p))
-    return xp.moveaxis(truncated(*operands, top_k=top_k), -1, axis)
+    if isinstance(k, int):
+        least = xp.min(values, axis=-1, keepdims=True)
+    else:
+        rank = xp.astype(xp.minimum(k, xp.full_like(k, x.shape[-1])), default_index(xp))
+        least = take_along(descending(values), xp.broadcast_to(rank - 1, (*x.shape[:-1], 1)), x.ndim - 1)
+    above = xp.sum(xp.astype(values > least, x.dtype), axis=-1, keepdims=True)
+    return xp.where((x > least) | first(x == least, k - above), x, -math.inf)
+
+
+def _nucleus(z: Array, p: Array | float) -> Array:
+    """Return which entries belong to the shortest prefix whose mass reaches p, the one that crosses it included."""
+    xp = namespace(z)
+    target = p * accurate_sum(xp.exp(z), z.ndim - 1)
+    end, above = mass_threshold(z, target)
+    room = xp.ceil((target - above) / xp.exp(end))
+    inside = (z > end) | first(z == end, xp.maximum(room, xp.ones_like(room)))
+    return inside if isinstance(p, float) else inside | (p >= 1)
+
+
+def along_last(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function of rows along the last axis one of rows along any."""
+
+    @wraps(function)
+    def along_any(*operands: Array | float | None, axis: int, **options: Any) -> Any:
+        x = operands[0]
+        if axis == x.ndim - 1:  # type: ignore[union-attr]
+            return function(*operands, **options)
+        xp = namespace(x)
+        y = function(*(xp.moveaxis(one, axis, -1) if is_spread(one) else one for one in operands), **options)
+        return tuple(xp.moveaxis(one, -1, axis) for one in y) if isinstance(y, tuple) else xp.moveaxis(y, -1, axis)
+
+    return along_any
 
 
 def is_spread(operand: Array | float | None) -> bool:
@@ -106,7 +110,7 @@ def is_spread(operand: Array | float | None) -> bool:
     return operand is not None and not isinstance(operand, float) and operand.ndim > 0
 
 
-TRUNCATE = RowFormula("truncate", _truncate)
+TRUNCATE = RowFormula("truncate", along_last(truncated), many_steps=True)
 
 
 class Filters(NamedTuple):
@@ -203,8 +207,8 @@ def truncate(
     Notes
     -----
     The filters are applied in this order, each to what the one before left, renormalised; the most likely token
-    always survives. Each parameter is a number, or an array with one entry a row (see `softmax`), whose bad entries
-    make their own rows NaN. A row with NaN or +inf becomes NaN; a row of -inf stays. Sources: top-k: Fan, Lewis and Dauphin,
+    always survives. Each parameter is a number, or an array with one entry a row (see `softmax`); a bad entry makes
+    its own row NaN. A row with NaN or +inf becomes NaN; a row of -inf stays. Sources: top-k: Fan, Lewis and Dauphin,
     ACL 2018; top-p: Holtzman et al., "The curious case of neural text degeneration", ICLR 2020; min-p: Nguyen et al.,
     ICLR 2025.
 
@@ -225,4 +229,4 @@ def truncate(
     if kept.off and not is_spread(temperature):
         answered = row_maximum(r.x, r.axis) < math.inf
         return r.elementwise(cast(r.xp.where(answered, cast(r.x, r.result), math.nan), r.result))
-    return r.elementwise(TRUNCATE(r, r.x, temperature, kept.k, kept.p, kept.min_p, top_k=kept.top_k))
+    return r.elementwise(TRUNCATE(r, r.x, temperature, None, kept.k, kept.p, kept.min_p, top_k=kept.top_k))

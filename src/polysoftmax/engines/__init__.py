@@ -34,10 +34,11 @@ class RowFormula:
 
     ``jvp(operands, tangents, y, **options)`` and ``vjp(operands, y, cotangent, wanted, **options)`` are its
     derivative rules, for all floating operands; a tangent is None where it is zero. ``from_output`` says that the
-    gradient for the rows follows from y, so that they need not be kept for it.
+    gradient for the rows follows from y, so that they need not be kept for it. ``many_steps`` says that it
+    makes many small steps along the last axis, so that several rows should be run together, and never transposed.
     """
 
-    __slots__ = ("from_output", "function", "jvp", "name", "vjp")
+    __slots__ = ("from_output", "function", "jvp", "many_steps", "name", "vjp")
 
     def __init__(
         self,
@@ -47,12 +48,14 @@ class RowFormula:
         jvp: Callable[..., Array] | None = None,
         vjp: Callable[..., tuple[Array | None, ...]] | None = None,
         from_output: bool = False,
+        many_steps: bool = False,
     ) -> None:
         self.name = name
         self.function = function
         self.jvp = jvp
         self.vjp = vjp
         self.from_output = from_output
+        self.many_steps = many_steps
         FORMULAS[name] = self
 
     def __call__(self, rows: Rows, *operands: Array, result: DType = None, **options: Any) -> Array:

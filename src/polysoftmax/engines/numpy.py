@@ -29,6 +29,9 @@ _BLOCK_BYTES = 1 << 18
 _SHORT = 32
 """Rows up to this length are run transposed."""
 
+_MANY_STEPS = 16
+"""Rows that a formula of many small steps is given at least, so that the steps are worth their calls."""
+
 _PARALLEL = 1 << 15
 _PARALLEL_FUSED = 1 << 17
 """Entries below which waking another thread costs more than it saves."""
@@ -54,6 +57,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     if not x.size or not _blocks.fits(x, axis, operands):
         return _evaluate(call, operands)
     plan = _plan(x, axis, fused.obstacle(call, operands), np.dtype(call.compute))
+    if call.formula.many_steps:
+        plan = plan._replace(layout="as they stand", block=max(plan.block, _MANY_STEPS))
     blocks = _blocks.pieces(x, axis, plan.block)
     if plan.engine == "fused":
         return fused.run(call, operands, blocks, plan.threads)
@@ -67,7 +72,7 @@ def describe(x: Array, name: str) -> tuple[str, str]:
         return "portable", "the array API formula as it stands: the array is not NumPy's own"
     if not x.size or not x.ndim or (x.size < SMALL and chosen() == "auto"):
         return "portable", f"the array API formula as it stands: fewer than {SMALL} entries"
-    compute = np.dtype(np.float64 if x.dtype.kind in "iu" or x.dtype.itemsize > 4 else np.float32)
+    compute = np.result_type(x.dtype, np.float32) if x.dtype.kind == "f" else np.dtype(np.float64)
     plan = _plan(x, x.ndim - 1, fused.obstacle_by_name(name, compute), compute)
     rows = f"blocks of {plan.block} rows of {x.shape[-1]}, {plan.layout}"
     return plan.engine, f"{rows}, {plan.threads} thread{'s' * (plan.threads > 1)}: {plan.reason}"
