@@ -489,7 +489,7 @@ def values_are_free(x: Array) -> bool:
 
 
 def _slice(x: Array, axis: int, start: int, stop: int) -> Array:
-    return x[(slice(None),) * axis + (slice(start, stop),)]
+    return x[(slice(None),) * axis + (slice(start, stop), ...)]
 
 
 def take_along(x: Array, indices: Array, axis: int) -> Array:

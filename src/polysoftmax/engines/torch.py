@@ -37,7 +37,7 @@ def describe(x: Array, name: str) -> tuple[str, str]:
     if not _shares_memory(x):
         return "portable", f"the array API formula as it stands, for a tensor on {x.device}"
     engine = chosen()
-    if engine == "auto" and name in _NATIVE and x.ndim and _admits(x, x.ndim - 1):
+    if engine == "auto" and name in _NATIVE and x.ndim and _admits(name, x, x.ndim - 1):
         return "torch", f"torch's own kernel meets the accuracy bound for rows of up to {_NATIVE_LENGTH}"
     from polysoftmax.engines import numpy as numpy_engine
 
@@ -59,7 +59,7 @@ def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     if engine == "auto" and (native := _NATIVE.get(call.formula.name)) is not None:
         x, temperature, where, *others = operands
         axis = call.options["axis"]
-        if temperature is None and where is None and x.dtype == call.result and _admits(x, axis):
+        if temperature is None and where is None and x.dtype == call.result and _admits(call.formula.name, x, axis):
             y = native(x, axis, *others)
             if y is not None:
                 return y
@@ -96,10 +96,12 @@ is reached at 64. Neither of its logsumexp and cross_entropy keeps an answer clo
 _NATIVE_LENGTH_ACROSS = 64
 
 
-def _admits(x: Array, axis: int) -> bool:
+def _admits(name: str, x: Array, axis: int) -> bool:
     n = x.shape[axis]
-    if x.dtype in _NARROW or n > (_NATIVE_LENGTH if axis == x.ndim - 1 else _NATIVE_LENGTH_ACROSS):
+    if n > (_NATIVE_LENGTH if axis == x.ndim - 1 else _NATIVE_LENGTH_ACROSS):
         return False
+    if x.dtype in _NARROW and (name != "softmax" or axis != x.ndim - 1):
+        return False  # only that one is computed in float32 and rounded once
     return n > _SLOW_UP_TO or x.numel() < _LARGE  # type: ignore[no-any-return]
 
 
