@@ -400,17 +400,17 @@ def log_softmax_short(x: Array, out: Array) -> None:
 
 
 @_kernel
-def log_total_short(x: Array, top: Array, out: Array) -> None:
-    """Do for short rows what ``log_total`` does."""
-    tile, tops, part, most, total = _lane_scratch(x)
+def apart_short(x: Array, top: Array, most: Array, rest: Array) -> None:
+    """Do for short rows what ``apart`` does."""
+    tile, tops, part, count, total = _lane_scratch(x)
     for first in range(0, x.shape[0], _LANES):
         rows = min(_LANES, x.shape[0] - first)
         _gather(x, first, rows, tile)
         _lane_tops(tile, tops)
-        _lane_totals(tile, tops, True, False, part, most, total)
-        for lane in range(rows):
-            top[first + lane] = tops[lane]
-            out[first + lane] = math.log(most[lane]) + math.log1p(total[lane] / most[lane])
+        _lane_totals(tile, tops, True, False, part, count, total)
+        top[first : first + rows] = tops[:rows]
+        most[first : first + rows] = count[:rows]
+        rest[first : first + rows] = total[:rows]
 
 
 @_kernel
@@ -423,8 +423,6 @@ def softmax(x: Array, temperature: Array | None, where: Array | None, factor: Ar
         y = out[i]
         row, top, t = _shifted(x[i], _entry(temperature, i), mask, z)
         total = _exponentials(row, top, t, y, parts)
-        if where is not None and total == zero:
-            total = one
         scale = (one if factor is None else factor[i]) / total
         for j in range(y.size):
             if where is None:
@@ -456,8 +454,8 @@ def log_softmax(x: Array, temperature: Array | None, where: Array | None, out: A
 
 
 @_kernel
-def log_total(x: Array, where: Array | None, top: Array, out: Array) -> None:
-    """Write the maximum of every row, and log Σ exp(x - maximum) with the terms at the maximum kept out."""
+def apart(x: Array, where: Array | None, top: Array, most: Array, rest: Array) -> None:
+    """Write the maximum of every row, how often it stands there, and Σ exp(x - maximum) over the other entries."""
     parts, z = _scratch(x, None, where)
     least = x.dtype.type(-math.inf)
     for i in range(x.shape[0]):
@@ -468,11 +466,8 @@ def log_total(x: Array, where: Array | None, top: Array, out: Array) -> None:
                 z[j] = v if mask[j] else least
             row = z
         top[i] = greatest(row)
-        most = _count(row, top[i])
-        if most == 0:
-            out[i] = math.nan  # the maximum was not met: there is a NaN
-        else:
-            out[i] = math.log(most) + math.log1p(_rest(row, top[i], parts) / most)
+        most[i] = _count(row, top[i])
+        rest[i] = _rest(row, top[i], parts)
 
 
 @_kernel

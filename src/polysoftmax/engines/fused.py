@@ -149,12 +149,14 @@ def _log_probabilities(kernels: Any, x: Array, temperature: Array | None, where:
 
 
 def _log_total(kernels: Any, x: Array, where: Array | None) -> tuple[Array, Array]:
-    top, log_total = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
+    """Return the maximum of every row, and log Σ exp(x - maximum); NaN for a row with NaN."""
+    top, most, rest = np.empty((3, len(x)), x.dtype)
     if where is None and _is_short(x):
-        kernels.log_total_short(x, top, log_total)
+        kernels.apart_short(x, top, most, rest)
     else:
-        kernels.log_total(x, where, top, log_total)
-    return top, log_total
+        kernels.apart(x, where, top, most, rest)
+    # As in the formula, the terms at the maximum enter apart. There are none where the maximum is NaN.
+    return top, np.log(most) + np.log1p(rest / most)
 
 
 def _softmax(kernels: Any, block: _Block, out: Array) -> None:

@@ -1,0 +1,273 @@
+"""The fused kernels: their exponential, their sums, and the contract where IEEE arithmetic alone would not keep it."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+
+import polysoftmax
+
+numba = pytest.importorskip("numba", reason="the fused kernels need polysoftmax[fast]")
+
+from polysoftmax.engines import _kernels  # noqa: E402  # needs Numba
+
+INF, NAN = np.inf, np.nan
+FLOATS = [np.float32, np.float64]
+U = {np.float32: 2.0**-24, np.float64: 2.0**-53}
+Float = Any
+
+
+@numba.njit(**_kernels._STRICT)  # type: ignore[untyped-decorator]
+def exponentials(z: np.ndarray, out: np.ndarray) -> None:
+    for i in range(z.size):
+        out[i] = _kernels.exp(z[i])
+
+
+def exp(z: np.ndarray) -> np.ndarray:
+    out = np.empty_like(z)
+    exponentials(z, out)
+    return out
+
+
+def ulps(got: np.ndarray, want: list[mpmath.mpf]) -> np.ndarray:
+    """Distance in units in the last place of the expected value, subnormal ones included."""
+    spacing = np.spacing(np.asarray([float(one) for one in want]).astype(got.dtype))
+    return np.asarray(
+        [float(abs(mpmath.mpf(float(g)) - w) / float(s)) for g, w, s in zip(got, want, spacing, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_exponential_is_within_one_ulp(dtype: Float) -> None:
+    least = float(np.log(np.finfo(dtype).tiny))
+    rng = np.random.default_rng(0)
+    halves = (np.arange(0, -least / np.log(2), 0.5) * -np.log(2)).astype(dtype)  # where the reduction changes over
+    z = np.concatenate(
+        [
+            np.linspace(least, 0, 4001).astype(dtype),
+            -rng.exponential(1.0, 3000).astype(dtype),
+            -np.logspace(-40, 0, 500).astype(dtype),
+            halves,
+            np.nextafter(halves, dtype(-INF)),
+        ]
+    )
+    z = z[z >= least]
+    with mpmath.workdps(60):
+        worst = ulps(exp(z), [mpmath.exp(mpmath.mpf(float(one))) for one in z])
+    assert worst.max() <= 1.0, z[worst.argmax()]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_exponential_underflows_gradually(dtype: Float) -> None:
+    info = np.finfo(dtype)
+    z = np.linspace(float(np.log(info.smallest_subnormal)) - 2, float(np.log(info.tiny)), 2001).astype(dtype)
+    with mpmath.workdps(60):
+        want = [mpmath.exp(mpmath.mpf(float(one))) for one in z]
+        error = [float(abs(mpmath.mpf(float(g)) - w)) for g, w in zip(exp(z), want, strict=True)]
+    assert max(error) <= 1.5 * float(info.smallest_subnormal)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_exponential_of_what_is_not_finite(dtype: Float) -> None:
+    got = exp(np.asarray([0.0, -0.0, -INF, NAN, -NAN, np.finfo(dtype).min, -INF, -INF] * 9, dtype))
+    np.testing.assert_array_equal(got, np.asarray([1, 1, 0, NAN, NAN, 0, 0, 0] * 9, dtype))
+
+
+def rows(n: int, kind: str, dtype: Float) -> np.ndarray:
+    rng = np.random.default_rng(n)
+    if kind == "normal":
+        return (3 * rng.standard_normal((2, n))).astype(dtype)
+    x = np.full((2, n), -2.3 if kind == "constant" else 0.0, dtype)  # a rounding error that never changes sign
+    x[:, 0] = 0
+    return x
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1, 2, 7, 24, 25, 48, 49, 64, 100, 1023, 1025, 5000, 300_001])
+@pytest.mark.parametrize("kind", ["normal", "constant", "equal"])
+def test_errors_are_within_the_bounds(dtype: Float, n: int, kind: str) -> None:
+    x = rows(n, kind, dtype)
+    exact = x.astype(np.float64 if dtype is np.float32 else np.longdouble)
+    top = exact.max(axis=1, keepdims=True)
+    terms = np.exp(exact - top)
+    total = terms.sum(axis=1, keepdims=True)
+    p, d, log_total = terms / total, top - exact, np.log(total)
+    spread = (p * d).sum(axis=1, keepdims=True)
+    with polysoftmax.engine("fused"):
+        y, log_y, lse = polysoftmax.softmax(x), polysoftmax.log_softmax(x), polysoftmax.logsumexp(x, keepdims=True)
+    base, u = 16 + np.log2(n), U[dtype]
+    tiny = np.finfo(dtype).tiny
+    assert (np.abs(y - p) <= (base + d + spread) * p * u + tiny).all()
+    log_p = -d - log_total
+    assert (np.abs(log_y - log_p) <= (base + spread + d + np.abs(log_p)) * u + tiny).all()
+    value = top + log_total
+    assert (np.abs(lse - value) <= (base + spread + np.abs(value)) * u + tiny).all()
+
+
+def test_logsumexp_close_to_zero_keeps_its_digits() -> None:
+    with polysoftmax.engine("fused"):
+        got = polysoftmax.logsumexp(np.asarray([[0.0, -40.0], [-40.0, 0.0]]))
+        losses = polysoftmax.cross_entropy(np.asarray([[0.0, -40.0]]), np.asarray([0]), reduction="none")
+    want = float(mpmath.log1p(mpmath.exp(-40)))
+    np.testing.assert_allclose([*got, *losses], want, rtol=1e-15)
+
+
+def nan_and_inf(n: int, dtype: Float) -> np.ndarray:
+    """Rows of n: with NaN, with a negative NaN, with inf, of -inf, with one -inf, ordinary."""
+    x = np.tile(np.linspace(-1, 1, n), (6, 1)).astype(dtype)
+    x[0, n // 2] = NAN
+    x[1, -1] = -NAN if np.signbit(-NAN) else NAN
+    x[2, 0] = INF
+    x[3] = -INF
+    x[4, n // 2] = -INF
+    return x
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [3, 30, 300, 3000])
+def test_nan_and_inf_stay_in_their_rows(dtype: Float, n: int) -> None:
+    x = nan_and_inf(n, dtype)
+    with polysoftmax.engine("fused"), np.errstate(all="raise"):
+        y, log_y, lse = polysoftmax.softmax(x), polysoftmax.log_softmax(x), polysoftmax.logsumexp(x)
+        losses = polysoftmax.cross_entropy(x, np.zeros(6, int), reduction="none")
+    assert np.isnan(y[:4]).all()
+    assert np.isnan(log_y[:4]).all()
+    assert np.isfinite(y[4:]).all()
+    np.testing.assert_allclose(y[4:].sum(axis=1), 1, rtol=1e-5)
+    assert y[4, n // 2] == 0
+    assert log_y[4, n // 2] == -INF
+    np.testing.assert_array_equal(lse[:4], [NAN, NAN, INF, -INF])
+    assert np.isnan(losses[:4]).all()
+    assert np.isfinite(losses[4:]).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [4, 40, 4000])
+def test_what_stands_under_false_never_leaks(dtype: Float, n: int) -> None:
+    x = np.zeros((4, n), dtype)
+    where = np.zeros((4, n), bool)
+    where[:3, :2] = True
+    x[0, 2], x[1, 3] = NAN, INF
+    x[2, :2] = -INF
+    x[3] = NAN
+    with polysoftmax.engine("fused"):
+        y, log_y = polysoftmax.softmax(x, where=where), polysoftmax.log_softmax(x, where=where)
+        lse = polysoftmax.logsumexp(x, where=where)
+    np.testing.assert_array_equal(y[:, 2:], 0)
+    np.testing.assert_array_equal(log_y[:, 2:], -INF)
+    np.testing.assert_array_equal(y[:, :2], [[0.5, 0.5], [0.5, 0.5], [NAN, NAN], [0, 0]])
+    assert np.isnan(log_y[2, :2]).all()
+    np.testing.assert_array_equal(log_y[3], -INF)
+    np.testing.assert_allclose(lse, [np.log(2), np.log(2), -INF, -INF], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_temperatures_at_their_limits(dtype: Float) -> None:
+    x = np.asarray([[1, 3, 3, -INF]] * 6, dtype)
+    temperature = np.asarray([0.0, INF, 1e-30, -1.0, NAN, 2.0], dtype)
+    with polysoftmax.engine("fused"):
+        y = polysoftmax.softmax(x, temperature=temperature)
+        log_y = polysoftmax.log_softmax(x, temperature=temperature)
+        slopes = polysoftmax.softmax_vjp(x, np.asarray([[1, 0, 0, INF]] * 6, dtype), temperature=temperature)
+    half, third = dtype(0.5), dtype(1) / dtype(3)
+    cold, hot = [0, half, half, 0], [third, third, third, 0]
+    np.testing.assert_array_equal(y[:5], np.asarray([cold, hot, cold, [NAN] * 4, [NAN] * 4], dtype))
+    e = float(mpmath.exp(-1))
+    np.testing.assert_allclose(y[5], np.asarray([e, 1, 1, 0]) / (2 + e), rtol=1e-6)
+    np.testing.assert_allclose(
+        log_y[:2],
+        np.log(np.asarray([cold, hot]), where=np.asarray([cold, hot]) > 0, out=np.full((2, 4), -INF)),
+        rtol=1e-6,
+    )
+    np.testing.assert_array_equal(slopes[:5], 0)
+    assert slopes[5, 0] > 0
+    assert slopes[5, 3] == 0
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float16])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_other_dtypes_and_axes(dtype: Float, axis: int) -> None:
+    x = np.random.default_rng(1).integers(-120, 120, (6, 5, 70)).astype(dtype)[::-1, :, ::2]
+    wide = x.astype(np.float64)
+    terms = np.exp(wide - wide.max(axis=axis, keepdims=True))
+    with polysoftmax.engine("fused"):
+        y = polysoftmax.softmax(x, axis=axis)
+    assert y.dtype == (np.float16 if dtype is np.float16 else np.float64)
+    np.testing.assert_allclose(y, terms / terms.sum(axis=axis, keepdims=True), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("n", [3, 70_000])
+def test_float16_is_rounded_once(n: int) -> None:
+    with polysoftmax.engine("fused"):
+        y = polysoftmax.softmax(np.zeros((2, n), np.float16))
+    np.testing.assert_array_equal(y, np.float16(1 / n))
+
+
+def test_ignored_targets_leave_no_trace() -> None:
+    x = np.full((3, 100), NAN, np.float32)
+    x[0] = 0
+    with polysoftmax.engine("fused"):
+        losses = polysoftmax.cross_entropy(x, np.asarray([5, -1, -1]), ignore_index=-1, reduction="none")
+    np.testing.assert_allclose(losses, [np.log(100), 0, 0], rtol=1e-6)
+
+
+def test_explanations() -> None:
+    large, odd = np.zeros((300, 500), np.float32), np.zeros((300, 500), np.longdouble)
+    fused = polysoftmax.explain(large, "softmax")
+    assert fused.engine == "fused"
+    assert "blocks of 131 rows of 500, row by row" in fused.reason
+    assert polysoftmax.explain(large, "entropy").engine == "blocks"
+    assert "no fused kernel for entropy" in polysoftmax.explain(large, "entropy").reason
+    assert polysoftmax.explain(odd, "softmax").engine == "blocks"
+    assert polysoftmax.explain(large[:9], "softmax").engine == "portable"
+    assert "fewer than 10000 entries" in polysoftmax.explain(large[:9], "softmax").reason
+    with polysoftmax.engine("blocks"):
+        assert polysoftmax.explain(large, "softmax").engine == "blocks"
+        assert 'asked for by engine("blocks")' in polysoftmax.explain(large, "softmax").reason
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_numba_is_imported_by_large_inputs_alone() -> None:
+    code = """
+import sys
+import numpy as np
+import polysoftmax
+polysoftmax.softmax(np.zeros((90, 100)))
+small = "numba" in sys.modules
+polysoftmax.softmax(np.zeros((900, 100)))
+print(small, "numba" in sys.modules)
+"""
+    done = _python(code)
+    assert done.stdout == "False True\n", done.stderr
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None  # importing it raises ImportError
+import numpy as np
+import polysoftmax
+"""
+
+
+def test_without_numba_the_same_calls_work() -> None:
+    code = WITHOUT_NUMBA + "print(polysoftmax.softmax(np.zeros((900, 100)))[0, 0], "
+    code += "polysoftmax.explain(np.zeros((900, 100)), 'softmax'))"
+    done = _python(code)
+    assert done.stdout.startswith("0.01 "), done.stderr
+    assert "blocks" in done.stdout
+    assert "no fused kernels without polysoftmax[fast]" in done.stdout
+
+
+def test_asking_for_kernels_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install polysoftmax\[fast\]"), polysoftmax.engine("fused"):
+        pass

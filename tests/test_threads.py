@@ -1,0 +1,265 @@
+"""The thread pool of the CPU engines: same answers on any number of threads, in any surroundings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import polysoftmax
+from polysoftmax.engines import _blocks, _threads
+from polysoftmax.engines._threads import num_threads, parallel, set_num_threads
+
+SHAPES = [(400, 513), (30000, 7), (3, 120_000), (17, 40, 90)]
+FORMULAS = [polysoftmax.softmax, polysoftmax.log_softmax, polysoftmax.logsumexp, polysoftmax.entropy]
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_threads, "_asked", None)
+
+
+def logits(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("engine", ["blocks", "auto"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("axis", [0, -1])
+def test_answers_do_not_depend_on_the_number_of_threads(engine: str, shape: tuple[int, ...], axis: int) -> None:
+    x = logits(shape)
+    for formula in FORMULAS:
+        answers = []
+        for n in (1, 2, 3, 8):
+            set_num_threads(n)
+            with polysoftmax.engine(engine):
+                answers.append(formula(x, axis=axis).tobytes())
+        assert len(set(answers)) == 1, formula.__name__
+
+
+def test_work_is_shared_with_other_threads() -> None:
+    names = set()
+
+    def work(i: int) -> None:
+        names.add(threading.current_thread())
+        time.sleep(0.01)
+
+    parallel(work, 40, 3)
+    assert threading.current_thread() in names
+    assert len(names) == 3
+
+
+def test_every_piece_is_done_once() -> None:
+    done: list[int] = []
+    parallel(done.append, 1000, 4)
+    assert sorted(done) == list(range(1000))
+
+
+@pytest.mark.parametrize("broken", [0, 37, 99])
+def test_an_error_reaches_the_caller_and_stops_the_rest(broken: int) -> None:
+    begun: list[int] = []
+
+    def work(i: int) -> None:
+        begun.append(i)
+        if i == broken:
+            msg = "piece"
+            raise ArithmeticError(msg)
+        time.sleep(0.001)
+
+    with pytest.raises(ArithmeticError, match="piece"):
+        parallel(work, 100, 3)
+    assert len(begun) <= broken + 4
+    settled = len(begun)
+    time.sleep(0.01)
+    assert len(begun) == settled
+    test_every_piece_is_done_once()
+
+
+def test_interrupt_waits_for_pieces_that_run() -> None:
+    finished: list[int] = []
+    caller = threading.current_thread()
+
+    def work(i: int) -> None:
+        if threading.current_thread() is caller:
+            time.sleep(0.01)  # until the helper is busy
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        finished.append(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        parallel(work, 100, 2)
+    settled = list(finished)
+    time.sleep(0.1)
+    assert finished == settled
+    assert len(settled) <= 1
+
+
+def test_nested_calls_do_not_lock_up() -> None:
+    done: list[tuple[int, int]] = []
+    parallel(lambda i: parallel(lambda j: done.append((i, j)), 5, 3), 8, 3)
+    assert sorted(done) == [(i, j) for i in range(8) for j in range(5)]
+
+
+def test_sixteen_user_threads_at_once() -> None:
+    inputs = [logits((300, 257), seed) for seed in range(16)]
+    with polysoftmax.engine("portable"):
+        expected = [polysoftmax.softmax(x) for x in inputs]
+
+    def repeat(i: int) -> list[np.ndarray]:
+        return [polysoftmax.softmax(inputs[i]) for _ in range(20)]
+
+    with ThreadPoolExecutor(16) as users:
+        for want, got in zip(expected, users.map(repeat, range(16)), strict=True):
+            for one in got:
+                np.testing.assert_allclose(one, want, rtol=1e-5)
+                assert one.tobytes() == got[0].tobytes()
+
+
+def test_helpers_see_the_callers_context() -> None:
+    seen: set[tuple[str, str]] = set()
+
+    def work(i: int) -> None:
+        from polysoftmax.engines import chosen
+
+        seen.add((chosen(), np.geterr()["invalid"]))
+        time.sleep(0.002)
+
+    with polysoftmax.engine("blocks"), np.errstate(invalid="print"):
+        parallel(work, 20, 3)
+    assert seen == {("blocks", "print")}
+
+
+def test_rows_of_nan_and_inf_raise_no_warning_in_any_thread() -> None:
+    x = np.full((3000, 64), np.inf, dtype=np.float32)
+    x[::2] = -np.inf
+    set_num_threads(4)
+    with np.errstate(all="raise"), polysoftmax.engine("blocks"):
+        assert np.isnan(polysoftmax.softmax(x)).all()
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_fewer_than_one_thread(n: int) -> None:
+    with pytest.raises(ValueError, match=f"1 or greater, got {n}"):
+        set_num_threads(n)
+
+
+@pytest.mark.parametrize("n", [2.0, "2", None, True])
+def test_what_is_not_a_number_of_threads(n: object) -> None:
+    with pytest.raises(TypeError, match=f"int, got {type(n).__name__}"):
+        set_num_threads(n)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this platform has no CPU affinity")
+def test_default_respects_affinity() -> None:
+    mine = os.sched_getaffinity(0)
+    assert num_threads() == len(mine)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert num_threads() == 1
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_environment_variable() -> None:
+    code = "from polysoftmax.engines._threads import num_threads; print(num_threads())"
+    assert _python(code, POLYSOFTMAX_NUM_THREADS="3").stdout == "3\n"
+
+
+@pytest.mark.parametrize("value", ["0", "many", "1.5"])
+def test_bad_environment_variable(value: str) -> None:
+    failed = _python("import polysoftmax", POLYSOFTMAX_NUM_THREADS=value)
+    assert failed.returncode
+    assert "POLYSOFTMAX_NUM_THREADS must be a whole number of threads" in failed.stderr
+    assert repr(value) in failed.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+def test_calls_after_fork() -> None:
+    # In a process of its own: this one may hold threads of other libraries, with which forking is not safe.
+    code = """
+import os, threading, warnings
+import numpy as np
+import polysoftmax
+from polysoftmax.engines import _threads
+warnings.simplefilter("ignore", DeprecationWarning)  # Python's general warning about forking beside threads
+_threads.set_num_threads(3)
+x = np.random.default_rng(0).standard_normal((3000, 200))
+with polysoftmax.engine("blocks"):
+    before = polysoftmax.softmax(x).tobytes()
+    children = []
+    for _ in range(3):
+        _threads._pool.lock.acquire()  # as if another thread of the parent were starting a helper
+        child = os.fork()
+        if not child:
+            _threads.set_num_threads(6)
+            same = polysoftmax.softmax(x).tobytes() == before
+            os._exit(0 if same and threading.active_count() > 1 else 1)
+        _threads._pool.lock.release()
+        children.append(child)
+    assert polysoftmax.softmax(x).tobytes() == before
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+    done = _python(code)
+    assert done.stdout == "[0, 0, 0]\n", done.stderr
+
+
+def test_calls_while_the_interpreter_shuts_down() -> None:
+    code = """
+import atexit
+import numpy as np
+import polysoftmax
+from polysoftmax.engines._threads import set_num_threads
+set_num_threads(3)
+x = np.zeros((3000, 200))
+with polysoftmax.engine("blocks"):
+    atexit.register(lambda: print(polysoftmax.softmax(x)[0, 0]))
+"""
+    done = _python(code, POLYSOFTMAX_ENGINE="blocks")
+    assert done.stdout == "0.005\n", done.stderr
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "rows"), [((7, 5, 3), 1, 4), ((40, 3), 0, 1), ((2, 3, 4, 5), 3, 7), ((9,), 0, 2)]
+)
+def test_pieces_cover_every_row_once(shape: tuple[int, ...], axis: int, rows: int, order: str) -> None:
+    x = np.zeros(shape, order=order)  # type: ignore[call-overload]
+    blocks = _blocks.pieces(x, axis, rows)
+    for block in blocks:
+        x[block] += 1
+        part = x[block]
+        assert part.shape[axis] == shape[axis]
+        assert part.size <= rows * shape[axis]
+    assert (x == 1).all()
+
+
+def _several(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x + 1, np.argmax(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_formulas_with_several_answers_and_whole_numbers(threads: int) -> None:
+    x = logits((30, 5, 8)).astype(np.float64)
+    blocks = _blocks.pieces(x, 2, 7)
+    assert len(blocks) > 5
+    moved, where = _blocks.run_in_blocks(lambda operands: _several(*operands), (x,), 2, blocks, threads)
+    np.testing.assert_array_equal(moved, x + 1)
+    np.testing.assert_array_equal(where, np.argmax(x, axis=-1, keepdims=True))
+    assert where.dtype == np.argmax(x).dtype
