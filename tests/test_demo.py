@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
@@ -15,12 +16,12 @@ import numpy as np
 import pytest
 
 import polysoftmax
+import polysoftmax.testing
 from polysoftmax.__main__ import main
 from polysoftmax._demo import backends, model, tour, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 WORDS = ("a", "small", "model", "reads", "words", "and", "learns", "which", "letter", "follows", "the", "others")
 
@@ -276,12 +277,44 @@ def test_demo_without_rich_names_its_extra() -> None:
     assert done.stderr == "error: the demo needs rich, which is not installed: pip install 'polysoftmax[demo]'\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backend", "nunpy"], "unknown backend 'nunpy': choose from numpy, numpy:readonly"),
+        (["--json", "no/such/file.json"], "there is no directory 'no/such'"),
+    ],
+)
+def test_check_explains_bad_options(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    code, _, err = run(capsys, "check", *arguments)
+    assert code == 2
+    assert said in err
+
+
+def test_check_hands_its_options_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    monkeypatch.setattr(polysoftmax.testing, "report", lambda **options: asked.update(options) or 1)
+    code, _, _ = run(capsys, "check", "--backend", "numpy", "--peers", "--json", "errors.json")
+    assert code == 1
+    assert asked == {"backends": ["numpy"], "peers": True, "json": Path("errors.json")}
+
+
 def test_info_names_versions_and_engines(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "info")
     assert (code, err) == (0, "")
     assert re.search(rf"^polysoftmax +{re.escape(polysoftmax.__version__)}$", out, re.MULTILINE)
     assert re.search(rf"^numpy +{re.escape(np.__version__)}, cpu$", out, re.MULTILINE)
     assert "softmax of a numpy array, float32[64, 1000]: " in out
+
+
+def test_a_reader_that_leaves_causes_no_traceback() -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-m", "polysoftmax", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert running.stdout is not None
+    running.stdout.close()
+    _, err = running.communicate()
+    assert running.returncode == 1
+    assert err == b""
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

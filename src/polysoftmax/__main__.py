@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import polysoftmax
-from polysoftmax._demo.backends import NAMES, Backend, UsageError, look_for
+from polysoftmax._demo.backends import NAMES, Missing, UsageError, look_for
 from polysoftmax.engines import portable
 from polysoftmax.engines._threads import num_threads
 
@@ -84,9 +84,20 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     try:
-        from polysoftmax.testing import report
+        from polysoftmax.testing import Backend, missing, report
     except ImportError as error:
         raise UsageError(str(error)) from error
+    known = {one.value: one for one in Backend}
+    for name in options.backend or ():
+        if name not in known:
+            msg = f"unknown backend {name!r}: choose from {', '.join(known)}"
+            raise UsageError(msg)
+        if reason := missing(known[name]):
+            msg = f"backend {name} was asked for, but {reason}"
+            raise UsageError(msg)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        msg = f"cannot write {str(options.json)!r}: there is no directory {str(options.json.parent)!r}"
+        raise UsageError(msg)
     return report(backends=options.backend, peers=options.peers, json=options.json)
 
 
@@ -101,11 +112,11 @@ def _info(options: argparse.Namespace) -> int:
     ]
     reasons = []
     for one in map(look_for, NAMES):
-        if isinstance(one, Backend):
+        if isinstance(one, Missing):
+            lines.append((one.name, f"{one.reason} ({one.remedy})"))
+        else:
             lines.append((one.name, f"{one.version}, {one.device}"))
             reasons.append(str(polysoftmax.explain(one.floats([[0.0] * 1000] * 64), "softmax")))
-        else:
-            lines.append((one.name, f"{one.reason} ({one.remedy})"))
     for label, value in lines:
         print(f"{label:18}{value}")
     print(*("", *reasons), sep="\n")
@@ -123,12 +134,18 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
-        return options.command(options)  # type: ignore[no-any-return]
+        code: int = options.command(options)
+        sys.stdout.flush()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # The reader (head, less) has left; without this, Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
 
 
 if __name__ == "__main__":
