@@ -9,6 +9,7 @@ is exact. Source of the max trick: Gumbel, "Statistical theory of extreme values
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from polysoftmax._arrays import (
@@ -20,17 +21,17 @@ from polysoftmax._arrays import (
     last_rows,
     namespace,
     row_maximum,
-    rows,
+    stop_gradient,
     take_along,
 )
 from polysoftmax._softmax import over_temperature
-from polysoftmax._truncation import TRUNCATE, along_last, filters, truncated
+from polysoftmax._truncation import TRUNCATE, along_last, filters, is_spread, truncated
 from polysoftmax.engines import RowFormula
 from polysoftmax.engines.selection import leading
 from polysoftmax.random import BLOCKS, TOKENS, as_key, gumbel_of, row_keys, words
 
 if TYPE_CHECKING:
-    from polysoftmax._arrays import Array, Axis, Number, Rows
+    from polysoftmax._arrays import Array, Axis, Number
 
 
 def block_length(n: int) -> int:
@@ -55,11 +56,11 @@ def _draw(
     k1: Array,
     temperature: Array | float | None,
     *,
+    size: int,
     logprobs: bool,
 ) -> tuple[Array, ...]:
     """Draw a block by the masses, and a token inside it."""
     xp = namespace(x)
-    size = block_length(x.shape[-1])
     block = _best(mass, xp.log(mass), k0, k1, _indices(mass), BLOCKS, temperature)
     inside, index = block_of(x, block, size)
     z = over_temperature(inside - top, temperature)
@@ -231,20 +232,28 @@ def sample(
     if r.length == 0:
         msg = f"sample needs at least one token, got logits of shape {r.shape} with axis={axis}"
         raise ValueError(msg)
-    r, keys = _with_keys(r, as_key(key, like=r.x))
+    keys = row_keys(as_key(key, like=r.x), r.reduced_shape)
+    shape = _draws(tuple(keys.shape[:-1]), r.reduced_shape)
     t, mask, kept = r.temperature(temperature), r.mask(where), filters(r, top_k, top_p, min_p)
-    k0, k1 = keys[..., 0:1], keys[..., 1:2]
-    if kept.top_k is not None and kept.top_k * _FEW <= r.length:
-        top, x, index = LEADING(r, r.x, mask, top_k=kept.top_k)
-        size = block_length(r.length)
-        options = {"size": size, "logprobs": return_logprobs}
-        answer = DRAW_LEADING(r.of(x), x, index, top, k0, k1, t, kept.p, kept.min_p, **options)
+    x = r.x if return_logprobs else stop_gradient(r.x)
+    few = kept.top_k is not None and kept.top_k * _FEW <= r.length
+    if few:
+        top, x, index = LEADING(r, x, mask, top_k=kept.top_k)
     else:
         if mask is not None or not kept.off:
-            x = TRUNCATE(r, r.x, t, mask, kept.k, kept.p, kept.min_p, top_k=kept.top_k)
-            r = r.of(x)
-        top, mass = MASSES(r, r.x, t)
-        answer = DRAW(r.of(mass), mass, r.x, top, k0, k1, t, logprobs=return_logprobs)
+            x = TRUNCATE(r, x, t, mask, kept.k, kept.p, kept.min_p, top_k=kept.top_k)
+        top, mass = MASSES(r, x, t)
+    # Several keys for one row draw from what was found out about it once.
+    x, top, t = (_repeated(one, shape) for one in (x, top, t))
+    k0, k1 = (_repeated(keys[..., i : i + 1], shape) for i in (0, 1))
+    options = {"size": block_length(r.length), "logprobs": return_logprobs}
+    draws = replace(r, axis=len(shape))
+    if few:
+        p, min_p = _repeated(kept.p, shape), _repeated(kept.min_p, shape)
+        answer = DRAW_LEADING(draws.of(x), x, _repeated(index, shape), top, k0, k1, t, p, min_p, **options)
+    else:
+        mass = _repeated(mass, shape)
+        answer = DRAW(draws.of(mass), mass, x, top, k0, k1, t, **options)
     tokens, *logprobs = (r.xp.squeeze(one, axis=-1) for one in answer)
     return (tokens, logprobs[0]) if return_logprobs else tokens
 
@@ -253,27 +262,20 @@ _FEW = 4
 """How many times longer than top_k a row must be for its survivors to be drawn from by themselves."""
 
 
-def _with_keys(r: Rows, keys: Array) -> tuple[Rows, Array]:
-    """Return the rows and one key for each; several keys for one row repeat the row."""
-    batch = r.reduced_shape
-    keys = row_keys(keys, batch)
-    try:
-        shape = _broadcast_shapes(tuple(keys.shape[:-1]), batch)
-    except ValueError as error:
-        msg = f"keys of shape {tuple(keys.shape)} do not match rows of shape {batch}: leading dimensions must broadcast"
-        raise ValueError(msg) from error
-    if shape != batch:
-        r = rows(r.xp.broadcast_to(r.x, (*shape, r.length)), -1)
-    return r, r.xp.broadcast_to(keys, (*shape, 2))
+def _repeated(operand: Array | float | None, batch: tuple[int, ...]) -> Array | float | None:
+    """Return an operand for each row of a batch; a number for all rows stays one."""
+    if not is_spread(operand) or operand.shape[:-1] == batch:  # type: ignore[union-attr]
+        return operand
+    return namespace(operand).broadcast_to(operand, (*batch, operand.shape[-1]))  # type: ignore[union-attr]
 
 
-def _broadcast_shapes(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    ndim = max(len(one), len(other))
-    pairs = zip((1,) * (ndim - len(one)) + one, (1,) * (ndim - len(other)) + other, strict=True)
-    shape = []
-    for m, n in pairs:
-        if m != n and 1 not in (m, n):
-            msg = f"{m} and {n} do not broadcast"
+def _draws(keys: tuple[int, ...], batch: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the draws, to which the leading dimensions of the keys and the rows broadcast."""
+    ndim = max(len(keys), len(batch))
+    pairs = zip((1,) * (ndim - len(keys)) + keys, (1,) * (ndim - len(batch)) + batch, strict=True)
+    shape = tuple(n if m == 1 else m for m, n in pairs)
+    for given in (keys, batch):
+        if any(m not in (1, n) for m, n in zip(reversed(given), reversed(shape), strict=False)):
+            msg = f"keys of shape {(*keys, 2)} do not match rows of shape {batch}: leading dimensions must broadcast"
             raise ValueError(msg)
-        shape.append(n if m == 1 else m)
-    return tuple(shape)
+    return shape

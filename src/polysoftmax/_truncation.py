@@ -15,7 +15,6 @@ from polysoftmax._arrays import (
     Rows,
     accurate_sum,
     cast,
-    default_index,
     is_number,
     namespace,
     row_maximum,
@@ -24,7 +23,7 @@ from polysoftmax._arrays import (
 )
 from polysoftmax._softmax import over_temperature
 from polysoftmax.engines import RowFormula
-from polysoftmax.engines.selection import descending, first, leading, mass_threshold
+from polysoftmax.engines.selection import end_of_prefix, first, leading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,15 +48,19 @@ def truncated(
     top = row_maximum(x, x.ndim - 1)
     kept = x
     if top_k is not None:
-        kept = _first_k(kept, take_along(kept, leading(kept, top_k), x.ndim - 1), top_k)
+        kept = xp.where(_first_k(kept, top_k), kept, -math.inf)
     elif k is not None:
-        kept = xp.where(k == 0, kept, _first_k(kept, kept, xp.where(k > 0, k, 1.0)))
-    distance = over_temperature(kept - top, temperature)
+        inside = _prefix(kept, xp.ones_like, xp.where(k > 0, k, 1.0))
+        kept = xp.where((k == 0) | inside, kept, -math.inf)
+
+    def mass_of(entries: Array) -> Array:
+        return xp.exp(over_temperature(entries - top, temperature))
+
     if p is not None:
-        inside = _nucleus(distance, p)
-        kept, distance = xp.where(inside, kept, -math.inf), xp.where(inside, distance, -math.inf)
+        inside = _prefix(kept, mass_of, p * accurate_sum(mass_of(kept), x.ndim - 1))
+        kept = xp.where(inside if isinstance(p, float) else inside | (p >= 1), kept, -math.inf)
     if min_p is not None:
-        kept = xp.where(xp.exp(distance) >= min_p, kept, -math.inf)
+        kept = xp.where(mass_of(kept) >= min_p, kept, -math.inf)
     answered = top < math.inf
     for bound, most in ((k, math.inf), (p, 1.0), (min_p, 1.0), (temperature, math.inf)):
         if bound is not None and not isinstance(bound, float):
@@ -65,29 +68,20 @@ def truncated(
     return xp.where(answered, kept, math.nan)
 
 
-def _first_k(x: Array, values: Array, k: Array | int) -> Array:
-    """Return x with -inf for all but the k greatest entries, the lowest indices among equals.
-
-    ``values`` are entries of the row, the k greatest among them.
-    """
+def _first_k(x: Array, k: int) -> Array:
+    """Return which entries are the k greatest, the lowest indices among equals."""
     xp = namespace(x)
-    if isinstance(k, int):
-        least = xp.min(values, axis=-1, keepdims=True)
-    else:
-        rank = xp.astype(xp.minimum(k, xp.full_like(k, x.shape[-1])), default_index(xp))
-        least = take_along(descending(values), xp.broadcast_to(rank - 1, (*x.shape[:-1], 1)), x.ndim - 1)
-    above = xp.sum(xp.astype(values > least, x.dtype), axis=-1, keepdims=True)
-    return xp.where((x > least) | first(x == least, k - above), x, -math.inf)
+    least = xp.min(take_along(x, leading(x, k), x.ndim - 1), axis=-1, keepdims=True)
+    above = xp.sum(xp.astype(x > least, x.dtype), axis=-1, keepdims=True)
+    return (x > least) | first(x == least, k - above)
 
 
-def _nucleus(z: Array, p: Array | float) -> Array:
-    """Return which entries belong to the shortest prefix whose mass reaches p, the one that crosses it included."""
-    xp = namespace(z)
-    target = p * accurate_sum(xp.exp(z), z.ndim - 1)
-    end, above = mass_threshold(z, target)
-    room = xp.ceil((target - above) / xp.exp(end))
-    inside = (z > end) | first(z == end, xp.maximum(room, xp.ones_like(room)))
-    return inside if isinstance(p, float) else inside | (p >= 1)
+def _prefix(x: Array, mass_of: Callable[[Array], Array], target: Array) -> Array:
+    """Return which entries belong to the shortest prefix whose mass reaches the target, the one that does included."""
+    end, above = end_of_prefix(x, mass_of, target)
+    xp = namespace(x)
+    room = xp.ceil((target - above) / mass_of(end))
+    return (x > end) | first(x == end, xp.maximum(room, xp.ones_like(room)))
 
 
 def along_last(function: Callable[..., Any]) -> Callable[..., Any]:
