@@ -26,30 +26,36 @@ def _asked() -> list[Backend]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "backends(keep, reason): which backends a test of the `lib` fixture runs on")
+    config.addinivalue_line("markers", "backends(keep): on which backends a test runs, as a function of Capability")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give every test that takes `lib` each backend in each of its engines."""
+    """Give a test that takes `lib` each backend in each of its engines, and one that takes `dtype` its dtypes."""
     if "lib" not in metafunc.fixturenames:
         return
-    asked = _asked()
+    keep = [mark.args[0] for mark in metafunc.definition.iter_markers("backends")]
+    with_dtype = "dtype" in metafunc.fixturenames
     params = []
-    for backend in asked or Backend:
-        for engine in backend.capability.engines:
-            marks = [pytest.mark.gpu] if backend.capability.gpu else []
-            params.append(pytest.param((backend, engine), id=f"{backend.value}-{engine}", marks=marks))
-    metafunc.parametrize("lib", params, indirect=True)
+    for backend in _asked() or Backend:
+        can = backend.capability
+        if not all(one(can) for one in keep):
+            continue
+        marks = [pytest.mark.gpu] if can.gpu else []
+        for engine in can.engines:
+            for dtype in can.dtypes if with_dtype else ("",):
+                values = ((backend, engine), dtype) if with_dtype else ((backend, engine),)
+                name = "-".join(filter(None, (backend.value, engine, dtype)))
+                params.append(pytest.param(*values, id=name, marks=marks))
+    metafunc.parametrize(("lib", "dtype") if with_dtype else ("lib",), params, indirect=["lib"])
 
 
 @pytest.fixture
 def lib(request: pytest.FixtureRequest) -> Iterator[Adapter]:
-    """An open backend. Marks say where a test makes no sense; `Capability` says why."""
+    """An open backend, in an engine. Keep to those that can do what a test needs with ``@pytest.mark.backends``.
+
+    The mark takes a function of `polysoftmax.testing.Capability`.
+    """
     backend, engine = request.param
-    for mark in request.node.iter_markers("backends"):
-        keep, reason = mark.args
-        if not keep(backend.capability):
-            pytest.skip(reason)
     absent = missing(backend)
     if absent and backend in _asked():
         pytest.fail(f"{_ASKED} asks for {backend.value}: {absent}")

@@ -339,7 +339,7 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     compute, result = (dtype is None and _UNCHANGED.get((found.name, x.dtype))) or promotion(x, xp, dtype)
     shape = tuple(x.shape)
     ndim = len(shape)
-    if isinstance(axis, int) and -ndim <= axis < ndim:
+    if type(axis) is int and -ndim <= axis < ndim:
         axis %= ndim
         return Rows(xp, x, axis, compute, result, shape, (axis,), False)
     axes = _normalise_axes(axis, ndim)

@@ -145,7 +145,7 @@ def key(seed: int | Array, *, xp: Any = None, device: Any = None) -> Array:
     >>> random.key(7)
     array([0, 7], dtype=int32)
     """
-    if is_array(seed) and not is_number(seed):
+    if not is_number(seed) and is_array(seed):
         return _key_of_array(seed, xp, device)
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         msg = f"a seed must be an int or an array of ints, got {type(seed).__name__}"
@@ -245,7 +245,7 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
     """
     k = as_key(key)
     xp = namespace(k)
-    if is_array(data) and not is_number(data):
+    if not is_number(data) and is_array(data):
         index = move(data, k)
         if not xp.isdtype(index.dtype, "integral"):
             msg = f"data must be ints, got dtype {index.dtype}"
@@ -362,24 +362,24 @@ def gumbel(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, de
     return gumbel_of(bits(key, shape, xp=xp, device=device))
 
 
-def as_key(value: Array | int | object, like: Array | None = None) -> Array:
+def as_key(value: Any, like: Array | None = None) -> Array:
     """Return keys as an int32 array of shape (..., 2), in the library of ``like`` if that is given."""
-    drawn = drawn_words(value)
-    if drawn is not None:
-        found = drawn
-    elif is_array(value) and not is_number(value):
+    if is_number(value) and hasattr(value, "__index__"):
+        if like is None:
+            return key(value)
+        return key(value, xp=namespace(like), device=device_for(like))
+    found = drawn_words(value)
+    if found is None:
+        if not is_array(value):
+            msg = (
+                "a key must be an int seed, a polysoftmax.random.key, a jax.random.key, or a generator of NumPy, "
+                f"PyTorch or CuPy, got {type(value).__name__}"
+            )
+            raise TypeError(msg)
         found = key_data(value)
         if found.ndim >= 1 and found.shape[-1] == 4:
             found = _fold_four(found)
         found = _int32(found, "a key")
-    elif (isinstance(value, int) and not isinstance(value, bool)) or (is_number(value) and hasattr(value, "__index__")):
-        found = key(value)
-    else:
-        msg = (
-            "a key must be an int seed, a polysoftmax.random.key, a jax.random.key, or a generator of NumPy, PyTorch "
-            f"or CuPy, got {type(value).__name__}"
-        )
-        raise TypeError(msg)
     return found if like is None else move(found, like)
 
 

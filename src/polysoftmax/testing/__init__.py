@@ -16,9 +16,10 @@ except ImportError as error:
 from polysoftmax.testing._adapters import Adapter, open_backend
 from polysoftmax.testing._backends import CAPABILITIES, Backend, Capability, missing
 from polysoftmax.testing._cases import CASES, Case
+from polysoftmax.testing._check import Outcome, call_case, check_case
 from polysoftmax.testing._formats import FORMATS, Format, rounded
 from polysoftmax.testing._reference import Reference, reference
-from polysoftmax.testing._report import call_case, report
+from polysoftmax.testing._report import report
 
 __all__ = [
     "CAPABILITIES",
@@ -29,8 +30,10 @@ __all__ = [
     "Capability",
     "Case",
     "Format",
+    "Outcome",
     "Reference",
     "call_case",
+    "check_case",
     "missing",
     "open_backend",
     "reference",

@@ -60,18 +60,13 @@ class Reference:
             overflow = beyond & np.isfinite(self.high) & (answer == np.sign(self.high) * math.inf)
         return np.where(overflow, 0.0, self.error(answer) / self.allowed(result, compute))
 
-    def ulps(self, answer: Floats, result: str) -> Floats:
-        """Return the error in units in the last place of the answer, of 1 for what lies between -1 and 1.
+    def ulps(self, answer: Floats, result: str, *, relative: bool) -> Floats:
+        """Return the error in units in the last place of the answer.
 
-        The second half is for logarithms; for probabilities see ``relative``.
+        Below the smallest normal number its unit counts; for a logarithm, which is not ``relative``, that of 1.
         """
-        return self.error(answer) / (2 * FORMATS[result].unit * _binade(np.maximum(np.abs(self.high), 1.0)))
-
-    def relative(self, answer: Floats, result: str) -> Floats:
-        """Return the error in units in the last place of the answer, of the smallest normal number below it."""
-        return self.error(answer) / (
-            2 * FORMATS[result].unit * _binade(np.maximum(np.abs(self.high), FORMATS[result].tiny))
-        )
+        least = FORMATS[result].tiny if relative else 1.0
+        return self.error(answer) / (2 * FORMATS[result].unit * _binade(np.maximum(np.abs(self.high), least)))
 
 
 def _binade(size: Floats) -> Floats:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json as json_module
 import math
 from dataclasses import asdict, dataclass
@@ -10,36 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import polysoftmax
 from polysoftmax.testing._backends import Backend, missing
-from polysoftmax.testing._cases import CASES, Case
-from polysoftmax.testing._formats import FORMATS, rounded
-from polysoftmax.testing._reference import Reference, reference
+from polysoftmax.testing._cases import CASES
+from polysoftmax.testing._check import check_case
+from polysoftmax.testing._formats import rounded
+from polysoftmax.testing._reference import reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from polysoftmax.testing._adapters import Adapter
 
 OPS = ("softmax", "log_softmax", "logsumexp")
-
-expected = functools.lru_cache(maxsize=512)(reference)
-
-
-def call_case(lib: Adapter, case: Case, op: str, dtype: str) -> Any:
-    """Call one of ``OPS`` as a case says, with arrays of a dtype, in the way of a backend."""
-    keywords: dict[str, Any] = {"axis": case.axis}
-    if case.where is not None:
-        keywords["where"] = lib.asarray(case.where, "bool")
-    if op == "logsumexp":
-        if case.weights is not None:
-            keywords["weights"] = lib.asarray(case.weights, dtype)
-    elif isinstance(case.temperature, int | float) and not isinstance(case.temperature, np.generic):
-        keywords["temperature"] = case.temperature
-    else:
-        keywords["temperature"] = lib.asarray(case.temperature, FORMATS[dtype].compute.name)
-    return lib.call(getattr(polysoftmax, op), lib.asarray(case.values(), dtype), **keywords)
 
 
 @dataclass
@@ -53,19 +34,11 @@ class Line:
     of_bound: float = 0.0
     case: str = ""
 
-    def add(self, case: Case, want: Reference, answer: Any) -> None:
-        """Take one answer into account."""
-        if not want.high.size:
-            return
-        measure = want.relative if self.op == "softmax" else want.ulps
-        excess = float(np.max(want.excess(answer, self.dtype, FORMATS[self.dtype].compute.name)))
-        self.ulps = max(self.ulps, float(np.max(measure(answer, self.dtype))))
-        if excess >= self.of_bound:
-            self.of_bound, self.case = excess, case.name
-
-
-def _want(case: Case, op: str, dtype: str) -> Reference:
-    return expected(case, op, dtype, FORMATS[dtype].compute.name)
+    def add(self, case: str, ulps: float, of_bound: float) -> None:
+        """Take the error of one answer into account."""
+        self.ulps = max(self.ulps, ulps)
+        if of_bound >= self.of_bound:
+            self.of_bound, self.case = of_bound, case
 
 
 def measure(backend: Backend, engine: str) -> Iterator[Line]:
@@ -78,7 +51,8 @@ def measure(backend: Backend, engine: str) -> Iterator[Line]:
                 line = Line(op, dtype, f"{backend.value} ({engine})")
                 for case in CASES.values():
                     if op in case.ops:
-                        line.add(case, _want(case, op, dtype), lib.values(call_case(lib, case, op, dtype)))
+                        outcome = check_case(lib, case, op, dtype)
+                        line.add(case.name, outcome.ulps, outcome.excess)
                 yield line
 
 
@@ -124,9 +98,11 @@ def measure_peers() -> Iterator[Line]:
                 line = Line(op, dtype, name)
                 for case in plain:
                     if op in case.ops and np.ndim(case.values()):
+                        want = reference(case, op, dtype, dtype)
                         with np.errstate(all="ignore"):
                             answer = np.asarray(peer(op, rounded(case.values(), dtype), dtype), dtype=np.float64)
-                        line.add(case, _want(case, op, dtype), answer)
+                            ulps = want.ulps(answer, dtype, relative=op == "softmax")
+                        line.add(case.name, float(np.max(ulps)), float(np.max(want.excess(answer, dtype, dtype))))
                 yield line
 
 

@@ -1,0 +1,170 @@
+"""The contract, line by line, on every backend; test_accuracy.py holds the values to mpmath."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import polysoftmax
+from polysoftmax.testing import FORMATS, Adapter, Backend
+
+INF, NAN = math.inf, math.nan
+ELEMENTWISE = ("softmax", "log_softmax")
+EAGER = (Backend.NUMPY, Backend.NUMPY_READONLY, Backend.TORCH)
+
+not_compiled = pytest.mark.backends(lambda can: "compile" not in can.how)  # compiling adds nothing to these lines
+
+
+def unit(lib: Adapter) -> float:
+    return FORMATS[lib.can.default_float].unit
+
+
+@not_compiled
+def test_integers_are_promoted_before_anything_is_subtracted(lib: Adapter) -> None:
+    for dtype in lib.can.integers:
+        low, high = (0, 255) if dtype.startswith("u") else (-128, 127)
+        x = lib.asarray([low, high], dtype)
+        y = lib.call(polysoftmax.softmax, x)
+        lib.require(y, (2,), lib.can.default_float)
+        np.testing.assert_allclose(lib.values(y), [0.0, 1.0], atol=1e-30)
+        np.testing.assert_allclose(lib.values(lib.call(polysoftmax.logsumexp, x)), high, rtol=4 * unit(lib))
+
+
+@not_compiled
+def test_dtype_sets_the_dtype_of_the_answer(lib: Adapter) -> None:
+    x = lib.asarray([0.0, 1.0], "float32")
+    for dtype in lib.can.dtypes:
+        for op in (*ELEMENTWISE, "logsumexp"):
+            y = lib.call(getattr(polysoftmax, op), x, dtype=lib.dtype(dtype))
+            lib.require(y, () if op == "logsumexp" else (2,), dtype)
+
+
+def test_widening_dtype_is_computed_in(lib: Adapter) -> None:
+    if "float64" not in lib.can.dtypes:
+        pytest.skip("the backend has no float64")
+    y = lib.call(polysoftmax.softmax, lib.asarray([0.0, 1.0], "float32"), dtype=lib.dtype("float64"))
+    np.testing.assert_allclose(lib.values(y)[1], 0.7310585786300049, rtol=1e-15)
+
+
+def test_16_bits_are_summed_in_float32(lib: Adapter, dtype: str) -> None:
+    y = lib.call(polysoftmax.softmax, lib.asarray(np.zeros(70_000), dtype))
+    lib.require(y, (70_000,), dtype)
+    np.testing.assert_allclose(lib.values(y), 1 / 70_000, rtol=2e-3 if dtype == "float16" else 4 * FORMATS[dtype].unit)
+
+
+@not_compiled
+def test_nan_stays_in_its_row(lib: Adapter) -> None:
+    x = lib.asarray([[NAN, 1.0, 2.0], [1.0, 2.0, 3.0]], lib.can.default_float)
+    for op in (*ELEMENTWISE, "logsumexp"):
+        y = lib.values(lib.call(getattr(polysoftmax, op), x))
+        assert np.isnan(y[0]).all()
+        assert np.isfinite(y[1]).all()
+
+
+@not_compiled
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)])
+def test_zero_size(lib: Adapter, shape: tuple[int, ...]) -> None:
+    if lib.can.lazy and shape[-1]:
+        pytest.skip("Dask's own maximum fails without rows")
+    dtype = lib.can.default_float
+    x = lib.asarray(np.zeros(shape), dtype)
+    for op in ELEMENTWISE:
+        lib.require(lib.call(getattr(polysoftmax, op), x), shape, dtype)
+    y = lib.call(polysoftmax.logsumexp, x)
+    lib.require(y, shape[:-1], dtype)
+    assert (lib.values(y) == -INF).all()
+    lib.require(lib.call(polysoftmax.logsumexp, x, keepdims=True), (*shape[:-1], 1), dtype)
+
+
+@not_compiled
+def test_empty_axis_among_others(lib: Adapter) -> None:
+    if lib.can.lazy:
+        pytest.skip("Dask cannot flatten axes without entries")
+    x = lib.asarray(np.zeros((2, 0, 3)), lib.can.default_float)
+    assert (lib.values(lib.call(polysoftmax.logsumexp, x, axis=(1, 2))) == -INF).all()
+
+
+@not_compiled
+def test_keepdims(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    x = lib.asarray(np.zeros((2, 3, 4)), dtype)
+    for axis, shape in ((1, (2, 1, 4)), ((0, 2), (1, 3, 1)), (None, (1, 1, 1))):
+        y = lib.call(polysoftmax.logsumexp, x, axis=axis, keepdims=True)
+        lib.require(y, shape, dtype)
+        np.testing.assert_allclose(lib.values(y), math.log(24 / math.prod(shape)), rtol=8 * unit(lib))
+
+
+def test_temperature_shapes_are_tried_in_order(lib: Adapter) -> None:
+    """A square input tells the reduced shape from one that broadcasts."""
+    dtype = lib.can.default_float
+    x = lib.asarray([[0.0, 1.0], [0.0, 1.0]], dtype)
+    for temperature, axis in (([0.5, 1.0], -1), ([[0.5], [1.0]], -1)):
+        y = lib.values(lib.call(polysoftmax.softmax, x, axis=axis, temperature=lib.asarray(temperature, dtype)))
+        np.testing.assert_allclose(y[:, 1], [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))], rtol=8 * unit(lib))
+
+
+@not_compiled
+def test_a_parameter_array_promotes_nothing(lib: Adapter) -> None:
+    if lib.can.dtypes[-1] != "float64" or lib.backend.library == "array_api_strict":
+        pytest.skip("the library has no wider dtype to promote to, or refuses to mix them itself")
+    x = lib.asarray([0.0, 1.0], "float32")
+    lib.require(lib.call(polysoftmax.softmax, x, temperature=lib.asarray(2.0, "float64")), (2,), "float32")
+
+
+@not_compiled
+def test_tiny_temperature_does_not_overflow(lib: Adapter) -> None:
+    x = lib.asarray([1000.0, 999.0, 1000.0], lib.can.default_float)
+    for temperature in (1e-30, 1e-45, 1e-320):
+        y = lib.values(lib.call(polysoftmax.softmax, x, temperature=temperature))
+        np.testing.assert_allclose(y, [0.5, 0.0, 0.5], rtol=8 * unit(lib))
+
+
+@not_compiled
+def test_what_is_masked_never_leaks(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    values = np.asarray([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    where = np.asarray([[True, False, True], [False, False, False]])
+    for poison in (NAN, INF, -INF, 1e30):
+        x = lib.asarray(np.where(where, values, poison), dtype)
+        mask = lib.asarray(where, "bool")
+        y = lib.values(lib.call(polysoftmax.softmax, x, where=mask))
+        np.testing.assert_allclose(y[0], [1 / (1 + math.e**2), 0, 1 / (1 + math.e**-2)], rtol=8 * unit(lib))
+        assert (y[1] == 0).all()
+        assert (lib.values(lib.call(polysoftmax.log_softmax, x, where=mask))[~where] == -INF).all()
+        assert lib.values(lib.call(polysoftmax.logsumexp, x, where=mask))[1] == -INF
+
+
+@not_compiled
+def test_logsumexp_near_zero_keeps_its_digits(lib: Adapter) -> None:
+    y = lib.values(lib.call(polysoftmax.logsumexp, lib.asarray([0.0, -40.0], "float32")))
+    np.testing.assert_allclose(y, 4.248354255291589e-18, rtol=1e-6)  # exp(-40), by any table
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+@pytest.mark.parametrize("op", ELEMENTWISE)
+def test_strided_and_reversed_views(op: str, engine: str) -> None:
+    base = np.random.default_rng(0).normal(size=(400, 300))
+    views: list[Any] = [base[::2, ::3], base[::-1, ::-1], base.T, base[:, :1], base.T[::-2]]
+    with polysoftmax.engine(engine):
+        for view in views:
+            for axis in (0, 1, None):
+                plain = getattr(polysoftmax, op)(np.ascontiguousarray(view), axis=axis)
+                np.testing.assert_allclose(getattr(polysoftmax, op)(view, axis=axis), plain, rtol=1e-13, atol=1e-300)
+
+
+def test_subclasses_and_scalars_of_numpy_answer_plain_arrays(tmp_path: Any) -> None:
+    mapped = np.memmap(tmp_path / "x", dtype=np.float64, mode="w+", shape=(2, 3))
+    assert type(polysoftmax.softmax(mapped)) is np.ndarray
+    y = polysoftmax.softmax(np.float32(3))
+    assert (type(y), y.shape, y.dtype) == (np.ndarray, (), np.float32)
+
+
+def test_nothing_warns() -> None:
+    """filterwarnings = error makes a warning fail; NaN and inf rows are answers."""
+    x = np.asarray([[NAN, 0.0], [INF, 0.0], [-INF, -INF], [1e308, -1e308]])
+    for op in ("softmax", "log_softmax", "logsumexp", "entropy", "softmax_jacobian"):
+        getattr(polysoftmax, op)(x)
+    polysoftmax.softmax(x[:3].astype(np.float32), dtype=np.float16)

@@ -1,0 +1,84 @@
+"""Choosing an engine, asking which one would run, and the same answers from all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import polysoftmax
+from polysoftmax.engines import ENGINES, chosen
+
+
+def test_nested_choices_are_undone() -> None:
+    before = chosen()
+    with polysoftmax.engine("portable"):
+        with polysoftmax.engine("auto"):
+            assert chosen() == "auto"
+        assert chosen() == "portable"
+        with pytest.raises(KeyError), polysoftmax.engine("blocks"):
+            raise KeyError
+        assert chosen() == "portable"
+    assert chosen() == before
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match=f"unknown engine 'fast': choose one of {', '.join(ENGINES)}"):
+        polysoftmax.engine("fast").__enter__()
+
+
+def test_threads_do_not_see_the_choice() -> None:
+    seen = []
+    with polysoftmax.engine("portable"):
+        thread = threading.Thread(target=lambda: seen.append(chosen()))
+        thread.start()
+        thread.join()
+    assert seen == [os.environ.get("POLYSOFTMAX_ENGINE") or "auto"]
+
+
+def test_explain() -> None:
+    x = np.zeros((1000, 1000), np.float32)
+    found = polysoftmax.explain(x, "softmax")
+    assert (found.op, found.library, found.dtype, found.shape) == ("softmax", "numpy", "float32", (1000, 1000))
+    assert found.reason in str(found)
+    with polysoftmax.engine("portable"):
+        assert polysoftmax.explain(x, "softmax").engine == "portable"
+    with pytest.raises(ValueError, match=r"unknown operation 'softmin': choose one of .*softmax"):
+        polysoftmax.explain(x, "softmin")
+    with pytest.raises(TypeError, match="got list"):
+        polysoftmax.explain([1.0], "softmax")
+
+
+def test_explain_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    with polysoftmax.engine("auto"):
+        assert polysoftmax.explain(jax.numpy.zeros(3), "softmax").engine == "jit"
+        engines = []
+        jax.make_jaxpr(lambda x: engines.append(polysoftmax.explain(x, "softmax").engine) or x)(jax.numpy.zeros(3))
+    assert engines == ["portable"]
+
+
+@pytest.mark.parametrize(("value", "shown"), [("portable", "portable"), ("", "auto"), ("fastest", "unknown engine")])
+def test_environment(value: str, shown: str) -> None:
+    code = "from polysoftmax.engines import chosen; print(chosen())"
+    environment = {**os.environ, "POLYSOFTMAX_ENGINE": value}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert shown in (ran.stdout or ran.stderr)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("shape", [(300, 100), (5000, 3), (2, 40_000), (100_000,)])
+def test_engines_agree(shape: tuple[int, ...], dtype: type) -> None:
+    x = np.random.default_rng(0).normal(size=shape, scale=4).astype(dtype)
+    unit = 2.0**-11 if dtype is np.float16 else np.finfo(dtype).eps
+    for axis in range(x.ndim):
+        for op in ("softmax", "log_softmax", "logsumexp", "entropy"):
+            with polysoftmax.engine("portable"):
+                plain = getattr(polysoftmax, op)(x, axis=axis)
+            answer = getattr(polysoftmax, op)(x, axis=axis)
+            assert (answer.dtype, answer.shape) == (plain.dtype, plain.shape)
+            np.testing.assert_allclose(answer, plain, rtol=64 * unit, atol=64 * unit if op != "softmax" else 1e-7)
