@@ -209,6 +209,60 @@ def test_float16_is_rounded_once(n: int) -> None:
     np.testing.assert_array_equal(y, np.float16(1 / n))
 
 
+def same_bits(got: np.ndarray, want: np.ndarray) -> bool:
+    """Whether two arrays of float16 agree, the signs of zeros included; any NaN is like any other."""
+    return bool(((got.view(np.uint16) == want.view(np.uint16)) | (np.isnan(got) & np.isnan(want))).all())
+
+
+def test_every_float16_is_widened_exactly() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    wide = np.empty(bits.size, np.float32)
+    _kernels.widen_float16(bits, wide)
+    want = bits.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(wide, want)
+    np.testing.assert_array_equal(np.signbit(wide), np.signbit(want))
+
+
+def test_rounding_to_float16() -> None:
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    ties = (halves[1:] + halves[:-1]) / 2
+    odd = np.asarray([65504, 65519.996, 65520, 1e30, INF, NAN, 1e-40], np.float32)
+    below, above = np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(INF))
+    x = np.concatenate([halves, ties, below, above, odd])
+    x = np.concatenate([x, -x])
+    bits = np.empty(x.size, np.uint16)
+    _kernels.narrow_float16(x, bits)
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert same_bits(bits.view(np.float16), x.astype(np.float16))
+
+
+def test_bfloat16_is_the_upper_half_of_float32() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    wide, again = np.empty(bits.size, np.float32), np.empty(bits.size, np.uint16)
+    _kernels.widen_bfloat16(bits, wide)
+    np.testing.assert_array_equal(wide.view(np.uint32), bits.astype(np.uint32) << 16)
+    _kernels.narrow_bfloat16(wide, again)
+    number = ~np.isnan(wide)
+    np.testing.assert_array_equal(again[number], bits[number])
+    assert (again[~number] & 0x7FFF > 0x7F80).all()
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower", "rounded"),
+    [
+        (0x3F80, 0x8000, 0x3F80),
+        (0x3F81, 0x8000, 0x3F82),
+        (0x3F80, 0x8001, 0x3F81),
+        (0xBF80, 0x7FFF, 0xBF80),
+        (0x7F7F, 0xFFFF, 0x7F80),
+    ],
+)
+def test_rounding_to_bfloat16(upper: int, lower: int, rounded: int) -> None:
+    x, bits = np.asarray([upper << 16 | lower], np.uint32).view(np.float32), np.empty(1, np.uint16)
+    _kernels.narrow_bfloat16(x, bits)
+    assert bits[0] == rounded
+
+
 def test_ignored_targets_leave_no_trace() -> None:
     x = np.full((3, 100), NAN, np.float32)
     x[0] = 0

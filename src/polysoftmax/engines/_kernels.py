@@ -506,3 +506,54 @@ def log_softmax_slope(y: Array, g: Array, temperature: Array | None, where: Arra
             if temperature is not None:
                 d = d / t if alive else zero
             row[j] = d
+
+
+# float16 and bfloat16 are taken and given as their bits: Numba has neither, and NumPy converts the one slowly.
+
+
+@_kernel
+def widen_bfloat16(bits: Array, out: Array) -> None:
+    """Write the float32 of every bfloat16."""
+    for i in range(bits.size):
+        out[i] = np.uint32(np.uint32(bits[i]) << 16).view(np.float32)
+
+
+@_kernel
+def narrow_bfloat16(x: Array, bits: Array) -> None:
+    """Write every float32 rounded to bfloat16, ties to even."""
+    for i in range(x.size):
+        b = np.float32(x[i]).view(np.uint32)
+        rounded = np.uint32(b + np.uint32(0x7FFF) + np.uint32(np.uint32(b >> 16) & 1)) >> 16
+        bits[i] = np.uint16(rounded if x[i] == x[i] else 0x7FC0)  # NaN
+
+
+@_kernel
+def widen_float16(bits: Array, out: Array) -> None:
+    """Write the float32 of every float16."""
+    scale = np.float32(2.0**112)  # from the exponents of float16 to those of float32, subnormal ones too
+    for i in range(bits.size):
+        h = np.uint32(bits[i])
+        v = np.uint32(np.uint32(h & 0x7FFF) << 13).view(np.float32) * scale
+        v = np.float32(math.inf) if v >= np.float32(65536) else v
+        v = np.float32(math.nan) if np.uint32(h & 0x7FFF) > 0x7C00 else v
+        out[i] = -v if h >= 0x8000 else v
+
+
+@_kernel
+def narrow_float16(x: Array, bits: Array) -> None:
+    """Write every float32 rounded to float16, ties to even."""
+    half = np.float32(0.5)
+    half_bits = np.uint32(half.view(np.uint32))
+    for i in range(x.size):
+        v = np.float32(x[i])
+        b = v.view(np.uint32)
+        a = np.uint32(b & np.uint32(0x7FFFFFFF))
+        m = a.view(np.float32)
+        odd = np.uint32(np.uint32(a >> 13) & 1)
+        normal = np.uint32(np.uint32(a + np.uint32(0xFFF) + odd - np.uint32(112 << 23)) >> 13)
+        # Added to 0.5, a float32 has no more digits than a subnormal float16.
+        small = np.uint32(np.float32(m + half).view(np.uint32) - half_bits)
+        r = normal if m >= np.float32(2.0**-14) else small
+        r = np.uint32(0x7C00) if m >= np.float32(65520) else r
+        r = r if m == m else np.uint32(0x7E00)  # NaN
+        bits[i] = np.uint16(r | np.uint32(np.uint32(b >> 16) & np.uint32(0x8000)))

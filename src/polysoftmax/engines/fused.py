@@ -71,18 +71,41 @@ def run(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Piece], th
         parts, target = operands, answer
         if len(blocks) > 1:
             parts, target = _blocks.cut(operands, blocks[i]), answer[blocks[i]]
-        block = _Block(call, parts)
+        block = _Block(kernels, call, parts)
         target = _last(target, axis)
         if target.dtype == block.dtype and target.flags.c_contiguous:
             function(kernels, block, target.reshape(-1, target.shape[-1]))
-            return
-        out = np.empty((len(block.x), target.shape[-1]), block.dtype)
-        function(kernels, block, out)
-        with np.errstate(over="ignore"):  # what is too large for 16 bits is inf
-            target[...] = out.reshape(target.shape)
+        else:
+            out = np.empty((len(block.x), target.shape[-1]), block.dtype)
+            function(kernels, block, out)
+            target[...] = _converted(kernels, out, target.dtype).reshape(target.shape)
 
     parallel(work, len(blocks), threads)
     return answer
+
+
+BFLOAT16_BITS = np.dtype("V2")
+"""How arrays of bfloat16 are given where ml_dtypes, which adds the dtype to NumPy, is not at hand."""
+
+
+def _narrow_name(dtype: np.dtype[Any]) -> str:
+    if dtype == np.float16:
+        return "float16"
+    return "bfloat16" if dtype.kind == "V" and dtype.itemsize == 2 else ""
+
+
+def _converted(kernels: Any, x: Array, dtype: np.dtype[Any]) -> Array:
+    """Return ``x``, C-contiguous, in ``dtype``; NumPy's own conversions from and to 16 bits are slow."""
+    if dtype == np.float32 and (name := _narrow_name(x.dtype)):
+        out = np.empty(x.shape, dtype)
+        getattr(kernels, f"widen_{name}")(np.ascontiguousarray(x).view(np.uint16).reshape(-1), out.reshape(-1))
+        return out
+    if x.dtype == np.float32 and (name := _narrow_name(dtype)):
+        out = np.empty(x.shape, dtype)
+        getattr(kernels, f"narrow_{name}")(np.ascontiguousarray(x).reshape(-1), out.view(np.uint16).reshape(-1))
+        return out
+    with np.errstate(over="ignore"):  # what is too large for 16 bits is inf
+        return np.ascontiguousarray(x, dtype)
 
 
 def _last(x: Array, axis: int) -> Array:
@@ -92,9 +115,10 @@ def _last(x: Array, axis: int) -> Array:
 class _Block:
     """The operands of a block in the form that kernels take: C-contiguous rows in the compute dtype."""
 
-    __slots__ = ("axis", "dtype", "operands", "options", "shape", "x")
+    __slots__ = ("axis", "dtype", "kernels", "operands", "options", "shape", "x")
 
-    def __init__(self, call: Call, operands: tuple[Array, ...]) -> None:
+    def __init__(self, kernels: Any, call: Call, operands: tuple[Array, ...]) -> None:
+        self.kernels = kernels
         self.axis: int = call.options["axis"]
         self.options = call.options
         self.shape = operands[0].shape
@@ -110,8 +134,9 @@ class _Block:
         if one.shape != self.shape:
             one = np.broadcast_to(one, self.shape)
         one = _last(one, self.axis)
-        # The rows themselves may be integers, other integers are classes.
-        return np.ascontiguousarray(one.reshape(-1, one.shape[-1]), self.dtype if i == 0 else self._dtype_of(one))
+        one = one.reshape(-1, one.shape[-1])
+        # The rows themselves may be integers; other integers are classes.
+        return _converted(self.kernels, one, self.dtype if i == 0 else self._dtype_of(one))
 
     def per_row(self, i: int) -> Array:
         """Return an operand that has one entry a row, or a number for all rows."""
@@ -120,7 +145,7 @@ class _Block:
             return None
         kept = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
         one = np.broadcast_to(np.asarray(one), kept).reshape(-1)
-        return np.ascontiguousarray(one, self._dtype_of(one))
+        return _converted(self.kernels, one, self._dtype_of(one))
 
     def _dtype_of(self, one: Array) -> np.dtype[Any]:
         return one.dtype if one.dtype.kind in "biu" else self.dtype

@@ -10,13 +10,12 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from polysoftmax._arrays import cast
-from polysoftmax.engines import portable
+from polysoftmax.engines import Call, portable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polysoftmax._arrays import Array, DType
-    from polysoftmax.engines import Call
 
 _ARRAY = object()
 """Stands in a template for an operand that is an array; anything else in it is the operand itself."""
@@ -35,8 +34,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Array:
     else:
         compiled = _differentiable
     template = tuple(one if one is None or isinstance(one, float) else _ARRAY for one in operands)
-    key = call._replace(options=tuple(call.options.items()))  # type: ignore[arg-type]  # hashable
-    return compiled(key, template)(*[one for one in operands if one is not None and not isinstance(one, float)])
+    hashable = Call(call.formula, tuple(call.options.items()), call.compute, call.result)  # type: ignore[arg-type]
+    return compiled(hashable, template)(*[one for one in operands if one is not None and not isinstance(one, float)])
 
 
 def describe(x: Array, name: str) -> tuple[str, str]:

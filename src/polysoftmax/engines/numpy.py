@@ -72,7 +72,9 @@ def describe(x: Array, name: str) -> tuple[str, str]:
         return "portable", "the array API formula as it stands: the array is not NumPy's own"
     if not x.size or not x.ndim or (x.size < SMALL and chosen() == "auto"):
         return "portable", f"the array API formula as it stands: fewer than {SMALL} entries"
-    compute = np.result_type(x.dtype, np.float32) if x.dtype.kind == "f" else np.dtype(np.float64)
+    compute = np.dtype(np.float32 if x.dtype.itemsize == 2 and x.dtype.kind in "fV" else np.float64)
+    if x.dtype.kind == "f" and x.dtype.itemsize > 2:
+        compute = x.dtype
     plan = _plan(x, x.ndim - 1, fused.obstacle_by_name(name, compute), compute)
     rows = f"blocks of {plan.block} rows of {x.shape[-1]}, {plan.layout}"
     return plan.engine, f"{rows}, {plan.threads} thread{'s' * (plan.threads > 1)}: {plan.reason}"

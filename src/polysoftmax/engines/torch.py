@@ -41,8 +41,7 @@ def describe(x: Array, name: str) -> tuple[str, str]:
         return "torch", f"torch's own kernel meets the accuracy bound for rows of up to {_NATIVE_LENGTH}"
     from polysoftmax.engines import numpy as numpy_engine
 
-    widened = x.detach().float() if x.dtype in _NARROW else x.detach()
-    return numpy_engine.describe(widened.numpy(), name)
+    return numpy_engine.describe(_bits(x), name)
 
 
 def _transformed() -> bool:
@@ -125,37 +124,50 @@ def _shares_memory(x: Array) -> bool:
 
 
 def _run_as_numpy(call: Call, operands: tuple[Array, ...]) -> Any:
+    from polysoftmax.engines import fused
     from polysoftmax.engines import numpy as numpy_engine
 
-    compute, result = call.compute, call.result
-    if result in _NARROW:
-        result = compute  # torch rounds to 16 bits faster than NumPy, which has no bfloat16 either
-    arrays = tuple(_as_numpy(one) if isinstance(one, torch.Tensor) else one for one in operands)
-    same = call._replace(compute=_numpy_dtype(compute), result=_numpy_dtype(result))
-    y = numpy_engine.run(same, arrays)
+    compute = _numpy_dtype(call.compute)
+    wide = call._replace(compute=compute, result=compute if call.result in _NARROW else _numpy_dtype(call.result))
+    narrow = any(isinstance(one, torch.Tensor) and one.dtype in _NARROW for one in operands)
+    if narrow and operands[0].numel() >= numpy_engine.SMALL:
+        bits = tuple(_bits(one) if isinstance(one, torch.Tensor) else one for one in operands)
+        if not fused.obstacle(wide, bits):  # the kernels convert what is in the cache
+            same = call._replace(compute=compute, result=_numpy_dtype(call.result))
+            return _from_numpy(numpy_engine.run(same, bits), call.result)
+    # torch rounds to 16 bits faster than NumPy, which has no bfloat16 either.
+    y = numpy_engine.run(wide, tuple(_widened(one) if isinstance(one, torch.Tensor) else one for one in operands))
     if isinstance(y, tuple):
         return tuple(_from_numpy(one, call.result) for one in y)
     return _from_numpy(y, call.result)
 
 
-def _as_numpy(x: Array) -> Array:
+def _widened(x: Array) -> Array:
     return (x.detach().float() if x.dtype in _NARROW else x.detach()).numpy()
 
 
+def _bits(x: Array) -> Array:
+    x = x.detach()
+    return x.view(torch.int16).numpy().view("V2") if x.dtype is torch.bfloat16 else x.numpy()
+
+
 def _from_numpy(y: Array, result: DType) -> Array:
+    if y.dtype.kind == "V":
+        return torch.from_numpy(y.view("int16")).view(torch.bfloat16)
     y = torch.from_numpy(y)
     return y.to(result) if result in _NARROW and y.is_floating_point() else y
 
 
 @functools.cache
 def _numpy_dtype(dtype: DType) -> Any:
-    return torch.empty(0, dtype=dtype).numpy().dtype
+    return _bits(torch.empty(0, dtype=dtype)).dtype
 
 
 class _Pullback:
     """The derivative rule of a formula in the form of one, of its operands, its answer and the cotangent."""
 
     vjp = None
+    many_steps = False
 
     def __init__(self, formula: RowFormula, wanted: tuple[bool, ...]) -> None:
         self.rule = formula.vjp
