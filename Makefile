@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs bench clean
 
 help: ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -30,6 +30,9 @@ lint: $(VENV)/installed-test $(VENV)/installed-lint ## Check style and types.
 
 docs: $(VENV)/installed-docs ## Build the documentation into docs/_build/html; a warning is an error.
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+bench: $(VENV)/installed-test ## Race every function against its peers; the table, JSON and plots go to benchmarks/results.
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## Remove the environment and all that was built.
 	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

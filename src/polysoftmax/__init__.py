@@ -13,7 +13,7 @@ from polysoftmax._losses import cross_entropy, entropy, kl_divergence
 from polysoftmax._sampling import sample
 from polysoftmax._softmax import log_softmax, logsumexp, softmax
 from polysoftmax._truncation import truncate
-from polysoftmax.engines import engine, explain
+from polysoftmax.engines import engine, explain, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ __all__ = [
     "logsumexp",
     "random",
     "sample",
+    "set_num_threads",
     "softmax",
     "softmax_jacobian",
     "softmax_jvp",

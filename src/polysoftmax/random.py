@@ -283,7 +283,7 @@ def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, devi
     Returns
     -------
     array
-        int32 words of 32 random bits, of shape (..., *shape): word i, counted in C order, belongs to the key and i
+        int32 words of 32 random bits, of the keys' leading shape and then ``shape``: word i, counted in C order, belongs to the key and i
         alone.
 
     Raises
