@@ -224,3 +224,77 @@ def test_forward_mode_at_every_line_of_the_contract(lib: Adapter, op: str) -> No
     scale = np.maximum(8.0, np.max(np.abs(np.asarray(want, dtype=np.float64)), axis=-1, keepdims=True))
     dead = np.asarray(t)[:, None] * np.asarray(exists)
     close(lib, moved, want, dtype, np.where((dead > 0) & (dead < INF), scale, 0.0))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_products_at_every_line_of_the_contract(lib: Adapter, op: str) -> None:
+    dtype = lib.can.default_float
+    rows, exists, t = zip(*LINES.values(), strict=True)
+    u = np.where(np.asarray(exists), np.resize(VECTORS, (len(rows), 4)), NAN)
+    t = [float(one) for one in rounded(t, dtype)]
+    finite = np.where(np.asarray(exists), rounded(rows, dtype), 0.0)
+    moved = exact(forward, op, finite, np.nan_to_num(u), t, exists)
+    pulled = [one for one, _ in exact(backward, op, finite, np.nan_to_num(u), t, exists)]
+    scale = np.asarray([[16 / one if 0 < one < INF else 0] for one in t]) * np.asarray(exists)
+    x, v = lib.asarray(rows, dtype), lib.asarray(u, dtype)
+    options = {"temperature": lib.asarray(t, dtype), "where": lib.asarray(exists, "bool")}
+    close(lib, lib.call(getattr(polysoftmax, f"{op}_jvp"), x, v, **options), moved, dtype, scale)
+    close(lib, lib.call(getattr(polysoftmax, f"{op}_vjp"), x, v, **options), pulled, dtype, scale)
+
+
+@differentiable
+@pytest.mark.parametrize("op", OPS)
+def test_gradient_for_one_temperature(lib: Adapter, op: str) -> None:
+    dtype = lib.can.default_float
+    found = exact(backward, op, LOGITS, VECTORS, (0.5,) * 4)
+    gradients = pullback(
+        lib, of_lines(lib, op, None), lib.asarray(VECTORS, dtype), lib.asarray(LOGITS, dtype), lib.asarray(0.5, dtype)
+    )
+    # The scores reach 2002, whose rounding the probabilities feel.
+    close(lib, gradients[1], mpmath.fsum(one for _, one in found), dtype, scale=256.0)
+
+
+SUMS = ((1.0, 2.0, 3.0, 0.5), (1000.0, 0.0, -1e30, -INF), (-INF,) * 4, (NAN, 2.0, 0.0, INF), (NAN, INF, -INF, 0.0))
+SUMS_EXIST = ((True,) * 4, (True,) * 4, (True,) * 4, (False, True, True, False), (False,) * 4)
+WEIGHTS = ((1.0, -0.25, 2.0, 0.5), (1.0, 2.0, 0.5, 1.0), (1.0,) * 4, (1.0, 0.5, 2.0, 3.0), (1.0,) * 4)
+
+
+def sum_slopes(row: Any, weights: Any, exists: Any) -> tuple[list[Any], list[Any]]:
+    """Return w·exp(x) / Σ w·exp(x) and exp(x) / Σ w·exp(x), 0 if there is nothing to sum."""
+    terms = [mpmath.exp(mpmath.mpf(x)) if e else mpmath.mpf(0) for x, e in zip(row, exists, strict=True)]
+    parts = [mpmath.mpf(w) * one for w, one in zip(weights, terms, strict=True)]
+    total = mpmath.fsum(parts) or mpmath.mpf(1)
+    return [one / total for one in parts], [one / total for one in terms]
+
+
+@differentiable
+def test_gradients_of_logsumexp(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    with mpmath.workprec(200):
+        weighted = [sum_slopes(*one) for one in zip(SUMS, WEIGHTS, SUMS_EXIST, strict=True)]
+        plain = [sum_slopes(*one)[0] for one in zip(SUMS[:3], np.ones((3, 4)), SUMS_EXIST[:3], strict=True)]
+    mask = lib.asarray(SUMS_EXIST, "bool")
+
+    def of_weights(x: Any, w: Any) -> Any:
+        return polysoftmax.logsumexp(x, weights=w, where=mask)
+
+    x, ones = lib.asarray(SUMS, dtype), lib.asarray(np.ones(5), dtype)
+    gradient, by_weight = pullback(lib, of_weights, ones, x, lib.asarray(WEIGHTS, dtype))
+    close(lib, gradient, [one for one, _ in weighted], dtype)
+    close(lib, by_weight, [one for _, one in weighted], dtype)
+    (gradient,) = pullback(lib, polysoftmax.logsumexp, ones[:3], x[:3, :])
+    close(lib, gradient, plain, dtype)
+    (gradient,) = pullback(lib, polysoftmax.logsumexp, lib.asarray(1.0, dtype), lib.asarray((1000.0, 0.0), dtype))
+    assert lib.values(gradient).tolist() == [1.0, 0.0]
+
+
+@differentiable
+@pytest.mark.backends(lambda can: "bfloat16" in can.dtypes)
+@pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op", OPS)
+def test_narrow_gradients_are_rounded_once(lib: Adapter, op: str, narrow: str) -> None:
+    function, x, u = getattr(polysoftmax, op), rounded(LOGITS, narrow), rounded(VECTORS, narrow)
+    (wide,) = pullback(lib, function, lib.asarray(u, "float32"), lib.asarray(x, "float32"))
+    (gradient,) = pullback(lib, function, lib.asarray(u, narrow), lib.asarray(x, narrow))
+    lib.require(gradient, (4, 4), narrow)
+    np.testing.assert_array_equal(lib.values(gradient), rounded(lib.values(wide), narrow))
