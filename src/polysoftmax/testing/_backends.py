@@ -48,7 +48,11 @@ class Backend(Enum):
 
 @dataclass(frozen=True)
 class Capability:
-    """What a backend can do. Skips in the tests and the support table of the documentation come from here."""
+    """What a backend can do. The choice of tests and the support table of the documentation come from here.
+
+    ``traced``: a function never sees values. ``compiles``: a new shape or option costs a compilation. ``lazy``:
+    nothing is computed before the values are asked for. ``mutable``: arrays could be written to.
+    """
 
     how: str
     dtypes: tuple[str, ...]
@@ -58,6 +62,7 @@ class Capability:
     engines: tuple[str, ...] = ("auto", "portable")
     autodiff: bool = False
     traced: bool = False
+    compiles: bool = False
     lazy: bool = False
     gpu: bool = False
     mutable: bool = False
@@ -72,18 +77,28 @@ def _strict(how: str) -> Capability:
 
 
 def _jax(
-    how: str, *, x64: bool = False, engines: tuple[str, ...] = ("auto", "portable"), gpu: bool = False
+    how: str,
+    *,
+    engines: tuple[str, ...] = ("auto", "portable"),
+    traced: bool = False,
+    x64: bool = False,
+    gpu: bool = False,
 ) -> Capability:
     integers = ("int8", "int64", "uint8") if x64 else ("int8", "int32", "uint8")
     default, index = ("float64", "int64") if x64 else ("float32", "int32")
     dtypes = _FLOATS if x64 else _NARROW
     return Capability(
-        how, dtypes, integers, default, index, engines, autodiff=True, traced=engines == ("auto",), gpu=gpu
+        how, dtypes, integers, default, index, engines, autodiff=True, traced=traced, compiles=True, gpu=gpu
     )
 
 
 def _torch(
-    how: str, *, engines: tuple[str, ...] = ("auto", "portable"), traced: bool = False, gpu: bool = False
+    how: str,
+    *,
+    engines: tuple[str, ...] = ("auto", "portable"),
+    traced: bool = False,
+    compiles: bool = False,
+    gpu: bool = False,
 ) -> Capability:
     return Capability(
         how,
@@ -94,6 +109,7 @@ def _torch(
         engines,
         autodiff=True,
         traced=traced,
+        compiles=compiles,
         gpu=gpu,
         mutable=True,
     )
@@ -108,12 +124,12 @@ CAPABILITIES = {
         "lazily, in chunks", _FLOATS, ("int8", "int32", "int64", "uint8"), "float64", "int64", ("auto",), lazy=True
     ),
     Backend.JAX: _jax("eager"),
-    Backend.JAX_JIT: _jax("under jax.jit", engines=("auto",)),
-    Backend.JAX_X64: _jax("eager, with 64-bit types", x64=True),
+    Backend.JAX_JIT: _jax("under jax.jit", engines=("auto",), traced=True),
+    Backend.JAX_X64: _jax("eager, with 64-bit types", engines=("auto",), x64=True),
     Backend.TORCH: _torch("eager"),
     Backend.TORCH_AUTOGRAD: _torch("eager, recorded by autograd"),
     Backend.TORCH_FUNC: _torch("under torch.func.vjp", engines=("auto",), traced=True),
-    Backend.TORCH_COMPILE: _torch("under torch.compile(fullgraph=True)", engines=("auto",), traced=True),
+    Backend.TORCH_COMPILE: _torch("under torch.compile(fullgraph=True)", engines=("auto",), traced=True, compiles=True),
     Backend.CUPY: Capability(
         "eager",
         ("float16", "float32", "float64"),
