@@ -298,3 +298,140 @@ def test_narrow_gradients_are_rounded_once(lib: Adapter, op: str, narrow: str) -
     (gradient,) = pullback(lib, function, lib.asarray(u, narrow), lib.asarray(x, narrow))
     lib.require(gradient, (4, 4), narrow)
     np.testing.assert_array_equal(lib.values(gradient), rounded(lib.values(wide), narrow))
+
+
+ROW, CENTRE, HEAT = (0.5, -1.0, 2.0), (1.0, -2.0, 0.5), 0.75
+FUNCTIONS = (*OPS, "logsumexp")
+
+
+def scalar(name: str, row: Any, t: Any = HEAT) -> Any:
+    """Return Σ c·f(x) by mpmath, with the temperature where f has one."""
+    if name == "logsumexp":
+        return mpmath.log(mpmath.fsum(mpmath.exp(one) for one in row))
+    p = shares([(one - max(row)) / t for one in row])
+    return mpmath.fsum(c * (one if name == "softmax" else mpmath.log(one)) for c, one in zip(CENTRE, p, strict=True))
+
+
+@functools.cache
+def curvature(name: str) -> Any:
+    """Return the Hessian of `scalar` for logits and temperature, by mpmath's numerical differentiation."""
+    n = 3 if name == "logsumexp" else 4
+    point = [mpmath.mpf(one) for one in (*ROW, HEAT)[:n]]
+    found = np.zeros((n, n))
+    with mpmath.workprec(200):
+        for i in range(n):
+            for j in range(n):
+                orders = tuple((k == i) + (k == j) for k in range(n))
+                found[i, j] = mpmath.diff(lambda *q: scalar(name, q[:3], *q[3:]), point, orders)
+    return found
+
+
+def ours(name: str, xp: Any, like: Any, *, array: bool = True) -> Callable[[Any], Any]:
+    """Return `scalar` as a function of one array, logits and then the temperature if that is an ``array``."""
+    if name == "logsumexp":
+        return polysoftmax.logsumexp
+    centre = xp.asarray(CENTRE, dtype=like.dtype)
+    function = getattr(polysoftmax, name)
+    return lambda q: xp.sum(centre * function(q[:3], temperature=q[3] if array else HEAT))
+
+
+@pytest.mark.parametrize("array", [False, True], ids=["T is a number", "T is an array"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_second_order_on_jax(name: str, *, array: bool) -> None:
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(True):
+        want = curvature(name) if array else curvature(name)[:3, :3]
+        q = jax.numpy.asarray((*ROW, HEAT)[: len(want)])
+        function = ours(name, jax.numpy, q, array=array)
+        ways = (jax.jacfwd(jax.jacfwd(function)), jax.jacrev(jax.jacrev(function)), jax.hessian(function))
+        for found in jax.jit(lambda q: [way(q) for way in ways])(q):  # eagerly every step is a program to compile
+            np.testing.assert_allclose(found, want, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("array", [False, True], ids=["T is a number", "T is an array"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_second_order_on_torch(name: str, *, array: bool) -> None:
+    torch = pytest.importorskip("torch")
+    want = curvature(name) if array else curvature(name)[:3, :3]
+    q = torch.asarray((*ROW, HEAT)[: len(want)], dtype=torch.float64)
+    function = ours(name, torch, q, array=array)
+    for outer in (torch.func.jacfwd, torch.func.jacrev):
+        for inner in (torch.func.jacfwd, torch.func.jacrev):
+            np.testing.assert_allclose(outer(inner(function))(q), want, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(torch.autograd.functional.hessian(function, q), want, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradcheck(name: str, engine: str) -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.tensor(LOGITS[:1] + LOGITS[3:], dtype=torch.float64, requires_grad=True)
+    w = torch.tensor(WEIGHTS[:2], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor((0.5, 2.0), dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor(((True, True, True, True), (True, False, True, True)))
+    function = getattr(polysoftmax, name)
+
+    def of_all(x: Any, other: Any) -> Any:
+        y = function(x, where=mask, **{"weights" if name == "logsumexp" else "temperature": other})
+        return y if name == "logsumexp" else y[mask]
+
+    with polysoftmax.engine(engine):
+        for call, primals in ((function, (x,)), (of_all, (x, w if name == "logsumexp" else t))):
+            assert torch.autograd.gradcheck(call, primals, check_forward_ad=True)
+            assert torch.autograd.gradgradcheck(call, primals)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_vmap_is_the_loop(name: str) -> None:
+    jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+    rows = np.asarray(LOGITS[:1] + LOGITS[2:], dtype=np.float32)
+    u = np.asarray(VECTORS[0], dtype=np.float32)
+    function = getattr(polysoftmax, name)
+
+    def weighed(xp: Any) -> Callable[[Any], Any]:
+        return lambda x: (xp.asarray(u) * function(x)).sum()
+
+    for xp, vmap, grad in ((jax.numpy, jax.vmap, jax.grad), (torch, torch.func.vmap, torch.func.grad)):
+        x = xp.asarray(rows)
+        for call in (function, grad(weighed(xp))):
+            loop = np.asarray([np.asarray(call(x[i])) for i in range(3)])
+            np.testing.assert_allclose(np.asarray(vmap(call)(x)), loop, rtol=4e-7, atol=4e-7)
+            np.testing.assert_allclose(np.asarray(vmap(call, 1)(x.T)), loop, rtol=4e-7, atol=4e-7)
+
+
+def test_vmap_over_temperatures() -> None:
+    jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+    t = (0.0, 0.5, 2.0)
+    want = np.asarray([[float(one) for one in shares(scores(LOGITS[0], one, (True,) * 4))] for one in t])
+    for xp, vmap in ((jax.numpy, jax.vmap), (torch, torch.func.vmap)):
+        x = xp.asarray(LOGITS[0], dtype=xp.float32)
+        y = vmap(lambda one, x=x: polysoftmax.softmax(x, temperature=one))(xp.asarray(t, dtype=xp.float32))
+        np.testing.assert_allclose(np.asarray(y), want, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+def test_gradient_compiled_by_inductor() -> None:
+    torch = pytest.importorskip("torch")
+    want = [one for one, _ in exact(backward, "log_softmax", LOGITS, VECTORS, (0.5,) * 4)]
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def function(x: Any) -> Any:
+        return polysoftmax.log_softmax(x, temperature=0.5)
+
+    x = torch.tensor(LOGITS, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x), x, torch.tensor(VECTORS))
+    np.testing.assert_allclose(gradient, np.asarray(want, dtype=np.float64), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [5, 100, 5000])
+@pytest.mark.parametrize("op", OPS)
+def test_backward_keeps_the_answer_alone(op: str, length: int) -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.randn(8, length, requires_grad=True)
+    kept: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        y = getattr(polysoftmax, op)(x)
+    large = {one.data_ptr() for one in kept if one.numel() >= x.numel()}
+    assert large == {y.data_ptr()}
+    y.backward(torch.ones_like(y))
+    assert x.grad.shape == x.shape
