@@ -110,6 +110,36 @@ def test_errors_are_within_the_bounds(dtype: Float, n: int, kind: str) -> None:
     assert (np.abs(lse - value) <= (base + spread + np.abs(value)) * u + tiny).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "axis"), [((7, 1300), 0), ((3, 40, 9), 1), ((30_001, 5), 0)])
+@pytest.mark.parametrize("kind", ["normal", "constant"])
+def test_errors_along_other_axes(dtype: Float, shape: tuple[int, ...], axis: int, kind: str) -> None:
+    n = shape[axis]
+    x = rows(int(np.prod(shape)), kind, dtype)[0].reshape(shape)
+    np.moveaxis(x, axis, 0)[0] = 0
+    exact = x.astype(np.float64 if dtype is np.float32 else np.longdouble)
+    d = exact.max(axis=axis, keepdims=True) - exact
+    total = np.exp(-d).sum(axis=axis, keepdims=True)
+    p, log_p = np.exp(-d) / total, -d - np.log(total)
+    spread = (p * d).sum(axis=axis, keepdims=True)
+    with polysoftmax.engine("fused"):
+        y, log_y = polysoftmax.softmax(x, axis=axis), polysoftmax.log_softmax(x, axis=axis)
+    base, u, tiny = 16 + np.log2(n) + d + spread, U[dtype], np.finfo(dtype).tiny
+    assert (np.abs(y - p) <= base * p * u + tiny).all()
+    assert (np.abs(log_y - log_p) <= (base + np.abs(log_p)) * u + tiny).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_and_inf_stay_in_their_rows_along_other_axes(dtype: Float) -> None:
+    x = np.ascontiguousarray(nan_and_inf(30, dtype).T)
+    with polysoftmax.engine("fused"), np.errstate(all="raise"):
+        y, log_y = polysoftmax.softmax(x, axis=0), polysoftmax.log_softmax(x, axis=0)
+    assert np.isnan(y[:, :4]).all()
+    assert np.isnan(log_y[:, :4]).all()
+    np.testing.assert_allclose(y[:, 4:].sum(axis=0), 1, rtol=1e-5)
+    assert (y[15, 4], log_y[15, 4]) == (0, -INF)
+
+
 def test_logsumexp_close_to_zero_keeps_its_digits() -> None:
     with polysoftmax.engine("fused"):
         got = polysoftmax.logsumexp(np.asarray([[0.0, -40.0], [-40.0, 0.0]]))

@@ -413,6 +413,53 @@ def apart_short(x: Array, top: Array, most: Array, rest: Array) -> None:
         rest[first : first + rows] = total[:rows]
 
 
+@_part
+def _add_exactly(total: Array, lost: Array, part: Array) -> None:
+    """Add to a running sum, and what rounding takes from it to another (Knuth's two-sum)."""
+    for c in range(total.size):
+        t, p = total[c], part[c]
+        s = t + p
+        back = s - t
+        lost[c] += (t - (s - back)) + (p - back)
+        total[c] = s
+
+
+@_kernel
+def softmax_across(x: Array, outer: int, first: int, last: int, logarithm: bool, out: Array) -> None:
+    """Write the softmax, or its logarithm, along the middle of three axes, for some of the columns."""
+    n, width, one = x.shape[1], last - first, x.dtype.type(1)
+    top = x[outer, 0, first:last].copy()
+    total, lost, part = np.zeros(width, x.dtype), np.zeros(width, x.dtype), np.zeros(width, x.dtype)
+    for j in range(1, n):
+        line = x[outer, j, first:last]
+        for c in range(line.size):
+            v, t = line[c], top[c]
+            top[c] = v if v > t else t  # noqa: FURB136  # as above
+    for start in range(0, n, 8):
+        part[:] = 0
+        for j in range(start, min(start + 8, n)):
+            line, row = x[outer, j, first:last], out[outer, j, first:last]
+            if logarithm:
+                for c in range(line.size):
+                    part[c] += exp(line[c] - top[c])
+            else:
+                for c in range(line.size):
+                    e = exp(line[c] - top[c])
+                    row[c] = e
+                    part[c] += e
+        _add_exactly(total, lost, part)
+    for c in range(width):
+        total[c] = math.log(total[c] + lost[c]) if logarithm else one / (total[c] + lost[c])
+    for j in range(n):
+        line, row = x[outer, j, first:last], out[outer, j, first:last]
+        if logarithm:
+            for c in range(line.size):
+                row[c] = (line[c] - top[c]) - total[c]
+        else:
+            for c in range(line.size):
+                row[c] *= total[c]
+
+
 @_kernel
 def softmax(x: Array, temperature: Array | None, where: Array | None, factor: Array | None, out: Array) -> None:
     """Write the softmax of every row, times its factor."""

@@ -29,6 +29,9 @@ _BLOCK_BYTES = 1 << 18
 _SHORT = 32
 """Rows up to this length are run transposed."""
 
+_ACROSS = 1024
+"""Rows that are given together at least where the axis is not the contiguous one: shorter lines miss too often."""
+
 _MANY_STEPS = 16
 """Rows that a formula of many small steps is given at least, so that the steps are worth their calls."""
 
@@ -59,6 +62,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     plan = _plan(x, axis, fused.obstacle(call, operands), np.dtype(call.compute))
     if call.formula.many_steps:
         plan = plan._replace(layout="as they stand", block=max(plan.block, _MANY_STEPS))
+    if plan.engine == "portable":
+        return _evaluate(call, operands)
     blocks = _blocks.pieces(x, axis, plan.block)
     if plan.engine == "fused":
         return fused.run(call, operands, blocks, plan.threads)
@@ -76,6 +81,8 @@ def describe(x: Array, name: str) -> tuple[str, str]:
     if x.dtype.kind == "f" and x.dtype.itemsize > 2:
         compute = x.dtype
     plan = _plan(x, x.ndim - 1, fused.obstacle_by_name(name, compute), compute)
+    if plan.engine == "portable":
+        return plan.engine, plan.reason
     rows = f"blocks of {plan.block} rows of {x.shape[-1]}, {plan.layout}"
     return plan.engine, f"{rows}, {plan.threads} thread{'s' * (plan.threads > 1)}: {plan.reason}"
 
@@ -110,4 +117,7 @@ def _plan(x: Array, axis: int, obstacle: str, compute: np.dtype[Any]) -> Plan:
     threads = num_threads() if x.size >= _PARALLEL else 1
     if along and n <= _SHORT:
         return Plan("blocks", obstacle, "transposed", block, threads)
-    return Plan("blocks", obstacle, "as they stand", block if along else max(block, 64), threads)
+    block = block if along else max(block, _ACROSS)
+    if rows <= block or (x.size < _PARALLEL and chosen() == "auto"):
+        return Plan("portable", f"{obstacle}, and too little to share out: the array API formula as it stands")
+    return Plan("blocks", obstacle, "as they stand", block, threads)
