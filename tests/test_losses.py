@@ -165,6 +165,15 @@ def test_every_target_ignored_is_0(lib: Adapter, options: dict[str, float]) -> N
         close(lib, gradient(lib, loss, x), np.zeros((2, 2)), dtype, units=0)
 
 
+def test_rows_without_an_answer_are_nan(lib: Adapter) -> None:
+    rows = ((INF, 1.0), (-INF, -INF), (NAN, 0.0), (0.0, 0.0))
+    x = lib.asarray(rows, lib.can.default_float)
+    targets = lib.asarray((1, 0, 1, 1), index_dtype(lib))
+    for target in (targets, lib.asarray(((0.0, 1.0),) * 4, lib.can.default_float)):
+        y = lib.values(lib.call(polysoftmax.cross_entropy, x, target, reduction="none"))
+        assert np.isnan(y).tolist() == [True, True, True, False]
+
+
 def test_target_out_of_range(lib: Adapter) -> None:
     dtype = lib.can.default_float
     x = lib.asarray(LOGITS, dtype)

@@ -55,6 +55,7 @@ def _cross_entropy(
         # An ignored row must leave no trace, whatever its logits are.
         x, targets = xp.where(counts, x, 0.0), xp.where(counts, targets, 0)
     top = row_maximum(x, axis)
+    top = xp.where(xp.isfinite(top), top, math.nan)
     log_total = log_of_sum(xp.exp(x - top), x == top, None, axis)
     if is_index and not label_smoothing:
         known = (targets >= 0) & (targets < x.shape[axis])
@@ -339,7 +340,8 @@ def cross_entropy(
         return cast(r.reduced(losses), r.result)
     total = _sum_all(losses)
     if reduction == "mean":
-        total = _over(total, _total_weight(r, q, w, ignore_index) if is_index else math.prod(losses.shape))
+        weighed = is_index and not (w is None and ignore_index is None)
+        total = _over(total, _total_weight(r, q, w, ignore_index) if weighed else math.prod(losses.shape))
     return cast(r.xp.squeeze(total, axis=0), r.result)
 
 
