@@ -391,9 +391,10 @@ def test_vmap_is_the_loop(name: str) -> None:
     def weighed(xp: Any) -> Callable[[Any], Any]:
         return lambda x: (xp.asarray(u) * function(x)).sum()
 
-    for xp, vmap, grad in ((jax.numpy, jax.vmap, jax.grad), (torch, torch.func.vmap, torch.func.grad)):
+    ways = ((jax.numpy, jax.vmap, jax.grad, jax.jit), (torch, torch.func.vmap, torch.func.grad, lambda call: call))
+    for xp, vmap, grad, compiled in ways:
         x = xp.asarray(rows)
-        for call in (function, grad(weighed(xp))):
+        for call in (function, compiled(grad(weighed(xp)))):
             loop = np.asarray([np.asarray(call(x[i])) for i in range(3)])
             np.testing.assert_allclose(np.asarray(vmap(call)(x)), loop, rtol=4e-7, atol=4e-7)
             np.testing.assert_allclose(np.asarray(vmap(call, 1)(x.T)), loop, rtol=4e-7, atol=4e-7)

@@ -31,7 +31,7 @@ every = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    max_examples=12,
+    max_examples=8,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors],
 )
 
@@ -75,7 +75,7 @@ def bound(x: Floats, u: float, temperature: float = 1.0) -> tuple[Floats, Floats
         mean = np.where(p > 0, p * d, 0.0).sum(axis=-1, keepdims=True)
         y = d + np.log(np.exp(-d).sum(axis=-1, keepdims=True))
     common = 16 + LOG2_N + d + mean
-    return common * u, (common + y) * u
+    return np.where(p > 0, common, 0.0) * u, (common + y) * u
 
 
 @every
@@ -111,7 +111,7 @@ def test_order_is_preserved(lib: Adapter, x: Floats) -> None:
 def test_permutations_pass_through(lib: Adapter, x: Floats, order: list[int]) -> None:
     relative, absolute = bound(x[:, order], unit(lib))
     y, permuted = run(lib, "softmax", x)[:, order], run(lib, "softmax", x[:, order])
-    assert (np.abs(y - permuted) <= np.where(y > 0, 2 * relative * y, 0) + 2 * tiny(lib)).all()
+    assert _near(y, permuted, 2 * relative * y + 2 * tiny(lib))
     y, permuted = run(lib, "log_softmax", x)[:, order], run(lib, "log_softmax", x[:, order])
     assert _near(y, permuted, 2 * absolute)
 
@@ -192,7 +192,7 @@ def test_masking_is_removing(lib: Adapter, name: str, x: Floats, kept: list[int]
         assert _near(masked, removed, 2 * (20 + LOG2_N + np.abs(removed)) * unit(lib))
         return
     assert (masked[:, ~exists] == (0.0 if name == "softmax" else -math.inf)).all()
-    allowed = 2 * absolute if name == "log_softmax" else np.where(removed > 0, 2 * relative * removed, 0) + tiny(lib)
+    allowed = 2 * absolute if name == "log_softmax" else 2 * relative * removed + 2 * tiny(lib)
     assert _near(masked[:, kept], removed, allowed)
 
 
@@ -208,7 +208,7 @@ def test_backends_agree(lib: Adapter, name: str, x: Floats) -> None:
     u, least = FORMATS["float32"].unit, FORMATS["float32"].tiny
     relative, absolute = bound(x, u)
     if name == "softmax":
-        assert _near(y, other, np.where(other > 0, 2 * relative * other, 0) + 2 * least)
+        assert _near(y, other, 2 * relative * other + 2 * least)
     else:
         sums = 2 * (16 + LOG2_N + math.log(6) + np.abs(other)) * u
         assert _near(y, other, 2 * absolute if name == "log_softmax" else sums)
