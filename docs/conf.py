@@ -1,6 +1,15 @@
-"""The guide: MyST pages, and a reference made from the docstrings."""
+"""Sphinx: the guide in Markdown, the reference from the docstrings, figures and the table of backends made anew."""
 
-import polysoftmax
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import figures  # noqa: E402 (it stands beside this file)
+
+import polysoftmax  # noqa: E402
+from polysoftmax.testing import CAPABILITIES  # noqa: E402
 
 project = "polysoftmax"
 author = "The polysoftmax developers"
@@ -8,11 +17,11 @@ project_copyright = f"2026, {author}"
 release = polysoftmax.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "polysoftmax"
-nitpicky = False
 default_role = "code"
 autodoc_typehints = "none"
 napoleon_google_docstring = False
@@ -20,7 +29,8 @@ napoleon_use_rtype = False
 
 
 def setup(app):
-    """Write the table of backends from the capabilities that the tests go by."""
+    """Draw the figures, and write the table of backends from what the tests go by."""
+    app.connect("builder-inited", lambda app: figures.draw_all(HERE / "_build" / "figures"))
     app.connect("source-read", _fill_in_backends)
 
 
@@ -30,12 +40,10 @@ def _fill_in_backends(app, name, source):
 
 
 def _capabilities():
-    from polysoftmax.testing import CAPABILITIES
-
-    rows = ["| backend | runs | dtypes | derivatives | nothing computed early |", "|---|---|---|---|---|"]
+    rows = ["| backend | runs | dtypes | derivatives | engines tested |", "|---|---|---|---|---|"]
     for backend, can in CAPABILITIES.items():
-        dtypes = ", ".join(can.dtypes)
+        derivatives = "yes" if can.autodiff else "–"
         rows.append(
-            f"| `{backend.value}` | {can.how} | {dtypes} | {'yes' if can.autodiff else '–'} | {'yes' if can.lazy else '–'} |"
+            f"| `{backend.value}` | {can.how} | {', '.join(can.dtypes)} | {derivatives} | {', '.join(can.engines)} |"
         )
     return "\n".join(rows)

@@ -166,6 +166,7 @@ def _key_of_array(seed: Array, xp: Any, device: Any) -> Array:
         msg = f"seeds must be ints, got dtype {seed.dtype}"
         raise TypeError(msg)
     if own.iinfo(seed.dtype).bits == 64:
+        seed = own.astype(seed, own.int64)  # the same bits; PyTorch cannot shift uint64
         high = own.astype(seed >> 32, own.int32)
     elif own.isdtype(seed.dtype, "signed integer"):
         high = own.where(seed < 0, own.full(seed.shape, -1, dtype=own.int32), 0)
@@ -283,8 +284,8 @@ def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, devi
     Returns
     -------
     array
-        int32 words of 32 random bits, of the keys' leading shape and then ``shape``: word i, counted in C order, belongs to the key and i
-        alone.
+        int32 words of 32 random bits, of the keys' leading shape and then ``shape``: word i, counted in C order,
+        belongs to the key and i alone.
 
     Raises
     ------
