@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 import polysoftmax
-from polysoftmax.testing import FORMATS, Adapter, Backend
+from polysoftmax.testing import FORMATS, Adapter
 
 INF, NAN = math.inf, math.nan
 ELEMENTWISE = ("softmax", "log_softmax")
-EAGER = (Backend.NUMPY, Backend.NUMPY_READONLY, Backend.TORCH)
 
 not_compiled = pytest.mark.backends(lambda can: "compile" not in can.how)  # compiling adds nothing to these lines
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,17 +26,34 @@ def one_case(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(["numpy"], peers=True, json=tmp_path / "errors.json") == 0
     shown = capsys.readouterr().out
-    assert "numpy (portable)" in shown
-    assert "scipy" in shown
+    assert "numpy, engine portable" in shown
+    assert re.search(
+        r"softmax +float32 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +finite rows", shown
+    )  # with three peers
+    assert "All 24 bounds are kept." in shown
     lines = json.loads((tmp_path / "errors.json").read_text())
     assert {line["op"] for line in lines} == {"softmax", "log_softmax", "logsumexp"}
+    assert {line["by"] for line in lines} == {"numpy (auto)", "numpy (portable)", "scipy", "jax.nn", "torch"}
     assert all(0 < line["of_bound"] <= 1 for line in lines if line["by"].startswith("numpy"))
 
 
 @pytest.mark.usefixtures("one_case")
-def test_a_missed_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(polysoftmax, "softmax", lambda x, **_: np.full_like(x, 0.5))
-    assert report(["numpy"]) == 1
+def test_a_missed_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(polysoftmax, "softmax", lambda x, **_: np.full_like(x, math.nan))
+    assert report(["numpy"], json=tmp_path / "errors.json") == 1
+    shown = capsys.readouterr().out
+    assert "8 of 24 bounds are missed." in shown
+    assert re.search(r"softmax +float32 +wrong +wrong +finite rows", shown)
+    lines = json.loads((tmp_path / "errors.json").read_text(), parse_constant=pytest.fail)
+    assert [line["ulps"] for line in lines if line["op"] == "softmax"] == [None] * 8
+
+
+@pytest.mark.usefixtures("one_case")
+def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert report(["numpy:readonly"]) == 0
+    assert re.search(r"│ softmax +│ float32 +│ [\d.]+ +│ [\d.]+ +│ finite rows", capsys.readouterr().out)
 
 
 def test_unknown_backend() -> None:

@@ -6,6 +6,7 @@ a row are computed once, so that rows of a million entries with few values cost 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,23 +56,31 @@ class Reference:
 
     def excess(self, answer: Floats, result: str, compute: str) -> Floats:
         """Return the error in units of what is allowed; 1 is the bound."""
-        with np.errstate(invalid="ignore"):
-            beyond = np.abs(self.high) > FORMATS[result].largest
-            overflow = beyond & np.isfinite(self.high) & (answer == np.sign(self.high) * math.inf)
-        return np.where(overflow, 0.0, self.error(answer) / self.allowed(result, compute))
+        return np.where(self._overflows(answer, result), 0.0, self.error(answer) / self.allowed(result, compute))
 
     def ulps(self, answer: Floats, result: str, *, relative: bool) -> Floats:
         """Return the error in units in the last place of the answer.
 
-        Below the smallest normal number its unit counts; for a logarithm, which is not ``relative``, that of 1.
+        A logarithm, which is not ``relative``, has that of 1 where it lies between -1 and 1. An answer below the
+        smallest normal number has no such unit; libraries differ in whether they keep it.
         """
-        least = FORMATS[result].tiny if relative else 1.0
-        return self.error(answer) / (2 * FORMATS[result].unit * _binade(np.maximum(np.abs(self.high), least)))
+        size = np.abs(self.high)
+        with np.errstate(invalid="ignore"):
+            left_out = self._overflows(answer, result)
+            if relative:
+                left_out |= (size < FORMATS[result].tiny) & (np.abs(answer) <= FORMATS[result].tiny)
+        unit = 2 * FORMATS[result].unit * _binade(size if relative else np.maximum(size, 1.0))
+        return np.where(left_out, 0.0, self.error(answer) / unit)
+
+    def _overflows(self, answer: Floats, result: str) -> Any:
+        with np.errstate(invalid="ignore"):
+            beyond = np.isfinite(self.high) & (np.abs(self.high) > FORMATS[result].largest)
+            return beyond & (answer == np.sign(self.high) * math.inf)
 
 
 def _binade(size: Floats) -> Floats:
     with np.errstate(invalid="ignore"):
-        finite = np.where(np.isfinite(size), size, 1.0)
+        finite = np.where(np.isfinite(size) & (size > 0), size, 1.0)
     return np.asarray(np.exp2(np.floor(np.log2(finite))))
 
 
@@ -198,6 +207,8 @@ def parameter_rows(value: Any, shape: tuple[int, ...], axes: tuple[int, ...], dt
     return np.broadcast_to(exact, reduced).reshape(-1)
 
 
+# Backends are looped over outside, so that a reference serves all of them.
+@functools.lru_cache(maxsize=512)
 def reference(case: Case, op: str, dtype: str, compute: str) -> Reference:
     """Return what the contract answers to a case whose arrays are of a dtype.
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json as json_module
 import math
+import sys
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polysoftmax.testing._adapters import open_backend
 from polysoftmax.testing._backends import Backend, missing
 from polysoftmax.testing._cases import CASES
 from polysoftmax.testing._check import check_case
-from polysoftmax.testing._formats import rounded
+from polysoftmax.testing._formats import FORMATS, rounded
 from polysoftmax.testing._reference import reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from polysoftmax.testing._cases import Case
 
 
 OPS = ("softmax", "log_softmax", "logsumexp")
@@ -43,67 +48,78 @@ class Line:
 
 def measure(backend: Backend, engine: str) -> Iterator[Line]:
     """Measure every function and dtype on one backend in one engine."""
-    from polysoftmax.testing._adapters import open_backend
-
     with open_backend(backend, engine) as lib:
         for op in OPS:
             for dtype in backend.capability.dtypes:
                 line = Line(op, dtype, f"{backend.value} ({engine})")
                 for case in CASES.values():
-                    if op in case.ops:
+                    if op in case.ops and (case.core or not backend.capability.compiles):
                         outcome = check_case(lib, case, op, dtype)
                         line.add(case.name, outcome.ulps, outcome.excess)
                 yield line
 
 
-def _peers() -> dict[str, Callable[[str, Any, str], Any]]:
-    """Return what users would have called instead, by the name of its library, where that is installed."""
-    found: dict[str, Callable[[str, Any, str], Any]] = {}
-    if not missing(Backend.NUMPY) and _installed("scipy"):
-        from scipy import special
+def _scipy(op: str, x: Any, dtype: str) -> Any:
+    from scipy import special
 
-        found["scipy"] = lambda op, x, dtype: getattr(special, op)(x.astype(dtype), axis=-1)
-    if not missing(Backend.JAX):
-        import jax
-
-        def by_jax(op: str, x: Any, dtype: str) -> Any:
-            function = jax.scipy.special.logsumexp if op == "logsumexp" else getattr(jax.nn, op)
-            return np.asarray(function(jax.numpy.asarray(x, dtype=dtype), axis=-1)).astype(np.float64)
-
-        found["jax.nn"] = by_jax
-    if not missing(Backend.TORCH):
-        import torch
-
-        def by_torch(op: str, x: Any, dtype: str) -> Any:
-            return getattr(torch, op)(torch.as_tensor(x).to(getattr(torch, dtype)), -1).double().numpy()
-
-        found["torch"] = by_torch
-    return found
+    return getattr(special, op)(x.astype(dtype), axis=-1)
 
 
-def _installed(name: str) -> bool:
-    from importlib.util import find_spec
+def _jax(op: str, x: Any, dtype: str) -> Any:
+    import jax
 
-    return find_spec(name) is not None
+    function = jax.scipy.special.logsumexp if op == "logsumexp" else getattr(jax.nn, op)
+    with jax.enable_x64(dtype == "float64"):
+        return function(jax.numpy.asarray(x, dtype=dtype), axis=-1)
+
+
+def _torch(op: str, x: Any, dtype: str) -> Any:
+    import torch
+
+    return getattr(torch, op)(torch.as_tensor(x).to(getattr(torch, dtype)), -1).double().numpy()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What users would have called instead."""
+
+    name: str
+    module: str
+    call: Callable[[str, Any, str], Any]
+    dtypes: tuple[str, ...] = tuple(FORMATS)
+
+
+PEERS = (
+    Peer("scipy", "scipy", _scipy, ("float16", "float32", "float64")),
+    Peer("jax.nn", "jax", _jax),
+    Peer("torch", "torch", _torch),
+)
 
 
 def measure_peers() -> Iterator[Line]:
-    """Measure the peers on the finite cases that they can be asked."""
+    """Measure the peers that are installed, on the cases that they can be asked."""
     plain = [
         one for one in CASES.values() if one.axis == -1 and one.where is one.weights is None and one.temperature == 1
     ]
-    for name, peer in _peers().items():
+    for peer in PEERS:
+        if find_spec(peer.module) is None:
+            continue
         for op in OPS:
-            for dtype in ("float32",) if name == "jax.nn" else ("float32", "float64"):
-                line = Line(op, dtype, name)
+            for dtype in peer.dtypes:
+                line = Line(op, dtype, peer.name)
                 for case in plain:
-                    if op in case.ops and np.ndim(case.values()):
-                        want = reference(case, op, dtype, dtype)
-                        with np.errstate(all="ignore"):
-                            answer = np.asarray(peer(op, rounded(case.values(), dtype), dtype), dtype=np.float64)
-                            ulps = want.ulps(answer, dtype, relative=op == "softmax")
-                        line.add(case.name, float(np.max(ulps)), float(np.max(want.excess(answer, dtype, dtype))))
+                    if op in case.ops and case.values().ndim:
+                        line.add(case.name, *_error_of_peer(peer, case, op, dtype))
                 yield line
+
+
+def _error_of_peer(peer: Peer, case: Case, op: str, dtype: str) -> tuple[float, float]:
+    compute = FORMATS[dtype].compute.name
+    want = reference(case, op, dtype, compute)
+    with np.errstate(all="ignore"):
+        answer = np.asarray(peer.call(op, rounded(case.values(), dtype), dtype)).astype(np.float64)
+        ulps = want.ulps(answer, dtype, relative=op == "softmax")
+        return float(np.max(ulps)), float(np.max(want.excess(answer, dtype, compute)))
 
 
 def report(backends: list[str] | None = None, *, peers: bool = False, json: Path | None = None) -> int:
@@ -128,21 +144,22 @@ def report(backends: list[str] | None = None, *, peers: bool = False, json: Path
     ValueError
         If there is no backend of a name, or it cannot be opened here.
     """
+    chosen = _chosen(backends)
+    beside = list(measure_peers()) if peers else []
     lines: list[Line] = []
-    _print(("function", "dtype", "computed by", "ulp", "of the bound", "worst case"))
-    for backend in _chosen(backends):
+    for backend in chosen:
         for engine in backend.capability.engines:
-            for line in measure(backend, engine):
-                lines.append(line)
-                _print_line(line)
-    missed = [line for line in lines if not line.of_bound <= 1]
-    if peers:
-        for line in measure_peers():
-            lines.append(line)
-            _print_line(line)
+            print(f"{backend.value}, engine {engine}", flush=True)
+            found = list(measure(backend, engine))
+            _show(found, beside)
+            lines += found
+    missed = sum(not line.of_bound <= 1 for line in lines)
+    print("Errors are in units in the last place: of the answer for softmax, of max(1, |answer|) for the logarithms.")
+    print(f"{missed} of {len(lines)} bounds are missed." if missed else f"All {len(lines)} bounds are kept.")
     if json is not None:
-        json.write_text(json_module.dumps([asdict(line) for line in lines], indent=1) + "\n")
-    print(f"\n{len(missed)} of {len(lines)} bounds missed" if missed else "\nevery bound is kept")
+        # JSON has no infinity: an answer that is wrong by itself, such as NaN for a number, is null there.
+        figures = [{k: None if v == math.inf else v for k, v in asdict(line).items()} for line in lines + beside]
+        json.write_text(json_module.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 1 if missed else 0
 
 
@@ -161,12 +178,33 @@ def _chosen(names: list[str] | None) -> list[Backend]:
     return [known[name] for name in names]
 
 
-def _print_line(line: Line) -> None:
-    ulps = "wrong" if math.isinf(line.ulps) else f"{line.ulps:.3g}"
-    share = "wrong" if math.isinf(line.of_bound) else f"{line.of_bound:.3f}"
-    _print((line.op, line.dtype, line.by, ulps, share, line.case))
+def _show(lines: list[Line], beside: list[Line]) -> None:
+    peers = sorted({line.by for line in beside})
+    error = {(line.by, line.op, line.dtype): _figure(line.ulps) for line in beside}
+    columns = ("function", "dtype", "ulp", "of the bound", *peers, "worst case")
+    rows = [
+        (
+            *(line.op, line.dtype, _figure(line.ulps), _figure(line.of_bound)),
+            *(error.get((peer, line.op, line.dtype), "") for peer in peers),
+            line.case,
+        )
+        for line in lines
+    ]
+    # A file or a pipe gets lines of any length, which a table for a terminal would wrap.
+    if sys.stdout.isatty() and find_spec("rich"):
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(flush=True)
 
 
-def _print(cells: tuple[str, ...]) -> None:
-    function, dtype, by, ulps, share, case = cells
-    print(f"{function:<12} {dtype:<9} {by:<34} {ulps:>9} {share:>13}  {case}", flush=True)
+def _figure(value: float) -> str:
+    return "wrong" if math.isinf(value) else f"{value:.3g}"
