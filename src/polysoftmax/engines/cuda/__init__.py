@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from polysoftmax.engines.cuda import _devices
 from polysoftmax.engines.cuda._calls import FORMULAS, Launch, prepare
-from polysoftmax.engines.cuda._plan import SIZES, plan_rows, plan_sample
+from polysoftmax.engines.cuda._plan import SIZES, Plan, plan_draw, plan_masses, plan_rows
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -42,8 +42,11 @@ def describe(x: Array, name: str) -> tuple[str, str]:
     if dtype not in SIZES or not x.ndim or 0 in x.shape:
         return "portable", f"the array API formula as it stands: no CUDA kernel takes {dtype}{list(x.shape)}"
     n, rows = x.shape[-1], device.view(x).size // x.shape[-1]
-    if name == "sample":
-        plan = plan_sample(dtype, rows, n, aligned=True, general=False, machine=device.machine)
+    plan: Plan | str
+    if name == "sample_masses":
+        plan = plan_masses(dtype, rows, n, aligned=True, general=False, machine=device.machine)
+    elif name == "sample_draw":
+        plan = plan_draw(dtype, rows, n, general=False)
     else:
         plan = plan_rows(name, dtype, dtype, rows, n, aligned=True, general=False, machine=device.machine)
     if isinstance(plan, str):

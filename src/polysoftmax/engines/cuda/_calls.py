@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polysoftmax.engines.cuda import _devices
-from polysoftmax.engines.cuda._plan import REDUCTIONS, SIZES, Plan, plan_rows, plan_sample
+from polysoftmax.engines.cuda._plan import REDUCTIONS, SIZES, Plan, block_length, plan_draw, plan_masses, plan_rows
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -49,7 +49,7 @@ _ROLES = {
     "pullback of cross_entropy": _Roles("cross_entropy_slope", targets=1, weight=2, cotangent=4),
 }
 
-FORMULAS = (*_ROLES, "sample")
+FORMULAS = (*_ROLES, "sample_masses", "sample_draw")
 """Names of the row formulas that have a kernel."""
 
 
@@ -69,7 +69,7 @@ class Launch(NamedTuple):
         pointers = tuple(0 if one is None else self.device.view(one).pointer for one in made)
         self.device.launch(self.plan, (*self.before, *pointers, *self.after))
         found = tuple(one for one in made if one is not None)
-        return found if self.plan.kernel.formula == "sample" else found[0]
+        return found if self.plan.kernel.formula.startswith("sample") else found[0]
 
 
 def prepare(call: Call, operands: tuple[Array, ...]) -> Launch | str:
@@ -81,8 +81,10 @@ def prepare(call: Call, operands: tuple[Array, ...]) -> Launch | str:
     if isinstance(device, str):
         return device
     try:
-        if name == "sample":
-            return _prepare_sample(call, operands, device)
+        if name == "sample_masses":
+            return _prepare_masses(call, operands, device)
+        if name == "sample_draw":
+            return _prepare_draw(call, operands, device)
         return _prepare_rows(call, operands, device)
     except _Uncovered as reason:
         return str(reason)
@@ -225,33 +227,48 @@ def _loss_arguments(batch: _Batch, call: Call, operands: tuple[Array, ...], role
     )
 
 
-def _prepare_sample(call: Call, operands: tuple[Array, ...], device: Device) -> Launch | str:
-    x, k0, k1, temperature, where, *_ = operands
-    if call.options["filtered"]:
-        return "the kernel of sample takes no top_k, top_p or min_p"
+def _prepare_masses(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+    x, temperature = operands
     batch = _Batch(call, x, device)
     stride = batch.row_stride(batch.x)
-    size = SIZES[batch.x.dtype]
-    plan = plan_sample(
+    plan = plan_masses(
         batch.x.dtype,
         batch.rows,
         batch.n,
-        aligned=batch.x.pointer % 16 == 0 and (batch.rows == 1 or stride * size % 16 == 0),
-        general=temperature is not None or where is not None,
+        aligned=batch.x.pointer % 16 == 0 and (batch.rows == 1 or stride * SIZES[batch.x.dtype] % 16 == 0),
+        general=temperature is not None,
         machine=device.machine,
     )
     if isinstance(plan, str):
-        return plan
+        raise _Uncovered(plan)
+    after = (batch.n, batch.rows, stride, *batch.temperature(temperature))
+    blocks = -(-batch.n // block_length(batch.n))
+    answers = tuple(((*batch.batch, length), call.compute) for length in (1, blocks))
+    return Launch(device, plan, (batch.x.pointer,), answers, after, operands)
+
+
+def _prepare_draw(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+    mass, x, top, k0, k1, temperature = operands
+    batch = _Batch(call, mass, device)
+    view = device.view(x)
+    if view.dtype not in SIZES or batch.x.dtype != batch.compute:
+        raise _Uncovered(f"the kernels do not draw from {view.dtype} with masses in {batch.x.dtype}")
+    n = view.shape[-1]
+    for one in (batch.x, view):
+        if one.shape[-1] > 1 and one.strides[-1] != 1:
+            raise _Uncovered("the entries of a row do not lie side by side")
     after = (
-        *(batch.n, batch.rows, stride),
+        *(batch.x.pointer, *batch.map(batch.x), view.pointer, *batch.map(view)),
+        *(n, batch.rows, call.options["size"]),
+        *batch.per_row(top, batch.compute, "the maximum"),
         *batch.per_row(k0, "int32", "the key"),
         *batch.per_row(k1, "int32", "the key"),
         *batch.temperature(temperature),
-        *batch.mask(where),
     )
+    plan = plan_draw(view.dtype, batch.rows, n, general=temperature is not None)
     shape = (*batch.batch, 1)
     logprobs = (shape, call.compute) if call.options["logprobs"] else None
-    return Launch(device, plan, (batch.x.pointer,), ((shape, "int64"), logprobs), after, operands)
+    return Launch(device, plan, (), ((shape, "int64"), logprobs), after, operands)
 
 
 def row_map(shape: tuple[int, ...], strides: tuple[int, ...], batch: tuple[int, ...]) -> Map | None:

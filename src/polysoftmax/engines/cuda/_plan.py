@@ -37,6 +37,9 @@ _SHARED = 48 << 10
 _LARGEST_CLUSTER = 8
 """Blocks of a cluster that every device with clusters can hold."""
 
+_SMALL_BLOCK = 128
+"""Threads of a block that several short rows share."""
+
 _MOST_THREADS = 512
 """Threads of a block: more would have fewer than 128 registers each."""
 
@@ -98,7 +101,7 @@ class Kernel:
             *(f"static constexpr int {name} = {value};" for name, value in numbers.items()),
             f"static constexpr bool HELD = {str(self.held).lower()}, GENERAL = {str(self.general).lower()};",
         ]
-        if not self.lanes:
+        if self.formula in ROW_FORMULAS:
             lines.append(f"static constexpr polysoftmax::Formula FORMULA = polysoftmax::{self.formula.upper()};")
         return f"struct S_{self.name} {{\n    " + "\n    ".join(lines) + "\n};\n"
 
@@ -125,8 +128,10 @@ def plan_rows(
     most = (16 if width > 1 else 32) >> (formula in TWO_INPUTS or formula == "cross_entropy_slope") >> general
     if units <= 32 * _FEW_PACKS:
         threads = min(32, _power(units))
-        kernel = Kernel(formula, x, y, compute, width, threads, 128, _power(_over(units, threads)), general=general)
-        return Plan(kernel, _over(rows, 128 // threads), _SCRATCH)
+        kernel = Kernel(
+            formula, x, y, compute, width, threads, _SMALL_BLOCK, _power(_over(units, threads)), general=general
+        )
+        return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), _SCRATCH)
     threads = min(_MOST_THREADS, max(64, _power(_over(units, _FEW_PACKS))))
     cluster, packs = 1, _power(_over(units, threads))
     held = formula not in REDUCTIONS
@@ -144,14 +149,18 @@ def plan_rows(
     return Plan(kernel, rows, _SCRATCH)
 
 
-def plan_sample(x: str, rows: int, n: int, *, aligned: bool, general: bool, machine: Machine) -> Plan | str:
-    """Choose the layout of a draw, or say why there is none; ``aligned``: every row starts at 16 bytes."""
+def plan_masses(x: str, rows: int, n: int, *, aligned: bool, general: bool, machine: Machine) -> Plan | str:
+    """Choose the layout of the masses of blocks of tokens, or say why there is none.
+
+    ``aligned`` says that every row starts at 16 bytes.
+    """
     compute = "float64" if x == "float64" else "float32"
-    size = max(2, min(256, 1 << (((n - 1).bit_length() + 1) // 2)))
+    size = block_length(n)
     width = 16 // SIZES[x]
     if not aligned or size < width:
         width = 1
     lanes = min(size // width, 32 if width == 1 else 16 if compute == "float64" else 8)
+    packs = size // (lanes * width)
     count = _over(n, size)
     threads = min(_MOST_THREADS, max(32, _power(count * lanes)))
     groups = threads // lanes
@@ -163,9 +172,22 @@ def plan_sample(x: str, rows: int, n: int, *, aligned: bool, general: bool, mach
     shared = _slots(count, cluster, groups, compute)
     if shared > _SHARED:
         return f"rows of {n} have more blocks of tokens than fit shared memory"
-    packs = size // (lanes * width)
-    kernel = Kernel("sample", x, compute, compute, width, threads, threads, packs, cluster, True, general, lanes)
+    kernel = Kernel("sample_masses", x, compute, compute, width, threads, threads, packs, cluster, True, general, lanes)
     return Plan(kernel, rows, shared)
+
+
+def plan_draw(x: str, rows: int, n: int, *, general: bool) -> Plan:
+    """Choose the layout of a draw from given masses."""
+    compute = "float64" if x == "float64" else "float32"
+    size = block_length(n)
+    threads = 32 if max(size, _over(n, size)) <= 2 * 32 else _SMALL_BLOCK
+    kernel = Kernel("sample_draw", x, compute, compute, 1, threads, _SMALL_BLOCK, 1, general=general)
+    return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), _SCRATCH)
+
+
+def block_length(n: int) -> int:
+    """Return how many tokens a block holds, for rows of n, as the formula has it."""
+    return max(2, min(256, 1 << (((n - 1).bit_length() + 1) // 2)))
 
 
 def _slots(count: int, cluster: int, groups: int, compute: str) -> int:

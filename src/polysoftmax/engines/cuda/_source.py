@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 _PARTS = ("arithmetic.cuh", "machine.cuh", "rows.cuh", "sample.cuh")
 
+_FAMILIES = {"sample_masses": ("MASS", "run_masses"), "sample_draw": ("DRAW", "run_draw")}
+
 
 @functools.cache
 def part(name: str) -> str:
@@ -21,8 +23,7 @@ def part(name: str) -> str:
 
 def body(kernel: Kernel) -> tuple[str, str]:
     """Return the parameters of a kernel and what it does, in C++."""
-    family = "SAMPLE" if kernel.formula == "sample" else "ROW"
-    function = "run_sample" if kernel.formula == "sample" else "run_rows"
+    family, function = _FAMILIES.get(kernel.formula, ("ROW", "run_rows"))
     return f"{family}_PARAMETERS", f"polysoftmax::{function}<S_{kernel.name}>({family}_ARGUMENTS, shared);"
 
 

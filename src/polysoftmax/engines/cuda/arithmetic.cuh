@@ -314,13 +314,6 @@ BOTH float uniform_of(Word word) {
 
 BOTH float gumbel_of(Word word) { return -logf(-log1pf(-uniform_of(word))); }
 
-BOTH Index block_length(Index n) {
-    int bits = 0;
-    for (Index rest = n - 1; rest > 0; rest >>= 1) bits++;
-    int shift = (bits + 1) / 2;
-    return shift > 8 ? 256 : shift < 1 ? 2 : (Index)1 << shift;
-}
-
 // The best score so far; the lowest index among equals.
 template <class C>
 struct Best {

@@ -1,86 +1,70 @@
-// The two-level draw in one read of the logits: a group of lanes adds up each block of tokens, the best block wins, and
-// its tokens are read once more.
+// The two-level draw. The masses of a row's blocks of tokens take the one read of the logits; the draw itself reads the
+// masses and the tokens of one block.
 //
-// A specialisation S says X, C, WIDTH, THREADS, PACKS, CLUSTER and GENERAL as for rows; THREADS is the whole block. A group of
-// LANES threads holds a block of tokens: LANES·PACKS·WIDTH is its length.
+// A specialisation S of the masses says X, C, WIDTH, THREADS, PACKS, CLUSTER and GENERAL as for rows; THREADS is the
+// whole block. A group of LANES threads adds up a block of tokens: LANES·PACKS·WIDTH is its length. One of the draw says
+// X, C, THREADS, BLOCK and GENERAL.
+
 namespace polysoftmax {
 
-struct SampleArguments {
+template <class C>
+DEVICE Temperature<C> temperature_for(const void* values, double value, const RowMap& map, Index row) {
+    C own = values ? ((const C*)values)[map.offset(row)] : (C)value;
+    return temperature_of<C>(values || value != 1, own);
+}
+
+struct MassArguments {
     const void* x;
-    Index* tokens;
-    void* logprobs;
+    void *top, *mass;
     Index n, rows, x_stride;
-    const int* k0;
-    RowMap k0_map;
-    const int* k1;
-    RowMap k1_map;
     const void* temperature;
     double temperature_value;
     RowMap temperature_map;
-    const void* where;
-    RowMap where_map;
-    Index where_stride;
 };
 
 template <class S>
-struct SampleKernel {
+struct MassKernel {
     using X = typename S::X;
     using C = typename S::C;
     static constexpr int W = S::WIDTH, LANES = S::LANES, PACKS = S::PACKS, GROUPS = S::THREADS / LANES;
+    static constexpr Index SIZE = LANES * PACKS * W;
 
-    static constexpr Index size = LANES * PACKS * W;    // of a block of tokens: block_length(n)
-
-    // What is known of a block of tokens.
-    struct Block {
+    // What is known of a block of tokens: its greatest, and its mass under that.
+    struct Tokens {
         C top, mass;
     };
 
-    const SampleArguments& a;
+    const MassArguments& a;
     char* shared;
-    Block* blocks;    // those that this thread block looked at
+    Tokens* found;    // what this thread block has looked at
     Index row, count;
     const X* x;
-    const unsigned char* where;
-    Word k0, k1;
     Temperature<C> t;
 
-    DEVICE SampleKernel(const SampleArguments& arguments, char* shared) : a(arguments), shared(shared) {
-        blocks = (Block*)(shared + SCRATCH);
+    DEVICE MassKernel(const MassArguments& arguments, char* shared) : a(arguments), shared(shared) {
+        found = (Tokens*)(shared + SCRATCH);
         row = block_index() / S::CLUSTER;
-        count = (a.n + size - 1) / size;
+        count = (a.n + SIZE - 1) / SIZE;
         x = (const X*)a.x + row * a.x_stride;
-        where = nullptr;
         t = temperature_of<C>(false, 1);
-        if constexpr (S::GENERAL) read_parameters();
-        k0 = (Word)a.k0[a.k0_map.offset(row)];
-        k1 = (Word)a.k1[a.k1_map.offset(row)];
+        if constexpr (S::GENERAL) t = temperature_for<C>(a.temperature, a.temperature_value, a.temperature_map, row);
     }
 
-    DEVICE void read_parameters() {
-        if (a.where) where = (const unsigned char*)a.where + a.where_map.offset(row);
-        C value = a.temperature ? ((const C*)a.temperature)[a.temperature_map.offset(row)] : (C)a.temperature_value;
-        t = temperature_of<C>(a.temperature || a.temperature_value != 1, value);
-    }
-
-    DEVICE int group() const { return (S::CLUSTER > 1 ? cluster_rank() * GROUPS : 0) + thread_index() / LANES; }
+    DEVICE int first_group() const { return S::CLUSTER > 1 ? cluster_rank() * GROUPS : 0; }
     DEVICE Index rounds() const { return (count + S::CLUSTER * GROUPS - 1) / (S::CLUSTER * GROUPS); }
-    DEVICE Index block_of_round(Index round) const { return round * S::CLUSTER * GROUPS + group(); }
-
-    DEVICE C entry(Index i) const {
-        return !S::GENERAL || !where || where[i * a.where_stride] ? (C)widen(x[i]) : -infinity<C>();
-    }
+    DEVICE Index block_at(Index round, int group) const { return round * S::CLUSTER * GROUPS + first_group() + group; }
 
     // Tokens of a block in the lane's accesses; those past the end are -inf.
     DEVICE void read(Index block, C* v) const {
         int lane = thread_index() % LANES;
-        Index end = (block + 1) * size < a.n ? (block + 1) * size : a.n;
+        Index end = (block + 1) * SIZE < a.n ? (block + 1) * SIZE : a.n;
         Pack<X, W> packs[PACKS];
         UNROLL for (int j = 0; j < PACKS; j++) {
-            Index i = block * size + (Index)(j * LANES + lane) * W;
+            Index i = block * SIZE + (Index)(j * LANES + lane) * W;
             if (i + W <= end) packs[j].load(x + i);
         }
         UNROLL for (int j = 0; j < PACKS; j++) {
-            Index i = block * size + (Index)(j * LANES + lane) * W;
+            Index i = block * SIZE + (Index)(j * LANES + lane) * W;
             UNROLL for (int k = 0; k < W; k++) {
                 C value = -infinity<C>();
                 if (i + W <= end) {
@@ -88,99 +72,171 @@ struct SampleKernel {
                 } else if (i + k < end) {
                     value = widen(x[i + k]);
                 }
-                if (S::GENERAL && where && i + k < end && !where[(i + k) * a.where_stride]) value = -infinity<C>();
                 v[j * W + k] = value;
             }
         }
     }
 
-    // The greatest token of a block and its mass; a NaN is a NaN in the mass.
-    DEVICE Block look(Index block) const {
+    // A NaN among the tokens is a NaN in the mass.
+    DEVICE Tokens look(Index block) const {
         C v[PACKS * W];
         read(block, v);
-        C top = v[0];
-        UNROLL for (int i = 1; i < PACKS * W; i++) top = greater(top, v[i]);
+        C top = -infinity<C>();
+        UNROLL for (int i = 0; i < PACKS * W; i++) top = greater(top, v[i]);
         UNROLL for (int mask = 1; mask < LANES; mask *= 2) top = greater(top, across(top, mask));
-        if (top != top) top = -infinity<C>();
         C reference = finite(top) ? top : 0;
         UNROLL for (int i = 0; i < PACKS * W; i++) v[i] = v[i] == top ? 1 : term(v[i] - reference, t);
         C mass = tree_sum<PACKS * W>(v);
         UNROLL for (int mask = 1; mask < LANES; mask *= 2) mass += across(mass, mask);
-        return Block{top, mass};
+        return Tokens{top, mass};
     }
 
     DEVICE Total<C> look_at_all() const {
         Total<C> total = no_entries<C>();
         for (Index round = 0; round < rounds(); round++) {
+            int group = thread_index() / LANES;
             // Past the last block too, where all is -inf: a warp has to look together.
-            Block found = look(block_of_round(round));
+            Tokens one = look(block_at(round, group));
             if (thread_index() % LANES == 0) {
-                blocks[round * GROUPS + thread_index() / LANES] = found;
-                total = merge(total, Total<C>{found.top, 0, found.mass, 0}, t);
+                found[round * GROUPS + group] = one;
+                total = merge(total, Total<C>{one.top, 0, one.mass, 0}, t);
             }
         }
         return total;
     }
 
-    DEVICE C mass_under(const Block& block, C top) const {
-        return block.top == top ? block.mass : block.mass * term(block.top - top, t);
+    DEVICE C mass_under(const Tokens& one, C top) const {
+        if (!finite(top)) return nan_of<C>();
+        C mass = one.top == top ? one.mass : one.mass * term(one.top - top, t);
+        return mass + t.zero;    // NaN where the temperature has no answer
     }
 
-    DEVICE Best<C> best_block(C top) const {
-        Best<C> best{-infinity<C>(), count};
+    DEVICE void run() {
+        Total<C> total = merged<S::THREADS, S::CLUSTER>(
+            look_at_all(), shared, [&](const Total<C>& p, const Total<C>& q) { return merge(p, q, t); });
+        block_barrier();
         for (Index i = thread_index(); i < rounds() * GROUPS; i += S::THREADS) {
-            Index block = i / GROUPS * S::CLUSTER * GROUPS + i % GROUPS;
-            if constexpr (S::CLUSTER > 1) block += cluster_rank() * GROUPS;
-            if (block >= count) continue;
-            C score = logarithm(mass_under(blocks[i], top));
-            best = merge(best, Best<C>{noisy_score(score, t, k0, k1, block, BLOCK_VARIATES), block});
+            Index block = block_at(i / GROUPS, (int)(i % GROUPS));
+            if (block < count) ((C*)a.mass)[row * count + block] = mass_under(found[i], total.top);
         }
+        bool first = thread_index() == 0 && (S::CLUSTER == 1 || cluster_rank() == 0);
+        if (first) ((C*)a.top)[row] = total.rest == total.rest ? total.top : nan_of<C>();
+    }
+};
+
+struct DrawArguments {
+    Index* tokens;
+    void* logprobs;
+    const void* mass;
+    RowMap mass_map;
+    const void* x;
+    RowMap x_map;
+    Index n, rows, size;
+    const void* top;
+    RowMap top_map;
+    const int* k0;
+    RowMap k0_map;
+    const int* k1;
+    RowMap k1_map;
+    const void* temperature;
+    double temperature_value;
+    RowMap temperature_map;
+};
+
+template <class S>
+struct DrawKernel {
+    using X = typename S::X;
+    using C = typename S::C;
+
+    const DrawArguments& a;
+    char* shared;
+    int member;
+    Index row, count;
+    bool present;
+    const C* mass;
+    const X* x;
+    C top;
+    Word k0, k1;
+    Temperature<C> t;
+
+    DEVICE DrawKernel(const DrawArguments& arguments, char* shared) : a(arguments), shared(shared) {
+        constexpr int ROWS = S::BLOCK / S::THREADS;
+        member = thread_index() % S::THREADS;
+        row = block_index() * ROWS + thread_index() / S::THREADS;
+        present = row < a.rows;
+        if (!present) row = 0;
+        count = (a.n + a.size - 1) / a.size;
+        mass = (const C*)a.mass + a.mass_map.offset(row);
+        x = (const X*)a.x + a.x_map.offset(row);
+        top = ((const C*)a.top)[a.top_map.offset(row)];
+        k0 = (Word)a.k0[a.k0_map.offset(row)];
+        k1 = (Word)a.k1[a.k1_map.offset(row)];
+        t = temperature_of<C>(false, 1);
+        if constexpr (S::GENERAL) t = temperature_for<C>(a.temperature, a.temperature_value, a.temperature_map, row);
+    }
+
+    DEVICE Best<C> best_block(C* total) const {
+        Best<C> best{-infinity<C>(), count};
+        Total<C> sum = no_entries<C>();
+        for (Index i = member; i < count; i += S::THREADS) {
+            add_exactly(sum, mass[i]);
+            C score = logarithm(mass[i]);
+            best = merge(best, Best<C>{noisy_score(score, t, k0, k1, i, BLOCK_VARIATES), i});
+        }
+        *total = sum.rest + sum.lost;
         return best;
     }
 
-    DEVICE Best<C> best_token(Index block, C top) const {
+    DEVICE C distance(Index i) const { return over_temperature((C)widen(x[i]) - top, t); }
+
+    DEVICE Best<C> best_token(Index block) const {
         Best<C> best{-infinity<C>(), a.n};
-        Index end = (block + 1) * size < a.n ? (block + 1) * size : a.n;
-        for (Index i = block * size + thread_index(); i < end; i += S::THREADS) {
-            C z = over_temperature(entry(i) - top, t);
-            best = merge(best, Best<C>{noisy_score(z, t, k0, k1, i, TOKEN_VARIATES), i});
+        Index end = (block + 1) * a.size < a.n ? (block + 1) * a.size : a.n;
+        for (Index i = block * a.size + member; i < end; i += S::THREADS) {
+            best = merge(best, Best<C>{noisy_score(distance(i), t, k0, k1, i, TOKEN_VARIATES), i});
         }
         return best;
     }
 
     DEVICE void run() {
-        auto merge_totals = [&](const Total<C>& p, const Total<C>& q) { return merge(p, q, t); };
         auto merge_scores = [](const Best<C>& p, const Best<C>& q) { return merge(p, q); };
-        Total<C> total = merged<S::THREADS, S::CLUSTER>(look_at_all(), shared, merge_totals);
-        block_barrier();
-        Best<C> block = merged<S::THREADS, S::CLUSTER>(best_block(total.top), shared, merge_scores);
-        // From here every block of a cluster does the same, and the first writes.
-        Best<C> token{0, a.n};
-        if (block.index < count) token = best_token(block.index, total.top);
+        C total;
+        Best<C> best = best_block(&total);
+        best = merged<S::THREADS, 1>(best, shared, merge_scores);
+        total = merged<S::THREADS, 1>(total, shared, [](C p, C q) { return p + q; });
+        Best<C> token{-infinity<C>(), a.n};
+        if (best.index < count) token = best_token(best.index);
         token = merged<S::THREADS, 1>(token, shared, merge_scores);
-        if (thread_index() != 0 || (S::CLUSTER > 1 && cluster_rank() != 0)) return;
-        bool drawn = finite(total.top) && total.rest > 0 && token.index < a.n && (!t.given || t.value >= 0);
+        if (member != 0 || !present) return;
+        bool drawn = finite(top) && total > 0 && token.index < a.n;
         a.tokens[row] = drawn ? token.index : -1;
-        if (!a.logprobs) return;
-        C z = drawn ? over_temperature(entry(token.index) - total.top, t) : 0;
-        ((C*)a.logprobs)[row] = drawn ? z - logarithm(total.rest) : nan_of<C>();
+        if (a.logprobs) ((C*)a.logprobs)[row] = drawn ? distance(token.index) - logarithm(total) : nan_of<C>();
     }
 };
 
-#define SAMPLE_PARAMETERS                                                                                           \
-    const void *x, Index *tokens, void *logprobs, Index n, Index rows, Index x_stride, const int *k0,              \
+#define MASS_PARAMETERS                                                                                            \
+    const void *x, void *top, void *mass, Index n, Index rows, Index x_stride, const void *temperature,            \
+        double temperature_value, MAP_PARAMETERS(temperature_row)
+#define MASS_ARGUMENTS {x, top, mass, n, rows, x_stride, temperature, temperature_value, MAP(temperature_row)}
+#define DRAW_PARAMETERS                                                                                            \
+    Index *tokens, void *logprobs, const void *mass, MAP_PARAMETERS(mass_row), const void *x, MAP_PARAMETERS(x_row), \
+        Index n, Index rows, Index size, const void *top, MAP_PARAMETERS(top_row), const int *k0,                  \
         MAP_PARAMETERS(k0_row), const int *k1, MAP_PARAMETERS(k1_row), const void *temperature,                    \
-        double temperature_value, MAP_PARAMETERS(temperature_row), const void *where, MAP_PARAMETERS(where_row),   \
-        Index where_stride
-#define SAMPLE_ARGUMENTS                                                                                           \
+        double temperature_value, MAP_PARAMETERS(temperature_row)
+#define DRAW_ARGUMENTS                                                                                             \
     {                                                                                                              \
-        x, tokens, logprobs, n, rows, x_stride, k0, MAP(k0_row), k1, MAP(k1_row), temperature, temperature_value,  \
-            MAP(temperature_row), where, MAP(where_row), where_stride                                              \
+        tokens, logprobs, mass, MAP(mass_row), x, MAP(x_row), n, rows, size, top, MAP(top_row), k0, MAP(k0_row),   \
+            k1, MAP(k1_row), temperature, temperature_value, MAP(temperature_row)                                  \
     }
 
 template <class S>
-DEVICE void run_sample(const SampleArguments& arguments, char* shared) {
-    SampleKernel<S>(arguments, shared).run();
+DEVICE void run_masses(const MassArguments& arguments, char* shared) {
+    MassKernel<S>(arguments, shared).run();
+}
+
+template <class S>
+DEVICE void run_draw(const DrawArguments& arguments, char* shared) {
+    DrawKernel<S>(arguments, shared).run();
 }
 
 }  // namespace polysoftmax
