@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import default_index, library
+from polysoftmax._arrays import default_index, library, stop_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polysoftmax._arrays import Array
+    from polysoftmax._arrays import Array, DType
 
 _GROUP = 64
 
@@ -63,7 +64,7 @@ def first(flags: Array, room: Array) -> Array:
     counts = xp.astype(flags, xp.int32)
     if found.name == "numpy" and (counts.sum(-1, keepdims=True) <= room).all():
         return flags
-    return flags & (xp.astype(xp.cumulative_sum(counts, axis=-1, dtype=xp.int32), room.dtype) <= room)
+    return flags & (xp.astype(_running_sum(counts, xp.int32), room.dtype) <= room)
 
 
 def end_of_prefix(x: Array, mass_of: Callable[[Array], Array], target: Array) -> tuple[Array, Array]:
@@ -76,43 +77,56 @@ def end_of_prefix(x: Array, mass_of: Callable[[Array], Array], target: Array) ->
     xp = found.xp
     _refuse_lazy(found.name)
     if found.name == "jax":
-        return _end_by_bits(x, mass_of, target)
+        x, mass, target = (stop_gradient(one) for one in (x, mass_of(x), target))
+        return _jax_search()(x, mass, xp.broadcast_to(target, (*x.shape[:-1], 1)))
     ordered = xp.sort(x, axis=-1, descending=True, stable=False)
     if found.name == "numpy":
         ordered = xp.ascontiguousarray(ordered)  # a view with a negative step
     mass = mass_of(ordered)
-    before = xp.cumulative_sum(mass, axis=-1, dtype=xp.float64) - mass
+    before = _running_sum(mass, xp.float64) - mass
     inside = xp.sum(xp.astype(before < target, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
     last = xp.astype(xp.maximum(inside, xp.ones_like(inside)) - 1, default_index(xp))
     end = xp.take_along_axis(ordered, last, axis=-1)
     return end, xp.sum(xp.where(ordered > end, mass, 0.0), axis=-1, keepdims=True)
 
 
-def _end_by_bits(x: Array, mass_of: Callable[[Array], Array], target: Array) -> tuple[Array, Array]:
-    # XLA sorts slowly on a CPU. The end is found bit by bit instead, by a sum over the row for each.
+@cache
+def _jax_search() -> Callable[[Array, Array, Array], tuple[Array, Array]]:
+    """Return the search in the form that JAX compiles once for each shape, under the caller's own jit or not."""
     import jax
     from jax import lax
     from jax import numpy as jnp
 
-    x, mass, target = (lax.stop_gradient(one) for one in (x, mass_of(x), target))
-    bits = jnp.finfo(x.dtype).bits
-    whole = jnp.int32 if bits == 32 else jnp.int64
-    least, greatest = jnp.iinfo(whole).min, jnp.iinfo(whole).max
+    @jax.jit  # type: ignore[untyped-decorator]
+    def search(x: Array, mass: Array, target: Array) -> tuple[Array, Array]:
+        # XLA sorts slowly on a CPU. The end is found bit by bit instead, by a sum over the row for each.
+        bits = jnp.finfo(x.dtype).bits
+        whole = jnp.int32 if bits == 32 else jnp.int64
+        least, greatest = jnp.iinfo(whole).min, jnp.iinfo(whole).max
 
-    def flipped(number: Array) -> Array:
-        """Give integers the order of the numbers whose bits they are, or the other way round."""
-        return number ^ ((number >> (bits - 1)) & greatest)
+        def flipped(number: Array) -> Array:
+            """Give integers the order of the numbers whose bits they are, or the other way round."""
+            return number ^ ((number >> (bits - 1)) & greatest)
 
-    order = flipped(lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), whole))  # -0 is no less than 0
+        order = flipped(lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), whole))  # -0 is no less than 0
 
-    def set_bit(i: Array, end: Array) -> Array:
-        more = end + lax.shift_left(jnp.ones_like(end), (bits - 1 - i).astype(whole))
-        reached = jnp.sum(jnp.where(order >= more, mass, 0.0), axis=-1, keepdims=True)
-        return jnp.where((reached >= target) & (reached > 0), more, end)
+        def set_bit(i: Array, end: Array) -> Array:
+            more = end + lax.shift_left(jnp.ones_like(end), (bits - 1 - i).astype(whole))
+            reached = jnp.sum(jnp.where(order >= more, mass, 0.0), axis=-1, keepdims=True)
+            return jnp.where((reached >= target) & (reached > 0), more, end)
 
-    end = jax.lax.fori_loop(0, bits, set_bit, jnp.full(target.shape, least, whole))
-    above = jnp.sum(jnp.where(order > end, mass, 0.0), axis=-1, keepdims=True)
-    return jnp.where(end == least, -jnp.inf, lax.bitcast_convert_type(flipped(end), x.dtype)), above
+        end = lax.fori_loop(0, bits, set_bit, jnp.full(target.shape, least, whole))
+        above = jnp.sum(jnp.where(order > end, mass, 0.0), axis=-1, keepdims=True)
+        return jnp.where(end == least, -jnp.inf, lax.bitcast_convert_type(flipped(end), x.dtype)), above
+
+    return search  # type: ignore[no-any-return]
+
+
+def _running_sum(x: Array, dtype: DType) -> Array:
+    found = library(x)
+    if found.name == "torch":  # torch.compile cannot follow array-api-compat's
+        return x.cumsum(-1, dtype=dtype)
+    return found.xp.cumulative_sum(x, axis=-1, dtype=dtype)
 
 
 def _refuse_lazy(name: str) -> None:
