@@ -40,10 +40,8 @@ def _fill_in_backends(app, name, source):
 
 
 def _capabilities():
-    rows = ["| backend | runs | dtypes | derivatives | engines tested |", "|---|---|---|---|---|"]
+    rows = ["| backend | runs | dtypes | derivatives |", "|---|---|---|---|"]
     for backend, can in CAPABILITIES.items():
         derivatives = "yes" if can.autodiff else "–"
-        rows.append(
-            f"| `{backend.value}` | {can.how} | {', '.join(can.dtypes)} | {derivatives} | {', '.join(can.engines)} |"
-        )
+        rows.append(f"| `{backend.value}` | {can.how} | {', '.join(can.dtypes)} | {derivatives} |")
     return "\n".join(rows)
