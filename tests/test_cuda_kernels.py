@@ -84,7 +84,9 @@ def device(monkeypatch, folder):
     found = HostDevice(folder)
     monkeypatch.setattr(_devices, "device_of", lambda _: found)
     monkeypatch.setitem(engines._RUNNERS, np.ndarray, cuda)
-    return found
+    token = engines._CHOICE.set("cuda")
+    yield found
+    engines._CHOICE.reset(token)
 
 
 def portable(function, *arrays, dtype=np.float64, **options):

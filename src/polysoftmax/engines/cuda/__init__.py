@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from polysoftmax.engines import chosen
 from polysoftmax.engines.cuda import _devices
 from polysoftmax.engines.cuda._calls import FORMULAS, Launch, prepare
 from polysoftmax.engines.cuda._plan import SIZES, Plan, plan_draw, plan_masses, plan_rows
@@ -27,12 +28,16 @@ def covers(call: Call, operands: tuple[Array, ...]) -> str | None:
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call in its kernel, on the caller's device and stream, or as it stands where no kernel covers it."""
+    if chosen() != "cuda":
+        return call.evaluate(operands)
     found = prepare(call, operands)
     return found.run() if isinstance(found, Launch) else call.evaluate(operands)
 
 
 def describe(x: Array, name: str) -> tuple[str, str]:
     """Name the engine for a formula along the last axis of ``x``, and why it was chosen."""
+    if chosen() != "cuda":
+        return "portable", 'the array API formula as it stands: only engine("cuda") turns the CUDA kernels on'
     device = _devices.device_of(x)
     if isinstance(device, str):
         return "portable", f"the array API formula as it stands: {device}"

@@ -111,12 +111,12 @@ class _Batch:
 
     def row_stride(self, view: View) -> int:
         """Return the distance between rows whose entries lie side by side."""
-        inner, period, stride = self.map(view)
         if self.n > 1 and view.strides[-1] != 1:
             raise _Uncovered("the entries of a row do not lie side by side")
-        if stride and (inner != 1 or period != self.rows):
+        found = row_map(view.shape[:-1], view.strides[:-1], self.batch)
+        if found is None or (found != _ONE and found[:2] != (1, self.rows)):
             raise _Uncovered("the rows do not lie at one distance")
-        return stride
+        return found[2]
 
     def map(self, view: View) -> Map:
         """Return where the rows of an operand stand that may be repeated or broadcast."""

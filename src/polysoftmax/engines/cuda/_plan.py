@@ -125,7 +125,7 @@ def plan_rows(
     width = 16 // SIZES[x] if aligned and n > 4 * 32 else 1
     units = _over(n, width)
     # What a thread holds has to leave room in its 128 registers for the arithmetic.
-    most = (16 if width > 1 else 32) >> (formula in TWO_INPUTS or formula == "cross_entropy_slope") >> general
+    most = 16 >> (formula in TWO_INPUTS or formula == "cross_entropy_slope") >> general
     if units <= 32 * _FEW_PACKS:
         threads = min(32, _power(units))
         kernel = Kernel(
