@@ -25,11 +25,14 @@ def unit(lib: Adapter) -> float:
 def test_integers_are_promoted_before_anything_is_subtracted(lib: Adapter) -> None:
     for dtype in lib.can.integers:
         low, high = (0, 255) if dtype.startswith("u") else (-128, 127)
-        x = lib.asarray([low, high], dtype)
+        x = lib.asarray([low, high - 1, high], dtype)
         y = lib.call(polysoftmax.softmax, x)
-        lib.require(y, (2,), lib.can.default_float)
-        np.testing.assert_allclose(lib.values(y), [0.0, 1.0], atol=1e-30)
-        np.testing.assert_allclose(lib.values(lib.call(polysoftmax.logsumexp, x)), high, rtol=4 * unit(lib))
+        lib.require(y, (3,), lib.can.default_float)
+        rest, most = 1 / (1 + math.e), 1 / (1 + math.exp(-1))
+        np.testing.assert_allclose(lib.values(y), [0.0, rest, most], rtol=16 * unit(lib), atol=1e-30)
+        y = lib.values(lib.call(polysoftmax.log_softmax, x))
+        np.testing.assert_allclose(y, np.log([rest * math.exp(low - high + 1), rest, most]), rtol=16 * unit(lib))
+        np.testing.assert_allclose(lib.values(lib.call(polysoftmax.logsumexp, x)), high - math.log(most), rtol=1e-6)
 
 
 @not_compiled
@@ -100,9 +103,10 @@ def test_temperature_shapes_are_tried_in_order(lib: Adapter) -> None:
     """A square input tells the reduced shape from one that broadcasts."""
     dtype = lib.can.default_float
     x = lib.asarray([[0.0, 1.0], [0.0, 1.0]], dtype)
-    for temperature, axis in (([0.5, 1.0], -1), ([[0.5], [1.0]], -1)):
-        y = lib.values(lib.call(polysoftmax.softmax, x, axis=axis, temperature=lib.asarray(temperature, dtype)))
-        np.testing.assert_allclose(y[:, 1], [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))], rtol=8 * unit(lib))
+    for temperature, one in (([0.5, 1.0], dtype), ([[0.5], [1.0]], dtype), ([[1], [1]], "int32"), (1, "int32")):
+        y = lib.values(lib.call(polysoftmax.softmax, x, temperature=lib.asarray(temperature, one)))
+        first = 1 / np.broadcast_to(temperature, (2, 1) if np.ndim(temperature) != 1 else 2).ravel()
+        np.testing.assert_allclose(y[:, 1], 1 / (1 + np.exp(-first)), rtol=8 * unit(lib))
 
 
 @not_compiled
@@ -167,3 +171,64 @@ def test_nothing_warns() -> None:
     for op in ("softmax", "log_softmax", "logsumexp", "entropy", "softmax_jacobian"):
         getattr(polysoftmax, op)(x)
     polysoftmax.softmax(x[:3].astype(np.float32), dtype=np.float16)
+
+
+@not_compiled
+@pytest.mark.parametrize("op", [*ELEMENTWISE, "logsumexp"])
+def test_views(lib: Adapter, op: str) -> None:
+    """Large enough for the engines that know the layout of memory."""
+    if lib.can.lazy:
+        pytest.skip("chunks have no layout")
+    values = np.random.default_rng(0).normal(size=(400, 300))
+    base = lib.asarray(values, "float32")
+    exact = lib.values(base)
+    transposed = lib.xp.permute_dims(base, (1, 0))
+    views = [(base[::2, ::3], exact[::2, ::3]), (transposed, exact.T), (transposed[::2, 1:], exact.T[::2, 1:])]
+    for view, x in views:
+        for axis in (0, 1, None):
+            e = np.exp(x - x.max(axis=axis, keepdims=True))  # in float64
+            total = e.sum(axis=axis, keepdims=True)
+            want = {
+                "softmax": e / total,
+                "log_softmax": np.log(e / total),
+                "logsumexp": np.log(total * np.exp(x.max(axis=axis, keepdims=True))),
+            }[op]
+            y = lib.values(lib.call(getattr(polysoftmax, op), view, axis=axis))
+            np.testing.assert_allclose(y, want.reshape(y.shape), rtol=64 * FORMATS["float32"].unit)
+
+
+@pytest.mark.parametrize("op", [*ELEMENTWISE, "logsumexp"])
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+def test_unusual_memory(op: str, engine: str) -> None:
+    """Numbers at odd addresses and in the other order of bytes."""
+    x = np.random.default_rng(0).normal(size=(100, 300))
+    odd = np.frombuffer(bytearray(x.nbytes + 1), dtype=x.dtype, offset=1).reshape(x.shape)
+    odd[...] = x
+    assert not odd.flags.aligned
+    function = getattr(polysoftmax, op)
+    with polysoftmax.engine(engine):
+        plain = function(x)
+        np.testing.assert_allclose(function(odd), plain, rtol=1e-13)
+        for order in "<>":
+            np.testing.assert_allclose(function(x.astype(f"{order}f8")), plain, rtol=1e-13)
+
+
+@not_compiled
+def test_number_temperatures_of_every_kind(lib: Adapter) -> None:
+    x = lib.asarray([0.0, 1.0], lib.can.default_float)
+    for temperature in (2, 2.0, np.float32(2), np.int64(2)):
+        y = lib.values(polysoftmax.softmax(x, temperature=temperature))
+        np.testing.assert_allclose(y[1], 1 / (1 + math.exp(-0.5)), rtol=8 * unit(lib))
+
+
+@not_compiled
+@pytest.mark.parametrize("temperature", [NAN, -1.0, -INF])
+def test_a_bad_element_of_a_temperature_is_nan_in_its_row(lib: Adapter, temperature: float) -> None:
+    dtype = lib.can.default_float
+    x, t = lib.asarray(np.zeros((3, 2)), dtype), lib.asarray([1.0, temperature, 0.0], dtype)
+    mask = lib.asarray([[True, True], [True, False], [True, True]], "bool")
+    for where in (None, mask):
+        y = lib.values(lib.call(polysoftmax.softmax, x, temperature=t, where=where))
+        assert np.isnan(y[1, 0])
+        np.testing.assert_allclose(y[[0, 2]], 0.5, rtol=8 * unit(lib))
+    assert y[1, 1] == 0

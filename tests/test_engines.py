@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -38,6 +39,19 @@ def test_threads_do_not_see_the_choice() -> None:
         thread.start()
         thread.join()
     assert seen == [os.environ.get("POLYSOFTMAX_ENGINE") or "auto"]
+
+
+def test_tasks_do_not_see_each_others_choice() -> None:
+    async def run(name: str, barrier: asyncio.Barrier) -> str:
+        with polysoftmax.engine(name):
+            await barrier.wait()  # both have chosen by now
+            return chosen()
+
+    async def both() -> list[str]:
+        barrier = asyncio.Barrier(2)
+        return await asyncio.gather(run("portable", barrier), run("blocks", barrier))
+
+    assert asyncio.run(both()) == ["portable", "blocks"]
 
 
 def test_explain() -> None:

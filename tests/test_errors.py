@@ -90,6 +90,8 @@ def test_axis(axis: Any, error: type[Exception], message: str) -> None:
         ({"where": True}, TypeError, "where must be an array of numpy.*got bool"),
         ({"dtype": np.int32}, TypeError, "dtype must be real floating"),
         ({"dtype": "nonsense"}, TypeError, "'nonsense' is not a dtype of numpy"),
+        ({"dtype": np.complex64}, TypeError, "dtype must be real floating"),
+        ({"dtype": bool}, TypeError, "dtype must be real floating"),
     ],
 )
 def test_parameters(keywords: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -118,6 +120,16 @@ def test_two_libraries() -> None:
             polysoftmax.softmax(torch.zeros(3, 4), **keywords)
     with pytest.raises(TypeError, match="is not a dtype of torch"):
         polysoftmax.softmax(torch.zeros(3), dtype=np.float32)
+    with pytest.raises(TypeError, match=r"torch.float32 is not a dtype of numpy"):
+        polysoftmax.softmax(X, dtype=torch.float32)
+    for call in (
+        lambda: polysoftmax.softmax_vjp(torch.zeros(3), np.ones(3)),
+        lambda: polysoftmax.kl_divergence(torch.zeros(3), np.ones(3)),
+        lambda: polysoftmax.logsumexp(torch.zeros(3), weights=np.ones(3)),
+        lambda: polysoftmax.cross_entropy(torch.zeros(3, 4), np.ones(3, np.int64)),
+    ):
+        with pytest.raises(TypeError, match=r"input is an array of torch and .* one of numpy: convert one of them"):
+            call()
 
 
 def test_two_devices() -> None:

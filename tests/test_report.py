@@ -27,9 +27,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(["numpy"], peers=True, json=tmp_path / "errors.json") == 0
     shown = capsys.readouterr().out
     assert "numpy, engine portable" in shown
-    assert re.search(
-        r"softmax +float32 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +finite rows", shown
-    )  # with three peers
+    assert re.search(r"softmax +float32( +[\d.]+){6} +finite rows", shown)  # three of them are peers
     assert "All 24 bounds are kept." in shown
     lines = json.loads((tmp_path / "errors.json").read_text())
     assert {line["op"] for line in lines} == {"softmax", "log_softmax", "logsumexp"}

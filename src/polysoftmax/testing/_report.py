@@ -36,14 +36,25 @@ class Line:
     dtype: str
     by: str
     ulps: float = 0.0
+    plain_ulps: float = 0.0
     of_bound: float = 0.0
     case: str = ""
 
-    def add(self, case: str, ulps: float, of_bound: float) -> None:
+    def add(self, case: Case, ulps: float, of_bound: float) -> None:
         """Take the error of one answer into account."""
         self.ulps = max(self.ulps, ulps)
+        if _plain(case):
+            self.plain_ulps = max(self.plain_ulps, ulps)
         if of_bound >= self.of_bound:
-            self.of_bound, self.case = of_bound, case
+            self.of_bound, self.case = of_bound, case.name
+
+
+def _plain(case: Case) -> bool:
+    """Whether every peer can be asked, and means the same: rows with a finite maximum and no options."""
+    if case.axis != -1 or case.where is not None or case.weights is not None or case.temperature != 1:
+        return False
+    x = case.values()
+    return x.ndim > 0 and bool(np.isfinite(x.max(axis=-1)).all())
 
 
 def measure(backend: Backend, engine: str) -> Iterator[Line]:
@@ -55,7 +66,7 @@ def measure(backend: Backend, engine: str) -> Iterator[Line]:
                 for case in CASES.values():
                     if op in case.ops and (case.core or not backend.capability.compiles):
                         outcome = check_case(lib, case, op, dtype)
-                        line.add(case.name, outcome.ulps, outcome.excess)
+                        line.add(case, outcome.ulps, outcome.excess)
                 yield line
 
 
@@ -97,10 +108,8 @@ PEERS = (
 
 
 def measure_peers() -> Iterator[Line]:
-    """Measure the peers that are installed, on the cases that they can be asked."""
-    plain = [
-        one for one in CASES.values() if one.axis == -1 and one.where is one.weights is None and one.temperature == 1
-    ]
+    """Measure the peers that are installed, on the plain cases."""
+    plain = [one for one in CASES.values() if _plain(one)]
     for peer in PEERS:
         if find_spec(peer.module) is None:
             continue
@@ -108,8 +117,8 @@ def measure_peers() -> Iterator[Line]:
             for dtype in peer.dtypes:
                 line = Line(op, dtype, peer.name)
                 for case in plain:
-                    if op in case.ops and case.values().ndim:
-                        line.add(case.name, *_error_of_peer(peer, case, op, dtype))
+                    if op in case.ops:
+                        line.add(case, *_error_of_peer(peer, case, op, dtype))
                 yield line
 
 
@@ -130,7 +139,7 @@ def report(backends: list[str] | None = None, *, peers: bool = False, json: Path
     backends : list of str, optional
         Values of `Backend`; by default every backend that can be opened here.
     peers : bool
-        Whether scipy, jax.nn and torch are measured too, on the cases that they can be asked.
+        Whether scipy, jax.nn and torch stand beside it, on the cases that they can be asked.
     json : Path, optional
         File that every figure is written to.
 
@@ -153,6 +162,8 @@ def report(backends: list[str] | None = None, *, peers: bool = False, json: Path
             found = list(measure(backend, engine))
             _show(found, beside)
             lines += found
+    if peers:
+        print("Peers, and the column before them: the same cases, without options and with a finite maximum a row.")
     missed = sum(not line.of_bound <= 1 for line in lines)
     print("Errors are in units in the last place: of the answer for softmax, of max(1, |answer|) for the logarithms.")
     print(f"{missed} of {len(lines)} bounds are missed." if missed else f"All {len(lines)} bounds are kept.")
@@ -181,10 +192,11 @@ def _chosen(names: list[str] | None) -> list[Backend]:
 def _show(lines: list[Line], beside: list[Line]) -> None:
     peers = sorted({line.by for line in beside})
     error = {(line.by, line.op, line.dtype): _figure(line.ulps) for line in beside}
-    columns = ("function", "dtype", "ulp", "of the bound", *peers, "worst case")
+    columns = ("function", "dtype", "ulp", "of the bound", *(("plain ulp", *peers) if peers else ()), "worst case")
     rows = [
         (
             *(line.op, line.dtype, _figure(line.ulps), _figure(line.of_bound)),
+            *((_figure(line.plain_ulps),) if peers else ()),
             *(error.get((peer, line.op, line.dtype), "") for peer in peers),
             line.case,
         )
