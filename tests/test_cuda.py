@@ -319,3 +319,30 @@ def test_importing_the_engine_imports_neither_cuda_nor_a_backend():
     )
     found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_benchmark_says_that_it_needs_a_gpu():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    root = os.path.dirname(os.path.dirname(__file__))
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "benchmarks.gpu needs a CUDA device, and PyTorch finds none\n"
+
+
+def test_the_benchmark_reports_and_draws(tmp_path):
+    """With times that are made up, since there is nothing to take them from: 1 ms, and 2 ms for the peers."""
+    gpu = pytest.importorskip("benchmarks.gpu")
+    results = []
+    for case in gpu.cases(quick=True):
+        size = case.rows * case.n * (4 if case.dtype == "float32" else 2)
+        assert case.op.startswith("sample") or size == gpu.WORKING_SET // 2
+        times = {gpu.OURS: 1e-3, gpu.COPY: 0.9e-3, gpu.READ: 0.5e-3, "torch": 2e-3}
+        seconds = {name: {"median": one, "low": one, "high": one} for name, one in times.items()}
+        results.append({"case": vars(case), "bytes": case.traffic * size, "seconds": seconds})
+    line = gpu.line(results[0])
+    assert ("268 GB/s" in line, "90% of the limit" in line, "torch 2.00x" in line) == (True, True, True)
+    gpu.plot(results, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
