@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -295,6 +297,87 @@ def test_without_cuda_core_the_reason_says_what_to_install(monkeypatch):
     monkeypatch.setattr(_compile, "has_cuda_core", lambda: False)
     with pytest.raises(ImportError, match=r"pip install polysoftmax\[cuda\]"):
         _compile.require_cuda_core()
+
+
+def test_a_library_without_a_device_is_told_so(monkeypatch):
+    absent = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "cupy", absent)
+    with pytest.raises(ImportError, match="CuPy finds no CUDA device"):
+        _devices._CupyDevice(0)
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is None:
+        with pytest.raises(ImportError, match="this PyTorch is not built for CUDA"):
+            _devices._TorchDevice(0)
+
+
+PLAN = Plan(KERNEL, 7, 2304)
+
+
+class FakeCore:
+    """The parts of ``cuda.core`` that a launch takes, remembering what they were given."""
+
+    def __init__(self):
+        self.said = []
+
+    def Device(self, ordinal):
+        return SimpleNamespace(set_current=lambda: self.said.append(("device", ordinal)))
+
+    @property
+    def ObjectCode(self):
+        return SimpleNamespace(from_cubin=lambda code: SimpleNamespace(get_kernel=lambda name: (code, name)))
+
+    @property
+    def Stream(self):
+        return SimpleNamespace(from_handle=lambda handle: ("stream", handle))
+
+    def LaunchConfig(self, **options):
+        return options
+
+    def launch(self, *what):
+        self.said.append(what)
+
+
+def test_a_launch_goes_to_the_stream_and_device_of_the_caller(counted, monkeypatch):
+    core = FakeCore()
+    monkeypatch.setitem(sys.modules, "cuda.core", core)
+    monkeypatch.setattr(_compile, "_loaded", {})
+    cluster = PLAN._replace(kernel=replace(KERNEL, cluster=4))
+    for plan in (PLAN, PLAN, cluster):
+        _compile.launch(plan, 90, 1, 1234, (5, 1.5))
+    code = f"{KERNEL.name} 90".encode()
+    config = {"grid": 7, "cluster": None, "block": KERNEL.block, "shmem_size": 2304}
+    assert core.said[:2] == [("device", 1), (("stream", 1234), config, (code, KERNEL.name), 5, 1.5)]
+    assert core.said[5][1]["cluster"] == 4
+    assert len(counted.made) == 2
+
+
+def test_cupy_alone_compiles_and_launches_the_same_source(monkeypatch):
+    said = []
+
+    class RawModule:
+        def __init__(self, **options):
+            said.append(options)
+
+        def get_function(self, name):
+            return lambda *what, **options: said.append((name, what, options))
+
+    device = SimpleNamespace(compute_capability="90", attributes={"MultiProcessorCount": 132}, id=0)
+    inside = nullcontext(device)
+    for name in ("compute_capability", "attributes", "id"):
+        setattr(inside, name, getattr(device, name))
+    fake = SimpleNamespace(
+        RawModule=RawModule, cuda=SimpleNamespace(is_available=lambda: True, Device=lambda ordinal: inside)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(_compile, "has_cuda_core", lambda: False)
+    monkeypatch.setattr(_compile, "_loaded", {})
+    found = _devices._CupyDevice(0)
+    assert found.machine == Machine(132, clusters=False)
+    found.launch(PLAN, (5, 1.5))
+    found.launch(PLAN, (6, 1.5))
+    assert said[0]["code"] == _source.source(KERNEL)
+    assert said[0]["backend"] == "nvrtc"
+    assert said[1:] == [(KERNEL.name, ((7,), (KERNEL.block,), (one, 1.5)), {"shared_mem": 2304}) for one in (5, 6)]
 
 
 def test_every_length_has_a_layout():

@@ -65,7 +65,7 @@ def device_of(x: Array) -> Device | str:
         try:
             found = _devices[key] = kind(key[1])
         except ImportError as error:
-            return f"the CUDA kernels need polysoftmax[cuda]: {error}"
+            return f"no CUDA kernels here: {error}"
     return found
 
 
@@ -101,6 +101,9 @@ class _CupyDevice:
     def __init__(self, ordinal: int) -> None:
         import cupy
 
+        if not cupy.cuda.is_available():
+            msg = "CuPy finds no CUDA device: is there one, and is its driver installed?"
+            raise ImportError(msg)
         self.cupy = cupy
         self.device = cupy.cuda.Device(ordinal)
         self.arch = int(self.device.compute_capability)
