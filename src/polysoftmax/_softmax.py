@@ -48,6 +48,10 @@ def over_temperature(distance: Array, temperature: Array | float | None) -> Arra
     z = xp.where(gone, 0.0, distance) / xp.where(regular, temperature, 1.0)
     z = xp.where(regular, z, 0.0 * z)  # NaN stays NaN
     z = xp.where(gone, -math.inf, z)
+    if formulas_are_differentiated(distance):
+        # The derivative in x at a logit of -inf is the limit 1 / T, and that in T is 0.
+        limit = distance / stop_gradient(xp.where(regular, temperature, 1.0))
+        z = xp.where(regular & (distance == -math.inf), limit, z)
     return xp.where(temperature >= 0, z, math.nan)
 
 
@@ -116,7 +120,8 @@ def _softmax(x: Array, temperature: Array | float | None, where: Array | None, *
 def _softmax_jvp(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int) -> Array:
     x, temperature, where = operands
     dz = tangent_of_z(x, temperature, where, tangents, y != 0, axis)
-    return y * (dz - accurate_sum(y * dz, axis))
+    # Turned round for reverse mode, the outer where drops the cotangents of what does not exist.
+    return namespace(y).where(y != 0, y * (dz - accurate_sum(y * dz, axis)), 0.0)
 
 
 def _softmax_vjp(
