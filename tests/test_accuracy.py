@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+import polysoftmax
 from polysoftmax.testing import CASES, Adapter, check_case
 
 FAMILY = ("softmax", "log_softmax", "logsumexp")
@@ -25,3 +27,25 @@ def test_small_cases(lib: Adapter, dtype: str, op: str) -> None:
 @pytest.mark.parametrize("op", FAMILY)
 def test_large_cases(lib: Adapter, dtype: str, op: str) -> None:
     assert not failures(lib, op, dtype, large=True)
+
+
+@pytest.mark.backends(lambda can: can.mutable and not can.compiles)
+def test_views_answer_as_their_copies(lib: Adapter) -> None:
+    """Blocks, threads and foreign kernels read strides of their own."""
+    wide = lib.asarray(np.random.default_rng(0).normal(size=(400, 300)), "float32")
+    xp = lib.xp
+    views = {
+        "every second": wide[::2, ::3],
+        "transposed": xp.permute_dims(wide, (1, 0)),
+        "offset": wide[1:, 1:],
+        "one column": wide[:, :1],
+        "repeated rows": xp.broadcast_to(wide[:1, :], (50, 300)),
+        "repeated entries": xp.broadcast_to(wide[:, :1], (400, 64)),
+        "rolled axes": xp.permute_dims(xp.reshape(wide, (20, 20, 300)), (2, 0, 1)),
+    }
+    for name, view in views.items():
+        copy = lib.asarray(lib.values(view), "float32")
+        for axis in (0, -1, None):
+            for op in FAMILY:
+                y, plain = (lib.values(lib.call(getattr(polysoftmax, op), x, axis=axis)) for x in (view, copy))
+                np.testing.assert_allclose(y, plain, rtol=1e-5, atol=0, err_msg=f"{op} of {name}, axis {axis}")

@@ -37,11 +37,17 @@ def test_integers_are_promoted_before_anything_is_subtracted(lib: Adapter) -> No
 
 @not_compiled
 def test_dtype_sets_the_dtype_of_the_answer(lib: Adapter) -> None:
-    x = lib.asarray([0.0, 1.0], "float32")
-    for dtype in lib.can.dtypes:
-        for op in (*ELEMENTWISE, "logsumexp"):
-            y = lib.call(getattr(polysoftmax, op), x, dtype=lib.dtype(dtype))
-            lib.require(y, () if op == "logsumexp" else (2,), dtype)
+    for given in ("float32", "int8"):
+        x = lib.asarray([-128, 127], given)
+        for dtype in lib.can.dtypes:
+            for op, shape, want in (
+                ("softmax", (2,), [0, 1]),
+                ("log_softmax", (2,), [-255, 0]),
+                ("logsumexp", (), 127),
+            ):
+                y = lib.call(getattr(polysoftmax, op), x, dtype=lib.dtype(dtype))
+                lib.require(y, shape, dtype)
+                np.testing.assert_allclose(lib.values(y), want, rtol=FORMATS[dtype].unit, atol=1e-30)
 
 
 def test_widening_dtype_is_computed_in(lib: Adapter) -> None:
@@ -115,6 +121,9 @@ def test_a_parameter_array_promotes_nothing(lib: Adapter) -> None:
         pytest.skip("the library has no wider dtype to promote to, or refuses to mix them itself")
     x = lib.asarray([0.0, 1.0], "float32")
     lib.require(lib.call(polysoftmax.softmax, x, temperature=lib.asarray(2.0, "float64")), (2,), "float32")
+    # In float32 this temperature is 0, and a finite number over it inf.
+    y = lib.call(polysoftmax.softmax, x[1:], temperature=lib.asarray(1e-60, "float64"))
+    assert lib.values(y).tolist() == [1.0]
 
 
 @not_compiled

@@ -18,6 +18,7 @@ from polysoftmax._arrays import (
     cast,
     default_index,
     device_for,
+    float_bits,
     last_rows,
     namespace,
     row_maximum,
@@ -235,25 +236,21 @@ def sample(
     keys = row_keys(as_key(key, like=r.x), r.reduced_shape)
     shape = _draws(tuple(keys.shape[:-1]), r.reduced_shape)
     t, mask, kept = r.temperature(temperature), r.mask(where), filters(r, top_k, top_p, min_p)
-    x = r.x if return_logprobs else stop_gradient(r.x)
-    few = kept.top_k is not None and kept.top_k * _FEW <= r.length
-    if few:
-        top, x, index = LEADING(r, x, mask, top_k=kept.top_k)
+    x = r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)
+    x = x if return_logprobs else stop_gradient(x)
+    if kept.top_k is not None and kept.top_k * _FEW <= r.length:
+        top, first, second = LEADING(r, x, mask, top_k=kept.top_k)
+        draw, more = DRAW_LEADING, [kept.p, kept.min_p]
     else:
         if mask is not None or not kept.off:
             x = TRUNCATE(r, x, t, mask, kept.k, kept.p, kept.min_p, top_k=kept.top_k)
-        top, mass = MASSES(r, x, t)
+        (top, first), second = MASSES(r, x, t), x
+        draw, more = DRAW, []
     # Several keys for one row draw from what was found out about it once.
-    x, top, t = (_repeated(one, shape) for one in (x, top, t))
-    k0, k1 = (_repeated(keys[..., i : i + 1], shape) for i in (0, 1))
+    first = r.xp.broadcast_to(_raised(first, len(shape)), (*shape, first.shape[-1]))
+    others = (_raised(one, len(shape)) for one in (second, top, keys[..., 0:1], keys[..., 1:2], t, *more))
     options = {"size": block_length(r.length), "logprobs": return_logprobs}
-    draws = replace(r, axis=len(shape))
-    if few:
-        p, min_p = _repeated(kept.p, shape), _repeated(kept.min_p, shape)
-        answer = DRAW_LEADING(draws.of(x), x, _repeated(index, shape), top, k0, k1, t, p, min_p, **options)
-    else:
-        mass = _repeated(mass, shape)
-        answer = DRAW(draws.of(mass), mass, x, top, k0, k1, t, **options)
+    answer = draw(replace(r, x=first, axis=len(shape)), first, *others, **options)
     tokens, *logprobs = (r.xp.squeeze(one, axis=-1) for one in answer)
     return (tokens, logprobs[0]) if return_logprobs else tokens
 
@@ -262,11 +259,11 @@ _FEW = 4
 """How many times longer than top_k a row must be for its survivors to be drawn from by themselves."""
 
 
-def _repeated(operand: Array | float | None, batch: tuple[int, ...]) -> Array | float | None:
-    """Return an operand for each row of a batch; a number for all rows stays one."""
-    if not is_spread(operand) or operand.shape[:-1] == batch:  # type: ignore[union-attr]
+def _raised(operand: Array, batch: int) -> Array:
+    """Return an operand with as many dimensions as a batch has, and that of the tokens; a number stays one."""
+    if not is_spread(operand) or operand.ndim > batch:
         return operand
-    return namespace(operand).broadcast_to(operand, (*batch, operand.shape[-1]))  # type: ignore[union-attr]
+    return namespace(operand).reshape(operand, (1,) * (batch + 1 - operand.ndim) + operand.shape)
 
 
 def _draws(keys: tuple[int, ...], batch: tuple[int, ...]) -> tuple[int, ...]:

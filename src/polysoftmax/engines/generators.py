@@ -45,7 +45,7 @@ def _host(words: Array, name: str) -> Any:
     import numpy as np
 
     if name == "torch":
-        words = words.cpu()
+        words = words.cpu().numpy()
     elif name == "cupy":
         words = words.get()
     return np.array(words)

@@ -138,7 +138,7 @@ def _run_as_numpy(call: Call, operands: tuple[Array, ...]) -> Any:
     # torch rounds to 16 bits faster than NumPy, which has no bfloat16 either.
     y = numpy_engine.run(wide, tuple(_widened(one) if isinstance(one, torch.Tensor) else one for one in operands))
     if isinstance(y, tuple):
-        return tuple(_from_numpy(one, call.result) for one in y)
+        return tuple(map(torch.from_numpy, y))  # in dtypes of their own
     return _from_numpy(y, call.result)
 
 

@@ -1,0 +1,511 @@
+"""The draw: token for token as defined, with the right frequencies, and never what was removed."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import mpmath
+import numpy as np
+import pytest
+from scipy import stats
+
+import polysoftmax
+from polysoftmax import random
+from polysoftmax._sampling import block_length
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polysoftmax.testing import Adapter
+
+INF, NAN = math.inf, math.nan
+
+draws = pytest.mark.backends(lambda can: "func" not in can.how)  # indices have no gradient
+eager = pytest.mark.backends(lambda can: "torch." not in can.how)  # compiling adds nothing to these lines
+ordered = pytest.mark.backends(lambda can: not can.lazy and "torch." not in can.how)  # Dask cannot order rows lazily
+
+
+def gumbels(keys: np.ndarray, index: np.ndarray, domain: int) -> np.ndarray:
+    """Return the variates of indices in double precision, one row a key; the words have tests of their own."""
+    counters = np.stack([index, np.full_like(index, domain)], axis=-1).astype(np.uint32)
+    word = random.threefry2x32(keys[:, None, :].view(np.uint32), counters[None])[..., 0]
+    whole = (word >> 16).astype(np.float32) * np.float32(65536) + (word & 65535).astype(np.float32) + np.float32(0.5)
+    u = np.minimum(whole.astype(np.float64) * 2.0**-32, 1 - 2.0**-24)
+    return -np.log(-np.log1p(-u))
+
+
+def reference(row: np.ndarray, keys: np.ndarray, temperature: float = 1.0) -> list[int]:
+    """Draw one token with each key from a row, in double precision, as the definition says."""
+    n = len(row)
+    size = max(2, min(256, 2 ** (((n - 1).bit_length() + 1) // 2)))
+    count = -(-n // size)
+    z = np.full(count * size, -INF)
+    z[:n] = (row.astype(np.float64) - row.max()) / temperature
+    z = z.reshape(count, size)
+    with np.errstate(divide="ignore"):
+        scores = np.log(np.exp(z).sum(axis=1)) + gumbels(keys, np.arange(count), 1)
+    blocks = scores.argmax(axis=1)
+    noise = gumbels(keys, np.arange(count * size), 2).reshape(len(keys), count, size)
+    inside = z[blocks] + noise[np.arange(len(keys)), blocks]
+    return (blocks * size + inside.argmax(axis=1)).tolist()
+
+
+def logits(n: int, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(n) * 2).astype(np.float32)
+
+
+def tokens(lib: Adapter, *args: Any, **options: Any) -> list[Any]:
+    return lib.values(lib.call(polysoftmax.sample, *args, **options)).tolist()
+
+
+def test_block_lengths_are_frozen() -> None:
+    lengths = {1: 2, 2: 2, 3: 2, 4: 2, 5: 4, 16: 4, 17: 8, 1000: 32, 4096: 64, 32_000: 256, 50_257: 256, 10**6: 256}
+    assert {n: block_length(n) for n in lengths} == lengths
+
+
+@eager
+def test_the_draw_as_it_is_defined(lib: Adapter) -> None:
+    for n in (1, 2, 3, 5, 19, 300):
+        keys = random.split(n, 100)
+        for temperature in (0.5, 1.0):
+            y = tokens(lib, lib.asarray(logits(n), "float32"), lib.asarray(keys, "int32"), temperature=temperature)
+            assert y == reference(logits(n), keys, temperature)
+
+
+PINNED = [542, 102, 511, 580, 32, 227, 283, 278, 127, 398, 598, 379]
+PINNED += [327, 83, 90, 303, 448, 535, 233, 128, 397, 115, 599, 315]
+
+
+@draws
+def test_tokens_are_frozen(lib: Adapter) -> None:
+    x = lib.asarray(np.sin(np.arange(600.0)) * 4, "float32")
+    assert tokens(lib, x, lib.asarray(random.split(2026, 24), "int32")) == PINNED
+
+
+MANY = 20_000
+
+
+def shares(row: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    e = np.exp((row.astype(np.float64) - row.max()) / temperature)
+    return e / e.sum()
+
+
+def fits(counts: np.ndarray, probabilities: np.ndarray) -> bool:
+    """Whether counts have their probabilities, by chi-square; tokens that are expected rarely are put together."""
+    expected = probabilities * counts.sum()
+    assert not counts[expected == 0].any(), "a token of probability 0 was drawn"
+    rare = expected < 10
+    observed, expected = (np.append(one[~rare], one[rare].sum()) for one in (counts, expected))
+    if expected[-1] < 10:
+        observed, expected = (np.append(one[:-2], one[-2] + one[-1]) for one in (observed, expected))
+    return len(expected) == 1 or stats.chisquare(observed, expected).pvalue > 1e-4
+
+
+# What is left of logits(40) by each filter follows from their probabilities in order, which are well apart.
+FREQUENCIES = (
+    ({"temperature": 0.3}, lambda p: p > 0),
+    ({}, lambda p: p > 0),
+    ({"temperature": 2.0}, lambda p: p > 0),
+    ({"top_k": 5}, lambda p: p >= np.sort(p)[-5]),
+    ({"top_k": 12, "temperature": 1.3}, lambda p: p >= np.sort(p)[-12]),
+    ({"top_p": 0.8}, lambda p: p >= np.sort(p)[::-1][(np.cumsum(np.sort(p)[::-1]) < 0.8).sum()]),
+    ({"min_p": 0.05, "temperature": 0.7}, lambda p: p >= 0.05 * p.max()),
+)
+
+
+@eager
+@pytest.mark.parametrize(
+    ("options", "survives"), FREQUENCIES, ids=lambda one: str(one) if isinstance(one, dict) else ""
+)
+def test_frequencies(lib: Adapter, options: dict[str, float], survives: Callable[[np.ndarray], np.ndarray]) -> None:
+    if lib.can.lazy and not options.keys() <= {"temperature", "min_p"}:
+        pytest.skip("Dask cannot order rows lazily")
+    row = logits(40)
+    keys = lib.asarray(random.split(100, MANY), "int32")
+    y = lib.call(polysoftmax.sample, lib.asarray(row, "float32"), keys, **options)
+    lib.require(y, (MANY,), lib.can.default_index)
+    p = shares(row, options.get("temperature", 1.0))
+    p = np.where(survives(p), p, 0.0)
+    assert fits(np.bincount(lib.values(y), minlength=40), p / p.sum())
+
+
+def test_three_equal_tokens_over_two_blocks() -> None:
+    """Without domains of their own for the two levels the shares are .499, .167 and .335."""
+    y = polysoftmax.sample(np.zeros(3, np.float32), random.split(5, 300_000))
+    assert fits(np.bincount(y, minlength=3), np.full(3, 1 / 3))
+
+
+def test_rare_tokens_come_at_their_rate() -> None:
+    p = np.asarray([1 - 1e-4 - 1e-5, 1e-4, 1e-5])
+    count = 2_000_000
+    y = polysoftmax.sample(np.log(p).astype(np.float32), random.split(6, count))
+    for token in (1, 2):
+        assert abs((y == token).sum() - count * p[token]) < 4 * math.sqrt(count * p[token])
+
+
+def test_the_two_levels_are_independent() -> None:
+    row = np.add.outer(logits(4, 1), logits(4, 2)).reshape(16)
+    assert block_length(16) == 4
+    y = polysoftmax.sample(row, random.split(7, 100_000))
+    table = np.bincount(y, minlength=16).reshape(4, 4)
+    assert stats.chi2_contingency(table).pvalue > 1e-4
+
+
+def test_rows_are_independent() -> None:
+    """Neighbouring rows of one key, the same row of successive keys, and successive rows."""
+    row = logits(6)
+    y = polysoftmax.sample(np.broadcast_to(row, (50_000, 2, 6)), 8)
+    for pairs in (y, y.T.reshape(-1, 2), np.stack([y[:-1, 1], y[1:, 0]], axis=-1)):
+        table = np.histogram2d(pairs[:, 0], pairs[:, 1], bins=6, range=((0, 6), (0, 6)))[0]
+        assert fits(table.ravel(), np.outer(shares(row), shares(row)).ravel())
+    keys = random.key(np.arange(50_000))
+    y = polysoftmax.sample(row, keys)
+    table = np.histogram2d(y[:-1], y[1:], bins=6, range=((0, 6), (0, 6)))[0]
+    assert fits(table.ravel(), np.outer(shares(row), shares(row)).ravel())
+
+
+@draws
+def test_what_is_gone_is_never_drawn(lib: Adapter) -> None:
+    rows = np.full((4, 70), -INF)
+    rows[0, 37] = -5.0
+    rows[1, 10:13] = 0.0
+    rows[2, ::2] = -69.0  # probability 1e-30 beside the other entries
+    rows[2, 1::2] = 0.0
+    rows[3, 69] = -1e30
+    keys = lib.asarray(random.split(9, 2000 * 4).reshape(2000, 4, 2), "int32")
+    y = lib.values(lib.call(polysoftmax.sample, lib.asarray(rows, "float32"), keys))
+    assert y.shape == (2000, 4)
+    assert set(y[:, 0]) == {37}
+    assert set(y[:, 1]) == {10, 11, 12}
+    assert (y[:, 2] % 2 == 1).all()
+    assert set(y[:, 3]) == {69}
+
+
+@eager
+def test_where_is_the_same_as_minus_infinity(lib: Adapter) -> None:
+    x = np.random.default_rng(1).standard_normal((5, 70)).astype(np.float32)
+    mask = np.random.default_rng(2).random((5, 70)) < 0.3
+    garbage = lib.asarray(np.where(mask, x, NAN), "float32")
+    gone = lib.asarray(np.where(mask, x, -INF), "float32")
+    for options in ({}, {"top_k": 4}, {"temperature": 0.0}, {"top_p": 0.7}):
+        if lib.can.lazy and options.keys() & {"top_k", "top_p"}:
+            continue
+        masked = tokens(lib, garbage, 3, where=lib.asarray(mask, "bool"), **options)
+        assert masked == tokens(lib, gone, 3, **options)
+        assert mask[np.arange(5), masked].all()
+
+
+@draws
+def test_rows_without_a_token(lib: Adapter) -> None:
+    x = lib.asarray(
+        [[0.0, NAN, 1.0], [0.0, INF, 1.0], [-INF, -INF, -INF], [0.0, 1.0, 2.0], [-INF, 0.0, -INF]], "float32"
+    )
+    where = lib.asarray([[True], [True], [True], [False], [True]], "bool")
+    choices = [{}, {"temperature": 0.0}, {"temperature": INF}, {"min_p": 0.1}]
+    if not lib.can.lazy:
+        choices += [{"top_k": 2}, {"top_k": 2, "top_p": 0.9}, {"top_p": 0.9}]
+    for options in choices:
+        y, logprobs = lib.call(polysoftmax.sample, x, 0, where=where, return_logprobs=True, **options)
+        assert lib.values(y).tolist() == [-1, -1, -1, -1, 1]
+        np.testing.assert_array_equal(lib.values(logprobs), [NAN, NAN, NAN, NAN, 0.0])
+
+
+@ordered
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("temperature", [-1.0, NAN]), ("top_k", [-1.0, NAN]), ("top_p", [-0.1, 1.5]), ("min_p", [2.0, NAN])],
+)
+def test_a_bad_element_of_a_parameter(lib: Adapter, name: str, bad: list[float]) -> None:
+    x = lib.asarray([[0.0, -INF, -INF]] * 3, "float32")
+    values = lib.asarray([*bad, 1.0], "float32")
+    assert tokens(lib, x, 0, **{name: values}) == [-1, -1, 0]
+
+
+@draws
+def test_temperature_0_takes_the_first_maximum(lib: Adapter) -> None:
+    x = np.zeros((3, 300), np.float32)
+    x[0, [7, 8, 290]] = 1.0
+    x[1] = np.arange(300)
+    for zero in (0, 0.0, lib.asarray(0.0, "float32"), lib.asarray(np.zeros(3), "float32")):
+        y, logprobs = lib.call(polysoftmax.sample, lib.asarray(x, "float32"), 4, temperature=zero, return_logprobs=True)
+        assert lib.values(y).tolist() == [7, 299, 0]
+        np.testing.assert_allclose(lib.values(logprobs), [-math.log(3), 0.0, -math.log(300)], rtol=1e-6)
+
+
+@draws
+def test_greedy_and_random_rows_mix(lib: Adapter) -> None:
+    x = np.stack([logits(50, seed) for seed in range(5)])
+    keys = random.split(12, 5)
+    temperatures = [0.0, 0.7, 0.0, INF, 1.0]
+    y = tokens(
+        lib, lib.asarray(x, "float32"), lib.asarray(keys, "int32"), temperature=lib.asarray(temperatures, "float32")
+    )
+    assert y[0] == x[0].argmax()
+    assert y[2] == x[2].argmax()
+    assert y[1] == reference(x[1], keys[1:2], 0.7)[0]
+    assert y[3] == reference(np.zeros(50, np.float32), keys[3:4])[0]
+    assert y[4] == reference(x[4], keys[4:5])[0]
+
+
+FILTERS = (
+    {"top_k": 1},
+    {"top_k": 17},
+    {"top_k": 17, "temperature": 0.4},
+    {"top_k": 200},
+    {"top_k": 30, "top_p": 0.7},
+    {"top_k": 30, "min_p": 0.2, "temperature": 1.5},
+    {"top_p": 0.6},
+    {"top_p": 0.9, "min_p": 0.05, "temperature": 0.8},
+    {"top_k": 5, "temperature": 0.0},
+    {"top_k": 5, "top_p": 0.5, "temperature": INF},
+)
+
+
+@ordered
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_sampling_after_truncation(lib: Adapter, options: dict[str, float]) -> None:
+    """Survivors that are drawn from by themselves give the tokens that the truncated rows give."""
+    x = np.random.default_rng(3).standard_normal((60, 300)).astype(np.float32) * 2
+    x[::3] = np.round(x[::3])
+    rows = lib.asarray(x, "float32")
+    at = {"temperature": options.get("temperature", 1.0)}
+    left = lib.call(polysoftmax.truncate, rows, **options)
+    assert tokens(lib, rows, 21, **options) == tokens(lib, left, 21, **at)
+
+
+@ordered
+def test_parameters_for_each_row(lib: Adapter) -> None:
+    x = np.random.default_rng(5).standard_normal((4, 90)).astype(np.float32)
+    keys = random.split(31, 4)
+    given = {
+        "temperature": [0.5, 1.0, 2.0, 0.0],
+        "top_k": [3, 0, 90, 5],
+        "top_p": [1.0, 0.6, 0.9, 0.3],
+        "min_p": [0.0, 0.0, 0.1, 0.2],
+    }
+    alone = [
+        tokens(lib, lib.asarray(x[i], "float32"), lib.asarray(keys[i], "int32"), **{k: v[i] for k, v in given.items()})
+        for i in range(4)
+    ]
+    arrays = {name: lib.asarray(value, "int32" if name == "top_k" else "float32") for name, value in given.items()}
+    assert tokens(lib, lib.asarray(x, "float32"), lib.asarray(keys, "int32"), **arrays) == alone
+    several = random.split(32, 6).reshape(3, 2, 1, 2)
+    y = tokens(lib, lib.asarray(x, "float32"), lib.asarray(several, "int32"), **arrays)
+    assert np.asarray(y).shape == (3, 2, 4)
+    assert np.asarray(y)[2, 1, 0] == tokens(
+        lib, lib.asarray(x[0], "float32"), lib.asarray(several[2, 1, 0], "int32"), temperature=0.5, top_k=3
+    )
+
+
+@eager
+@pytest.mark.parametrize("kept", ["all", "ten"])
+def test_a_filter_that_is_off_changes_nothing(lib: Adapter, kept: str) -> None:
+    x = lib.asarray(np.stack([logits(40, seed) for seed in range(20)]), "float32")
+    plain = tokens(lib, x, 5)
+    if kept == "all":
+        for off in ({"top_k": 0}, {"top_k": 40}, {"top_k": 1000}, {"top_p": 1.0}, {"min_p": 0}):
+            assert tokens(lib, x, 5, **off) == plain
+    elif not lib.can.lazy:
+        assert tokens(lib, x, 5, top_k=10, top_p=1.0, min_p=0.0) == tokens(lib, x, 5, top_k=10)
+        assert tokens(lib, x, 5, top_k=10) != plain
+
+
+# Keys.
+
+
+@eager
+def test_one_key_is_folded_with_each_row(lib: Adapter) -> None:
+    x = np.stack([logits(30, seed) for seed in range(6)])
+    y = tokens(lib, lib.asarray(x.reshape(2, 3, 30), "float32"), 77)
+    expected = [reference(x[i], random.fold_in(77, i)[None])[0] for i in range(6)]
+    assert np.ravel(y).tolist() == expected
+    assert tokens(lib, lib.asarray(x[:1], "float32"), 77) == expected[:1]
+    assert tokens(lib, lib.asarray(x[0], "float32"), 77) == reference(x[0], random.key(77)[None])[0]
+
+
+@eager
+def test_keys_with_leading_dimensions(lib: Adapter) -> None:
+    x = np.stack([logits(30, seed) for seed in range(3)])
+    rows = lib.asarray(x, "float32")
+    keys = random.split(5, 12).reshape(4, 3, 2)
+    y = tokens(lib, rows, lib.asarray(keys, "int32"))
+    assert y == [[reference(x[j], keys[i, j : j + 1])[0] for j in range(3)] for i in range(4)]
+    shared = tokens(lib, rows, lib.asarray(keys[:, :1], "int32"))
+    assert shared == [[reference(x[j], keys[i, :1])[0] for j in range(3)] for i in range(4)]
+    assert tokens(lib, rows, lib.asarray(keys[0], "int32")) == y[0]
+
+
+def test_keys_of_other_libraries(lib: Adapter) -> None:
+    x = lib.asarray(np.stack([logits(30, seed) for seed in range(3)]), "float32")
+    expected = lib.values(polysoftmax.sample(x, 7)).tolist()
+    keys: list[Any] = [random.key(7), random.key(7).view(np.uint32), np.int64(7)]
+    keys.extend(random.key(7, xp=pytest.importorskip(one)) for one in ("jax.numpy", "torch", "array_api_strict"))
+    keys.append(pytest.importorskip("jax").random.key(7))
+    for key in keys:
+        assert lib.values(polysoftmax.sample(x, key)).tolist() == expected
+
+
+def test_generators(lib: Adapter) -> None:
+    torch = pytest.importorskip("torch")
+    x = lib.asarray(logits(1000) / 100, "float32")
+    for make in (lambda: np.random.default_rng(3), lambda: torch.Generator().manual_seed(3)):
+        generator = make()
+        first, second = (int(lib.values(polysoftmax.sample(x, generator))) for _ in range(2))
+        assert int(lib.values(polysoftmax.sample(x, make()))) == first
+        assert first != second, "the generator did not move on"
+
+
+# A row's token depends on its key and its logits, and on nothing around it.
+
+
+@eager
+@pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8}], ids=str)
+def test_batches_do_not_matter(lib: Adapter, options: dict[str, float]) -> None:
+    if lib.can.lazy and options:
+        pytest.skip("Dask cannot order rows lazily")
+    x = np.stack([logits(120, seed) for seed in range(40)])
+    keys = random.split(13, 40)
+
+    def drawn(rows: np.ndarray, keys: np.ndarray, **more: Any) -> np.ndarray:
+        return np.asarray(tokens(lib, lib.asarray(rows, "float32"), lib.asarray(keys, "int32"), **options, **more))
+
+    y = drawn(x, keys)
+    order = np.random.default_rng(0).permutation(40)
+    np.testing.assert_array_equal(drawn(x[order], keys[order]), y[order])
+    np.testing.assert_array_equal(drawn(x[7:20], keys[7:20]), y[7:20])
+    np.testing.assert_array_equal(drawn(x[11], keys[11]), y[11])
+    extended, extra = np.concatenate([x, x[::-1] + 1]), np.concatenate([keys, random.split(14, 40)])
+    np.testing.assert_array_equal(drawn(extended, extra)[:40], y)
+    np.testing.assert_array_equal(drawn(x.T, keys, axis=0), y)
+    shaped = np.moveaxis(x.reshape(8, 5, 120), -1, 1)
+    np.testing.assert_array_equal(drawn(shaped, keys.reshape(8, 5, 2), axis=1), y.reshape(8, 5))
+
+
+@eager
+def test_several_axes_are_flattened(lib: Adapter) -> None:
+    x = np.random.default_rng(1).standard_normal((3, 4, 5)).astype(np.float32)
+    rows = np.moveaxis(x, 1, 0).reshape(4, 15)
+    keys = random.split(15, 4)
+    y = tokens(lib, lib.asarray(x, "float32"), lib.asarray(keys, "int32"), axis=(2, 0))
+    assert y == tokens(lib, lib.asarray(rows, "float32"), lib.asarray(keys, "int32"))
+    whole = tokens(lib, lib.asarray(x, "float32"), lib.asarray(keys[0], "int32"), axis=None)
+    assert whole == tokens(lib, lib.asarray(x.ravel(), "float32"), lib.asarray(keys[0], "int32"))
+    assert tokens(lib, lib.asarray(2.0, "float32"), 3) == 0
+
+
+def test_threads_do_not_matter() -> None:
+    x = np.random.default_rng(1).standard_normal((300, 2000)).astype(np.float32)
+    for options in ({}, {"top_k": 50}, {"top_p": 0.9}):
+        answers = []
+        for count in (1, 3):
+            polysoftmax.set_num_threads(count)
+            answers.append(polysoftmax.sample(x, 3, **options))
+        np.testing.assert_array_equal(*answers)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8, "min_p": 0.01}], ids=str)
+def test_transformations(options: dict[str, float]) -> None:
+    x, keys = np.stack([logits(120, seed) for seed in range(6)]), random.split(13, 6)
+    expected = polysoftmax.sample(x, keys, **options).tolist()
+    jax = pytest.importorskip("jax")
+    one = jax.jit(lambda row, key: polysoftmax.sample(row, key, **options))
+    assert jax.vmap(one)(jax.numpy.asarray(x), jax.numpy.asarray(keys)).tolist() == expected
+    typed = jax.random.wrap_key_data(jax.numpy.asarray(keys.view(np.uint32)))
+    assert jax.vmap(one)(jax.numpy.asarray(x), typed).tolist() == expected
+    torch = pytest.importorskip("torch")
+    mapped = torch.func.vmap(lambda row, key: polysoftmax.sample(row, key, **options))
+    assert mapped(torch.asarray(x), torch.asarray(keys)).tolist() == expected
+
+
+def test_libraries_agree_on_a_real_vocabulary() -> None:
+    """Tokens differ only where two scores lie within rounding: fewer than one in a million draws."""
+    jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+    x = np.random.default_rng(4).standard_normal((40, 50_257)).astype(np.float32) * 3
+    keys = random.split(16, 40 * 250).reshape(250, 40, 2)
+    expected = polysoftmax.sample(x, keys, temperature=0.8)
+    assert len(np.unique(expected)) > 1000
+    on_jax = polysoftmax.sample(jax.numpy.asarray(x), keys, temperature=0.8)
+    with polysoftmax.engine("portable"):
+        on_torch = polysoftmax.sample(torch.asarray(x), keys, temperature=0.8)
+    assert (np.asarray(on_jax) != expected).sum() <= 1
+    assert (on_torch.numpy() != expected).sum() <= 1
+
+
+# Log-probabilities.
+
+
+@draws
+def test_log_probabilities(lib: Adapter, dtype: str) -> None:
+    x = np.random.default_rng(6).standard_normal((30, 100)).astype(np.float16).astype(float)
+    options: dict[str, Any] = {"temperature": 0.7}
+    if not lib.can.lazy:
+        options |= {"top_k": 20, "top_p": 0.9}
+    rows = lib.asarray(x, dtype)
+    y, logprobs = lib.call(polysoftmax.sample, rows, 3, return_logprobs=True, **options)
+    lib.require(y, (30,), lib.can.default_index)
+    lib.require(logprobs, (30,), dtype if dtype == "float64" else "float32")
+    left = lib.values(lib.call(polysoftmax.truncate, rows, **options))
+    expected = []
+    for row, token in zip(left, lib.values(y), strict=True):
+        with mpmath.workdps(30):
+            total = mpmath.fsum(mpmath.exp(mpmath.mpf(one) / mpmath.mpf(0.7)) for one in row if one > -INF)
+            expected.append(float(mpmath.mpf(row[token]) / mpmath.mpf(0.7) - mpmath.log(total)))
+    np.testing.assert_allclose(lib.values(logprobs), expected, rtol=0, atol=1e-5 if dtype != "float64" else 1e-13)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.97}], ids=str)
+def test_gradient_of_log_probabilities(options: dict[str, float]) -> None:
+    """It is 1 at the token less the probabilities of what is left, all over the temperature; 0 for what is gone."""
+    x = np.asarray([[1.0, 3.0, -INF, 2.0, -1.0, -2.0, -3.0, -4.0, -5.0]], np.float32)
+    left = polysoftmax.truncate(x, temperature=0.5, **options)
+    y = int(polysoftmax.sample(x, 3, temperature=0.5, **options)[0])
+    expected = (np.eye(9)[y] - shares(left[0], 0.5)) / 0.5
+
+    def logprob(x: Any) -> Any:
+        return polysoftmax.sample(x, 3, temperature=0.5, return_logprobs=True, **options)[1].sum()
+
+    jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+    np.testing.assert_allclose(jax.grad(logprob)(jax.numpy.asarray(x))[0], expected, rtol=1e-5, atol=1e-6)
+    leaf = torch.tensor(x, requires_grad=True)
+    logprob(leaf).backward()
+    np.testing.assert_allclose(leaf.grad[0], expected, rtol=1e-5, atol=1e-6)
+    assert not polysoftmax.sample(leaf, 3, **options).requires_grad
+
+
+@draws
+def test_integer_logits(lib: Adapter) -> None:
+    for dtype in lib.can.integers:
+        y, logprobs = lib.call(polysoftmax.sample, lib.asarray([0, 100, 7], dtype), 0, return_logprobs=True)
+        lib.require(y, (), lib.can.default_index)
+        lib.require(logprobs, (), lib.can.default_float)
+        assert lib.values(y) == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "key", "options", "error", "message"),
+    [
+        (np.zeros((2, 0)), 0, {}, ValueError, r"sample needs at least one token, got logits of shape \(2, 0\)"),
+        (np.zeros((0, 3)), 0, {"axis": 0}, ValueError, "at least one token.*axis=0"),
+        (np.zeros((3, 4)), np.zeros((2, 2), np.int32), {}, ValueError, r"\(2, 2\) do not match rows of shape \(3,\)"),
+        (np.zeros((3, 4)), np.zeros((3, 5, 2), np.int32), {}, ValueError, r"keys of shape \(3, 5, 2\) do not match"),
+        (np.zeros(3), np.zeros(3, np.int32), {}, ValueError, "two words along the last axis"),
+        (np.zeros(3), np.zeros(2), {}, TypeError, "32-bit words, int32 or uint32, got dtype float64"),
+        (np.zeros(3), 0.5, {}, TypeError, "a key must be an int seed.*got float"),
+        (np.zeros(3), "seed", {}, TypeError, "a key must be an int seed.*got str"),
+        (np.zeros(3), True, {}, TypeError, "got bool"),
+        (np.zeros(3), None, {}, TypeError, "got NoneType"),
+        (np.zeros(3), np.random.RandomState(0), {}, TypeError, "got RandomState"),
+        (np.zeros((2, 3)), 0, {"where": np.ones((2, 3))}, TypeError, "where must be a boolean array"),
+    ],
+)
+def test_errors(x: Any, key: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        polysoftmax.sample(x, key, **options)
+
+
+def test_no_rows_give_no_tokens(lib: Adapter) -> None:
+    if lib.can.lazy:
+        pytest.skip("Dask's own maximum fails without rows")
+    y = polysoftmax.sample(lib.asarray(np.zeros((0, 3)), "float32"), 0)
+    lib.require(y, (0,), lib.can.default_index)
