@@ -121,9 +121,9 @@ def test_a_parameter_array_promotes_nothing(lib: Adapter) -> None:
         pytest.skip("the library has no wider dtype to promote to, or refuses to mix them itself")
     x = lib.asarray([0.0, 1.0], "float32")
     lib.require(lib.call(polysoftmax.softmax, x, temperature=lib.asarray(2.0, "float64")), (2,), "float32")
-    # In float32 this temperature is 0, and a finite number over it inf.
-    y = lib.call(polysoftmax.softmax, x[1:], temperature=lib.asarray(1e-60, "float64"))
-    assert lib.values(y).tolist() == [1.0]
+    # In float32 this temperature is 0, and takes the rule for 0.
+    y = lib.call(polysoftmax.softmax, x, temperature=lib.asarray(1e-60, "float64"))
+    assert lib.values(y).tolist() == [0.0, 1.0]
 
 
 @not_compiled
@@ -180,30 +180,6 @@ def test_nothing_warns() -> None:
     for op in ("softmax", "log_softmax", "logsumexp", "entropy", "softmax_jacobian"):
         getattr(polysoftmax, op)(x)
     polysoftmax.softmax(x[:3].astype(np.float32), dtype=np.float16)
-
-
-@not_compiled
-@pytest.mark.parametrize("op", [*ELEMENTWISE, "logsumexp"])
-def test_views(lib: Adapter, op: str) -> None:
-    """Large enough for the engines that know the layout of memory."""
-    if lib.can.lazy:
-        pytest.skip("chunks have no layout")
-    values = np.random.default_rng(0).normal(size=(400, 300))
-    base = lib.asarray(values, "float32")
-    exact = lib.values(base)
-    transposed = lib.xp.permute_dims(base, (1, 0))
-    views = [(base[::2, ::3], exact[::2, ::3]), (transposed, exact.T), (transposed[::2, 1:], exact.T[::2, 1:])]
-    for view, x in views:
-        for axis in (0, 1, None):
-            e = np.exp(x - x.max(axis=axis, keepdims=True))  # in float64
-            total = e.sum(axis=axis, keepdims=True)
-            want = {
-                "softmax": e / total,
-                "log_softmax": np.log(e / total),
-                "logsumexp": np.log(total * np.exp(x.max(axis=axis, keepdims=True))),
-            }[op]
-            y = lib.values(lib.call(getattr(polysoftmax, op), view, axis=axis))
-            np.testing.assert_allclose(y, want.reshape(y.shape), rtol=64 * FORMATS["float32"].unit)
 
 
 @pytest.mark.parametrize("op", [*ELEMENTWISE, "logsumexp"])
