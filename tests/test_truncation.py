@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 INF, NAN = math.inf, math.nan
 
 ordered = pytest.mark.backends(lambda can: not can.lazy)  # Dask cannot order rows lazily
-eager = pytest.mark.backends(lambda can: not can.lazy and "torch." not in can.how)  # compiling adds nothing to these
+eager = pytest.mark.backends(lambda can: not can.lazy and not can.traced and "64" not in can.how)  # nor does Dask sort
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from polysoftmax._arrays import (
 from polysoftmax._softmax import over_temperature
 from polysoftmax._truncation import TRUNCATE, along_last, filters, is_spread, truncated
 from polysoftmax.engines import RowFormula
-from polysoftmax.engines.selection import leading
+from polysoftmax.engines.selection import block_sums, first_maximum, leading
 from polysoftmax.random import BLOCKS, TOKENS, as_key, gumbel_of, row_keys, words
 
 if TYPE_CHECKING:
@@ -46,15 +46,14 @@ def block_length(n: int) -> int:
 def _masses(x: Array, temperature: Array | float | None) -> tuple[Array, Array]:
     """Return the maximum of every row, and Σ exp((x - max) / temperature) over each of its blocks."""
     top = row_maximum(x, x.ndim - 1)
-    return top, _block_sums(namespace(x).exp(over_temperature(x - top, temperature)), block_length(x.shape[-1]))
+    return top, block_sums(namespace(x).exp(over_temperature(x - top, temperature)), block_length(x.shape[-1]))
 
 
 def _draw(
     mass: Array,
     x: Array,
     top: Array,
-    k0: Array,
-    k1: Array,
+    keys: Array,
     temperature: Array | float | None,
     *,
     size: int,
@@ -62,10 +61,10 @@ def _draw(
 ) -> tuple[Array, ...]:
     """Draw a block by the masses, and a token inside it."""
     xp = namespace(x)
-    block = _best(mass, xp.log(mass), k0, k1, _indices(mass), BLOCKS, temperature)
+    block = _best(mass, xp.log(mass), keys, _indices(mass), BLOCKS, temperature)
     inside, index = block_of(x, block, size)
     z = over_temperature(inside - top, temperature)
-    position = _best(xp.exp(z), z, k0, k1, index, TOKENS, temperature)
+    position = _best(xp.exp(z), z, keys, index, TOKENS, temperature)
     return _answer(top, accurate_sum(mass, mass.ndim - 1), z, index, position, logprobs)
 
 
@@ -73,8 +72,7 @@ def _draw_leading(
     x: Array,
     index: Array,
     top: Array,
-    k0: Array,
-    k1: Array,
+    keys: Array,
     temperature: Array | float | None,
     p: Array | float | None,
     min_p: Array | float | None,
@@ -91,9 +89,9 @@ def _draw_leading(
     block = index // size
     same = block[..., :, None] == block[..., None, :]
     mass = xp.sum(xp.where(same, terms[..., None, :], 0.0), axis=-1)
-    won = _indices(x) == _best(mass, xp.log(mass), k0, k1, block, BLOCKS, temperature)
+    won = _indices(x) == _best(mass, xp.log(mass), keys, block, BLOCKS, temperature)
     z = xp.where(block == xp.max(xp.where(won, block, -1), axis=-1, keepdims=True), z, -math.inf)
-    position = _best(xp.exp(z), z, k0, k1, index, TOKENS, temperature)
+    position = _best(xp.exp(z), z, keys, index, TOKENS, temperature)
     return _answer(top, accurate_sum(terms, z.ndim - 1), z, index, position, logprobs)
 
 
@@ -117,20 +115,7 @@ def _leading(x: Array, where: Array | None, *, top_k: int) -> tuple[Array, Array
         x = xp.where(where, x, -math.inf)
     index = leading(x, top_k)
     values = take_along(x, index, x.ndim - 1)
-    return row_maximum(x, x.ndim - 1), values, xp.astype(index, xp.int32)
-
-
-def _block_sums(terms: Array, size: int) -> Array:
-    """Return the sum of every block along the last axis; the last block may be shorter."""
-    xp = namespace(terms)
-    whole = terms.shape[-1] // size * size
-    sums = []
-    if whole:
-        blocks = xp.reshape(terms[..., :whole], (*terms.shape[:-1], whole // size, size))
-        sums.append(accurate_sum(blocks, blocks.ndim - 1)[..., 0])
-    if whole < terms.shape[-1]:
-        sums.append(accurate_sum(terms[..., whole:], terms.ndim - 1))
-    return sums[0] if len(sums) == 1 else xp.concat(sums, axis=-1)
+    return row_maximum(values, x.ndim - 1), values, xp.astype(index, xp.int32)
 
 
 def _indices(x: Array) -> Array:
@@ -138,15 +123,15 @@ def _indices(x: Array) -> Array:
 
 
 def _best(
-    mass: Array, score: Array, k0: Array, k1: Array, index: Array, domain: int, temperature: Array | float | None
+    mass: Array, score: Array, keys: Array, index: Array, domain: int, temperature: Array | float | None
 ) -> Array:
     """Return the position of the best score along the last axis: with a Gumbel variate, or of the first at T = 0."""
     xp = namespace(score)
-    noisy = score + cast(gumbel_of(words(k0, k1, index, domain)), score.dtype)
+    noisy = score + cast(gumbel_of(words(keys[..., 0:1], keys[..., 1:2], index, domain)), score.dtype)
     if temperature is not None and not isinstance(temperature, float):
         greedy = xp.where(mass > 0, 0.0, xp.full_like(score, -math.inf))
         noisy = xp.where(temperature == 0, greedy, noisy)
-    return xp.argmax(noisy, axis=-1, keepdims=True)
+    return first_maximum(noisy)
 
 
 MASSES = RowFormula("sample_masses", along_last(_masses))
@@ -238,7 +223,7 @@ def sample(
     t, mask, kept = r.temperature(temperature), r.mask(where), filters(r, top_k, top_p, min_p)
     x = r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)
     x = x if return_logprobs else stop_gradient(x)
-    if kept.top_k is not None and kept.top_k * _FEW <= r.length:
+    if kept.top_k is not None and 2 * kept.top_k**2 <= r.length:  # survivors are compared with each other
         top, first, second = LEADING(r, x, mask, top_k=kept.top_k)
         draw, more = DRAW_LEADING, [kept.p, kept.min_p]
     else:
@@ -247,16 +232,13 @@ def sample(
         (top, first), second = MASSES(r, x, t), x
         draw, more = DRAW, []
     # Several keys for one row draw from what was found out about it once.
-    first = r.xp.broadcast_to(_raised(first, len(shape)), (*shape, first.shape[-1]))
-    others = (_raised(one, len(shape)) for one in (second, top, keys[..., 0:1], keys[..., 1:2], t, *more))
+    if first.shape[:-1] != shape:
+        first = r.xp.broadcast_to(_raised(first, len(shape)), (*shape, first.shape[-1]))
+    others = (_raised(one, len(shape)) for one in (second, top, keys, t, *more))
     options = {"size": block_length(r.length), "logprobs": return_logprobs}
     answer = draw(replace(r, x=first, axis=len(shape)), first, *others, **options)
     tokens, *logprobs = (r.xp.squeeze(one, axis=-1) for one in answer)
     return (tokens, logprobs[0]) if return_logprobs else tokens
-
-
-_FEW = 4
-"""How many times longer than top_k a row must be for its survivors to be drawn from by themselves."""
 
 
 def _raised(operand: Array, batch: int) -> Array:

@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from polysoftmax._arrays import (
     Array,
     Rows,
-    accurate_sum,
     cast,
     is_number,
     namespace,
     row_maximum,
     rows,
-    take_along,
 )
 from polysoftmax._softmax import over_temperature
 from polysoftmax.engines import RowFormula
-from polysoftmax.engines.selection import end_of_prefix, first, leading
+from polysoftmax.engines.selection import end_of_prefix, first, greatest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,14 +48,14 @@ def truncated(
     if top_k is not None:
         kept = xp.where(_first_k(kept, top_k), kept, -math.inf)
     elif k is not None:
-        inside = _prefix(kept, xp.ones_like, xp.where(k > 0, k, 1.0))
+        inside = _prefix(kept, xp.ones_like, lambda _: xp.where(k > 0, k, 1.0))
         kept = xp.where((k == 0) | inside, kept, -math.inf)
 
     def mass_of(entries: Array) -> Array:
         return xp.exp(over_temperature(entries - top, temperature))
 
     if p is not None:
-        inside = _prefix(kept, mass_of, p * accurate_sum(mass_of(kept), x.ndim - 1))
+        inside = _prefix(kept, mass_of, lambda total: p * total)
         kept = xp.where(inside if isinstance(p, float) else inside | (p >= 1), kept, -math.inf)
     if min_p is not None:
         kept = xp.where(mass_of(kept) >= min_p, kept, -math.inf)
@@ -71,17 +69,16 @@ def truncated(
 def _first_k(x: Array, k: int) -> Array:
     """Return which entries are the k greatest, the lowest indices among equals."""
     xp = namespace(x)
-    least = xp.min(take_along(x, leading(x, k), x.ndim - 1), axis=-1, keepdims=True)
-    above = xp.sum(xp.astype(x > least, x.dtype), axis=-1, keepdims=True)
+    values = greatest(x, k)
+    least = xp.min(values, axis=-1, keepdims=True)
+    above = xp.sum(xp.astype(values > least, x.dtype), axis=-1, keepdims=True)
     return (x > least) | first(x == least, k - above)
 
 
-def _prefix(x: Array, mass_of: Callable[[Array], Array], target: Array) -> Array:
+def _prefix(x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]) -> Array:
     """Return which entries belong to the shortest prefix whose mass reaches the target, the one that does included."""
-    end, above = end_of_prefix(x, mass_of, target)
-    xp = namespace(x)
-    room = xp.ceil((target - above) / mass_of(end))
-    return (x > end) | first(x == end, xp.maximum(room, xp.ones_like(room)))
+    end, room = end_of_prefix(x, mass_of, target_of)
+    return (x > end) | first(x == end, room)
 
 
 def along_last(function: Callable[..., Any]) -> Callable[..., Any]:

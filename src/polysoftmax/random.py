@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from polysoftmax._arrays import cast, device_for, is_array, is_number, library, namespace
-from polysoftmax.engines.generators import drawn_words, key_data, move
+from polysoftmax.engines.generators import at_once, drawn_words, key_data, move
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -32,6 +32,10 @@ def _rotate(x: Array, by: int) -> Array:
 
 def _threefry(k0: Array, k1: Array, c0: Array, c1: Array) -> tuple[Array, Array]:
     """Return the two words of each block, from int32 arrays that broadcast against each other."""
+    return at_once(_rounds, k0, k1, c0, c1)  # type: ignore[no-any-return]
+
+
+def _rounds(k0: Array, k1: Array, c0: Array, c1: Array) -> tuple[Array, Array]:
     schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
     a, b = c0 + k0, c1 + k1
     for group in range(5):
@@ -262,9 +266,13 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
 
 def _fold(k: Array, index: Array) -> Array:
     """Return new keys from keys and int32 indices of shape (..., 1)."""
+    return at_once(_folded, k, index)
+
+
+def _folded(k: Array, index: Array) -> Array:
     xp = namespace(k)
     k0, k1, index = xp.broadcast_arrays(k[..., 0:1], k[..., 1:2], index)
-    return xp.concat(_threefry(k0, k1, index, xp.full_like(index, KEYS)), axis=-1)
+    return xp.concat(_rounds(k0, k1, index, xp.full_like(index, KEYS)), axis=-1)
 
 
 def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, device: Any = None) -> Array:

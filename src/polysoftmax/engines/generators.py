@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from polysoftmax._arrays import Array, device_for, library
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@cache
+def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    import jax
+
+    return jax.jit(function)  # type: ignore[no-any-return]
+
+
+def at_once(function: Callable[..., Any], *arrays: Array) -> Any:
+    """Call a function of many small steps; JAX compiles them into one, also outside the caller's own jit."""
+    return (_jitted(function) if library(arrays[0]).name == "jax" else function)(*arrays)
 
 
 def drawn_words(source: object) -> Array | None:

@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 SMALL = 10_000
 """Entries below which a formula runs as it stands."""
 
-_BLOCK_BYTES = 1 << 18
-"""Size of a block: with the temporaries of a formula it fits a second-level cache of 1 MB."""
+_BLOCK_BYTES = 1 << 20
+_LEAST_BYTES = 1 << 17
+_PIECES = 8
+"""Greatest and least size of a block, and how many there should be in between.
+
+Blocks of 256 KB fit a second-level cache with all temporaries, but two threads then spend what they save on waiting for
+the interpreter lock between the steps: softmax of 64 × 50257 took 4.0 ms instead of 1.9.
+"""
 
 _SHORT = 32
 """Rows up to this length are run transposed."""
@@ -107,7 +113,8 @@ def _plan(x: Array, axis: int, obstacle: str, compute: np.dtype[Any]) -> Plan:
     """Decide how to run a formula; the size of a block follows from the array alone, never from the threads."""
     n = x.shape[axis]
     rows = x.size // n
-    block = max(1, _BLOCK_BYTES // (n * compute.itemsize))
+    size = min(_BLOCK_BYTES, max(_LEAST_BYTES, x.size * compute.itemsize // _PIECES))
+    block = max(1, size // (n * compute.itemsize))
     along = abs(x.strides[axis]) <= min(map(abs, x.strides))
     if not obstacle:
         if x.flags.c_contiguous and axis == x.ndim - 1 and x.dtype == compute:

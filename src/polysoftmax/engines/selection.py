@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import default_index, library, stop_gradient
+from polysoftmax._arrays import accurate_sum, block_of, default_index, device_for, library, stop_gradient, take_along
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,6 +13,52 @@ if TYPE_CHECKING:
     from polysoftmax._arrays import Array, DType
 
 _GROUP = 64
+"""Entries that NumPy looks at together: they are passed over unless their maximum may be among the greatest."""
+
+
+_BLOCK = 256
+"""Entries that are summed together before a running sum."""
+
+
+def block_sums(terms: Array, size: int) -> Array:
+    """Return the sum of every block of ``size`` entries along the last axis; the last block may be shorter."""
+    found = library(terms)
+    xp = found.xp
+    n = terms.shape[-1]
+    whole = n // size * size
+    if found.name != "numpy":
+        padding = xp.zeros((*terms.shape[:-1], -n % size), dtype=terms.dtype, device=device_for(terms))
+        padded = xp.concat([terms, padding], axis=-1) if n > whole else terms
+        blocks = xp.reshape(padded, (*terms.shape[:-1], -(-n // size), size))
+        return accurate_sum(blocks, blocks.ndim - 1)[..., 0]
+    # NumPy's sum has a cost of its own for each of many short blocks, and einsum hardly any.
+    sums = xp.einsum("...j->...", terms[..., :whole].reshape(*terms.shape[:-1], whole // size, size))
+    return xp.concat([sums, xp.add.reduce(terms[..., whole:], -1, keepdims=True)], axis=-1) if n > whole else sums
+
+
+def first_maximum(x: Array) -> Array:
+    """Return the index of the greatest entry of every row, the lowest among equals; any index if the row has NaN."""
+    found = library(x)
+    xp = found.xp
+    if found.name != "jax":
+        return xp.argmax(x, axis=-1, keepdims=True)
+    # XLA computes the entries for its argmax one by one, and for these two reductions many at once.
+    at_top = x == xp.max(x, axis=-1, keepdims=True)
+    return xp.min(xp.where(at_top, xp.arange(x.shape[-1]), x.shape[-1]), axis=-1, keepdims=True)
+
+
+def greatest(x: Array, k: int) -> Array:
+    """Return the k greatest entries of every row in any order."""
+    found = library(x)
+    xp = found.xp
+    _refuse_lazy(found.name)
+    if found.name == "numpy":
+        return xp.partition(x, x.shape[-1] - k, axis=-1)[..., -k:]
+    if found.name == "torch":
+        return x.topk(k, dim=-1, sorted=False).values
+    if found.name == "jax":
+        return xp.take_along_axis(x, leading(x, k), axis=-1)
+    return xp.sort(x, axis=-1)[..., -k:]
 
 
 def leading(x: Array, k: int) -> Array:
@@ -21,12 +67,29 @@ def leading(x: Array, k: int) -> Array:
     xp = found.xp
     _refuse_lazy(found.name)
     if found.name == "jax":
-        import jax
-
-        return xp.sort(jax.lax.top_k(x, k)[1], axis=-1)
+        return _leading_in_jax(x, k)
     if found.name == "numpy":
         return _leading_in_numpy(x, k)
     return xp.sort(xp.argsort(x, axis=-1, descending=True, stable=True)[..., :k], axis=-1)
+
+
+def _leading_in_jax(x: Array, k: int) -> Array:
+    from jax import lax
+    from jax import numpy as jnp
+
+    n = x.shape[-1]
+    size = 1 << ((n // k).bit_length() // 2)
+    groups = -(-n // size)
+    if groups <= 8 * k:
+        return jnp.sort(lax.top_k(x, k)[1], axis=-1)
+    # XLA's search is slow. The k greatest entries are in the k groups with the greatest maxima: whatever stands in
+    # another group is less than each of those, or equal to it and of a higher index.
+    width = [(0, 0)] * (x.ndim - 1) + [(0, groups * size - n)]
+    grouped = jnp.pad(x, width, constant_values=-jnp.inf).reshape(*x.shape[:-1], groups, size)
+    chosen = jnp.sort(lax.top_k(jnp.max(grouped, axis=-1), k)[1], axis=-1)
+    index = (chosen[..., None] * size + jnp.arange(size)).reshape(*x.shape[:-1], k * size)
+    entries = jnp.where(index < n, jnp.take_along_axis(x, jnp.minimum(index, n - 1), axis=-1), -jnp.inf)
+    return jnp.take_along_axis(index, jnp.sort(lax.top_k(entries, k)[1], axis=-1), axis=-1)
 
 
 def _leading_in_numpy(x: Array, k: int) -> Array:
@@ -35,59 +98,92 @@ def _leading_in_numpy(x: Array, k: int) -> Array:
     batch, n = x.shape[:-1], x.shape[-1]
     x = x.reshape(-1, n)
     groups = n // _GROUP
-    if groups > 2 * k:
-        # The k-th greatest maximum of any groups is a bound that at least k entries reach. Interleaved groups are
-        # reduced for whole vectors of them.
-        maxima = x[:, : groups * _GROUP].reshape(-1, _GROUP, groups).max(axis=1)
-        bound = np.partition(maxima, groups - k, axis=-1)[:, groups - k, None]
-        row, column = np.nonzero(~(x < bound))  # NaN stays
-        counts = np.bincount(row, minlength=len(x))
-        slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        width = int(counts.max(initial=k))
-        indices = np.zeros((len(x), width), column.dtype)
-        indices[row, slot] = column
-        values = np.full((len(x), width), -np.inf, x.dtype)
-        values[row, slot] = x[row, column]
-        chosen = _leading_in_numpy(values, k)
-        return np.take_along_axis(indices, chosen, axis=-1).reshape(*batch, k)
+    if groups <= 2 * k:
+        return _leading_by_partition(x, k).reshape(*batch, k)
+    # The k-th greatest maximum of any groups is a bound that at least k entries reach. Interleaved groups are
+    # reduced for whole vectors of them.
+    maxima = x[:, : groups * _GROUP].reshape(-1, _GROUP, groups).max(axis=1)
+    bound = np.partition(maxima, groups - k, axis=-1)[:, groups - k, None]
+    row, column = np.divmod(np.flatnonzero(~(x < bound)), n)  # NaN stays
+    counts = np.bincount(row, minlength=len(x))
+    slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    width = int(counts.max(initial=k))
+    indices = np.zeros((len(x), width), column.dtype)
+    indices[row, slot] = column
+    values = np.full((len(x), width), -np.inf, x.dtype)
+    values[row, slot] = x[row, column]
+    return np.take_along_axis(indices, _leading_by_partition(values, k), axis=-1).reshape(*batch, k)
+
+
+def _leading_by_partition(x: Array, k: int) -> Array:
+    import numpy as np
+
     ordered = np.where(np.isnan(x), np.inf, x)  # a row with NaN has no answer, whatever is chosen in it
-    least = np.partition(ordered, n - k, axis=-1)[:, n - k, None]
+    start = x.shape[-1] - k
+    least = np.partition(ordered, start, axis=-1)[:, start, None]
     above = ordered > least
     kept = above | first(ordered == least, k - above.sum(-1, keepdims=True))
-    return np.nonzero(kept)[1].reshape(*batch, k)
+    return (np.flatnonzero(kept) % x.shape[-1]).reshape(-1, k)
 
 
 def first(flags: Array, room: Array) -> Array:
     """Keep the first ``room`` of the True entries of every row."""
     found = library(flags)
     xp = found.xp
-    counts = xp.astype(flags, xp.int32)
-    if found.name == "numpy" and (counts.sum(-1, keepdims=True) <= room).all():
-        return flags
-    return flags & (xp.astype(_running_sum(counts, xp.int32), room.dtype) <= room)
+    if found.name != "numpy":
+        # The last one to keep is found by the number of them in each block, and then inside its block.
+        numbers = xp.astype(flags, room.dtype)
+        reached = _running_sum(block_sums(numbers, _BLOCK), room.dtype)
+        block = _count(reached[..., :-1] < room)
+        before = take_along(reached, xp.maximum(block, xp.ones_like(block)) - 1, flags.ndim - 1)
+        inside, _ = block_of(numbers, block, _BLOCK)
+        reached = xp.where(block > 0, before, 0.0) + _running_sum(xp.astype(inside > 0, room.dtype), room.dtype)
+        last = block * _BLOCK + _count(reached[..., :-1] < room)
+        return flags & (xp.arange(flags.shape[-1], dtype=last.dtype, device=device_for(flags)) <= last)
+    # Few entries are True, as a rule: they are numbered by themselves.
+    place = xp.flatnonzero(flags)
+    row = place // flags.shape[-1]
+    counts = xp.bincount(row, minlength=room.size)
+    number = xp.arange(1, len(place) + 1) - (xp.cumsum(counts) - counts)[row]
+    kept = flags.copy()
+    kept.reshape(-1)[place[number > room.reshape(-1)[row]]] = False
+    return kept
 
 
-def end_of_prefix(x: Array, mass_of: Callable[[Array], Array], target: Array) -> tuple[Array, Array]:
-    """Return the last entry of the shortest prefix of the greatest ones whose mass reaches the target.
+def end_of_prefix(
+    x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """Return the last value of the shortest prefix of the greatest entries whose mass reaches a target.
 
-    Beside it, the mass of all that is greater. The mass of an entry is that of every other with the same value; the
-    prefix has at least one entry.
+    Beside it, how many of the entries with this value belong to the prefix: it has at least one entry. The target is a
+    function of the whole mass.
     """
     found = library(x)
     xp = found.xp
     _refuse_lazy(found.name)
     if found.name == "jax":
-        x, mass, target = (stop_gradient(one) for one in (x, mass_of(x), target))
-        return _jax_search()(x, mass, xp.broadcast_to(target, (*x.shape[:-1], 1)))
+        mass = stop_gradient(mass_of(x))
+        target = xp.broadcast_to(target_of(accurate_sum(mass, x.ndim - 1)), (*x.shape[:-1], 1))
+        end, above = _jax_search()(stop_gradient(x), mass, stop_gradient(target))
+        return end, xp.maximum(xp.ceil((target - above) / mass_of(end)), 1.0)
     ordered = xp.sort(x, axis=-1, descending=True, stable=False)
     if found.name == "numpy":
         ordered = xp.ascontiguousarray(ordered)  # a view with a negative step
-    mass = mass_of(ordered)
-    before = _running_sum(mass, xp.float64) - mass
-    inside = xp.sum(xp.astype(before < target, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
-    last = xp.astype(xp.maximum(inside, xp.ones_like(inside)) - 1, default_index(xp))
-    end = xp.take_along_axis(ordered, last, axis=-1)
-    return end, xp.sum(xp.where(ordered > end, mass, 0.0), axis=-1, keepdims=True)
+    # A running sum over blocks, and one inside the block that reaches the target.
+    reached = _running_sum(block_sums(mass_of(ordered), _BLOCK), xp.float64)
+    target = target_of(reached[..., -1:])
+    block = _count(reached[..., :-1] < target)
+    before = take_along(reached, xp.maximum(block, xp.ones_like(block)) - 1, x.ndim - 1)
+    inside, _ = block_of(ordered, block, _BLOCK)
+    reached = xp.where(block > 0, before, 0.0) + _running_sum(mass_of(inside), xp.float64)
+    last = _count(reached[..., :-1] < target)
+    end = take_along(inside, last, x.ndim - 1)
+    return end, xp.astype(block * _BLOCK + last + 1 - _count(ordered > end), x.dtype)
+
+
+def _count(flags: Array) -> Array:
+    xp = library(flags).xp
+    return xp.sum(xp.astype(flags, default_index(xp)), axis=-1, keepdims=True)
 
 
 @cache
