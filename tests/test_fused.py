@@ -305,7 +305,7 @@ def test_explanations() -> None:
     large, odd = np.zeros((300, 500), np.float32), np.zeros((300, 500), np.longdouble)
     fused = polysoftmax.explain(large, "softmax")
     assert fused.engine == "fused"
-    assert "blocks of 131 rows of 500, row by row" in fused.reason
+    assert "blocks of 65 rows of 500, row by row" in fused.reason
     assert polysoftmax.explain(large, "entropy").engine == "blocks"
     assert "no fused kernel for entropy" in polysoftmax.explain(large, "entropy").reason
     assert polysoftmax.explain(odd, "softmax").engine == "blocks"

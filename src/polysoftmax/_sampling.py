@@ -65,7 +65,7 @@ def _draw(
     inside, index = block_of(x, block, size)
     z = over_temperature(inside - top, temperature)
     position = _best(xp.exp(z), z, keys, index, TOKENS, temperature)
-    return _answer(top, accurate_sum(mass, mass.ndim - 1), z, index, position, logprobs)
+    return _answer(accurate_sum(mass, mass.ndim - 1), z, index, position, logprobs)
 
 
 def _draw_leading(
@@ -92,15 +92,14 @@ def _draw_leading(
     won = _indices(x) == _best(mass, xp.log(mass), keys, block, BLOCKS, temperature)
     z = xp.where(block == xp.max(xp.where(won, block, -1), axis=-1, keepdims=True), z, -math.inf)
     position = _best(xp.exp(z), z, keys, index, TOKENS, temperature)
-    return _answer(top, accurate_sum(terms, z.ndim - 1), z, index, position, logprobs)
+    return _answer(accurate_sum(terms, z.ndim - 1), z, index, position, logprobs)
 
 
-def _answer(top: Array, total: Array, z: Array, index: Array, position: Array, logprobs: bool) -> tuple[Array, ...]:
+def _answer(total: Array, z: Array, index: Array, position: Array, logprobs: bool) -> tuple[Array, ...]:
     xp = namespace(z)
     won = _indices(z) == position
     token = xp.max(xp.where(won, index, -1), axis=-1, keepdims=True)
-    # NaN, +inf and nothing to draw from show in the maximum; a bad temperature or filter makes the total NaN.
-    drawn = (top > -math.inf) & (top < math.inf) & (total > 0)
+    drawn = total > 0  # NaN, +inf, nothing to draw from and a bad parameter all make the total NaN
     tokens = xp.where(drawn, xp.astype(token, default_index(xp)), -1)
     if not logprobs:
         return (tokens,)
