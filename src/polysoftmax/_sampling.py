@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from polysoftmax._arrays import (
     accurate_sum,
@@ -22,6 +22,7 @@ from polysoftmax._arrays import (
     last_rows,
     namespace,
     row_maximum,
+    rows,
     stop_gradient,
     take_along,
 )
@@ -139,6 +140,50 @@ LEADING = RowFormula("sample_leading", along_last(_leading), many_steps=True)
 DRAW_LEADING = RowFormula("sample_draw_leading", along_last(_draw_leading), many_steps=True)
 
 
+def _sample(
+    x: Array,
+    keys: Array,
+    temperature: Array | float | None,
+    where: Array | None,
+    k: Array | None,
+    p: Array | float | None,
+    min_p: Array | float | None,
+    *,
+    axis: int,
+    top_k: int | None,
+    size: int,
+    is_one_key: bool,
+    logprobs: bool,
+) -> tuple[Array, ...]:
+    """Draw as often from every row along the last axis as it has keys, which stand side by side."""
+    xp = namespace(x)
+    r = rows(x, axis)
+    if is_one_key:
+        keys = row_keys(keys, x.shape[:-1])
+    if top_k is not None and 2 * top_k**2 <= r.length:  # survivors are compared with each other
+        top, first, second = LEADING(r, x, where, top_k=top_k)
+        others: tuple[Array, ...] = (second, top, keys, temperature, p, min_p)
+        draw = DRAW_LEADING
+    else:
+        if where is not None or any(one is not None for one in (top_k, k, p, min_p)):
+            x = TRUNCATE(r, x, temperature, where, k, p, min_p, top_k=top_k)
+        top, first = MASSES(r, x, temperature)
+        draw, others = DRAW, (x, top, keys, temperature)
+    draws = keys.shape[-1] // 2
+    if draws == 1:
+        return draw(r.of(first), first, *others, size=size, logprobs=logprobs)  # type: ignore[no-any-return]
+    # Several keys for one row draw from what was found out about it once.
+    second, top, _, *more = (xp.expand_dims(one, axis=-2) if is_spread(one) else one for one in others)
+    keys = xp.reshape(keys, (*keys.shape[:-1], draws, 2))
+    first = xp.broadcast_to(xp.expand_dims(first, axis=-2), (*keys.shape[:-1], first.shape[-1]))
+    each = replace(r, x=first, axis=axis + 1)
+    answers = draw(each, first, second, top, keys, *more, size=size, logprobs=logprobs)
+    return tuple(xp.squeeze(one, axis=-1) for one in answers)
+
+
+SAMPLE = RowFormula("sample", _sample, composed=True)
+
+
 def sample(
     logits: Array,
     key: Array | int | object,
@@ -217,43 +262,65 @@ def sample(
     if r.length == 0:
         msg = f"sample needs at least one token, got logits of shape {r.shape} with axis={axis}"
         raise ValueError(msg)
-    keys = row_keys(as_key(key, like=r.x), r.reduced_shape)
-    shape = _draws(tuple(keys.shape[:-1]), r.reduced_shape)
+    keys = as_key(key, like=r.x)
     t, mask, kept = r.temperature(temperature), r.mask(where), filters(r, top_k, top_p, min_p)
     x = r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)
     x = x if return_logprobs else stop_gradient(x)
-    if kept.top_k is not None and 2 * kept.top_k**2 <= r.length:  # survivors are compared with each other
-        top, first, second = LEADING(r, x, mask, top_k=kept.top_k)
-        draw, more = DRAW_LEADING, [kept.p, kept.min_p]
-    else:
-        if mask is not None or not kept.off:
-            x = TRUNCATE(r, x, t, mask, kept.k, kept.p, kept.min_p, top_k=kept.top_k)
-        (top, first), second = MASSES(r, x, t), x
-        draw, more = DRAW, []
-    # Several keys for one row draw from what was found out about it once.
-    if first.shape[:-1] != shape:
-        first = r.xp.broadcast_to(_raised(first, len(shape)), (*shape, first.shape[-1]))
-    others = (_raised(one, len(shape)) for one in (second, top, keys, t, *more))
-    options = {"size": block_length(r.length), "logprobs": return_logprobs}
-    answer = draw(replace(r, x=first, axis=len(shape)), first, *others, **options)
-    tokens, *logprobs = (r.xp.squeeze(one, axis=-1) for one in answer)
+    layout = _Draws.of(tuple(keys.shape[:-1]), r.reduced_shape)
+    answers = SAMPLE(
+        r,
+        x,
+        layout.beside_rows(keys),
+        t,
+        mask,
+        kept.k,
+        kept.p,
+        kept.min_p,
+        top_k=kept.top_k,
+        size=block_length(r.length),
+        is_one_key=keys.ndim == 1 and bool(r.reduced_shape),
+        logprobs=return_logprobs,
+    )
+    tokens, *logprobs = map(layout.answer, answers)
     return (tokens, logprobs[0]) if return_logprobs else tokens
 
 
-def _raised(operand: Array, batch: int) -> Array:
-    """Return an operand with as many dimensions as a batch has, and that of the tokens; a number stays one."""
-    if not is_spread(operand) or operand.ndim > batch:
-        return operand
-    return namespace(operand).reshape(operand, (1,) * (batch + 1 - operand.ndim) + operand.shape)
+class _Draws(NamedTuple):
+    """Which draws are made from which rows, where the shape of the draws is that to which keys and rows broadcast."""
 
+    rows: tuple[int, ...]
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    """The dimensions of the draws: first those of the rows, then those that only the keys have."""
+    each: int
+    """Number of draws from one row."""
 
-def _draws(keys: tuple[int, ...], batch: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the draws, to which the leading dimensions of the keys and the rows broadcast."""
-    ndim = max(len(keys), len(batch))
-    pairs = zip((1,) * (ndim - len(keys)) + keys, (1,) * (ndim - len(batch)) + batch, strict=True)
-    shape = tuple(n if m == 1 else m for m, n in pairs)
-    for given in (keys, batch):
-        if any(m not in (1, n) for m, n in zip(reversed(given), reversed(shape), strict=False)):
+    @classmethod
+    def of(cls, keys: tuple[int, ...], batch: tuple[int, ...]) -> _Draws:
+        ndim = max(len(keys), len(batch))
+        pairs = list(zip((1,) * (ndim - len(keys)) + keys, (1,) * (ndim - len(batch)) + batch, strict=True))
+        shape = tuple(n if m == 1 else m for m, n in pairs)
+        if any(one not in (1, n) for pair, n in zip(pairs, shape, strict=True) for one in pair):
             msg = f"keys of shape {(*keys, 2)} do not match rows of shape {batch}: leading dimensions must broadcast"
             raise ValueError(msg)
-    return shape
+        apart = [d for d in range(ndim) if d < ndim - len(batch) or shape[d] != pairs[d][1]]
+        along = [d for d in range(ndim) if d not in apart]
+        return cls(batch, shape, (*along, *apart), math.prod([shape[d] for d in apart]))
+
+    def beside_rows(self, keys: Array) -> Array:
+        """Lay the keys of each row side by side along the last axis."""
+        xp = namespace(keys)
+        if keys.shape[:-1] == self.rows:
+            return keys
+        if keys.ndim == 1:
+            return xp.reshape(keys, (1,) * len(self.rows) + (2,))
+        spread = xp.permute_dims(xp.broadcast_to(keys, (*self.shape, 2)), (*self.order, len(self.shape)))
+        return xp.reshape(spread, (*self.rows, 2 * self.each))
+
+    def answer(self, y: Array) -> Array:
+        """Give what was drawn for each row the shape of the draws."""
+        xp = namespace(y)
+        if self.shape == self.rows:
+            return xp.squeeze(y, axis=-1)
+        y = xp.reshape(y, tuple([self.shape[d] for d in self.order]))
+        return xp.permute_dims(y, tuple([self.order.index(d) for d in range(len(self.order))]))

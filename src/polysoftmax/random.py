@@ -400,8 +400,6 @@ def _fold_four(four: Array) -> Array:
 
 
 def row_keys(k: Array, batch: tuple[int, ...]) -> Array:
-    """Return one key a row: keys with leading dimensions as they are, a single one folded with the row's number."""
-    if k.ndim > 1 or not batch:
-        return k
+    """Return one key a row: a single one folded with the row's number."""
     xp = namespace(k)
     return _fold(k, xp.reshape(xp.arange(math.prod(batch), dtype=xp.int32, device=device_for(k)), (*batch, 1)))

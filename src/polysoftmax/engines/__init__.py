@@ -36,9 +36,10 @@ class RowFormula:
     derivative rules, for all floating operands; a tangent is None where it is zero. ``from_output`` says that the
     gradient for the rows follows from y, so that they need not be kept for it. ``many_steps`` says that it
     makes many small steps along the last axis, so that several rows should be run together, and never transposed.
+    ``composed`` says that it calls other row formulas, each of which is run in a way of its own.
     """
 
-    __slots__ = ("from_output", "function", "jvp", "many_steps", "name", "vjp")
+    __slots__ = ("composed", "from_output", "function", "jvp", "many_steps", "name", "vjp")
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class RowFormula:
         vjp: Callable[..., tuple[Array | None, ...]] | None = None,
         from_output: bool = False,
         many_steps: bool = False,
+        composed: bool = False,
     ) -> None:
         self.name = name
         self.function = function
@@ -56,6 +58,7 @@ class RowFormula:
         self.vjp = vjp
         self.from_output = from_output
         self.many_steps = many_steps
+        self.composed = composed
         FORMULAS[name] = self
 
     def __call__(self, rows: Rows, *operands: Array, result: DType = None, **options: Any) -> Array:
@@ -91,7 +94,8 @@ class Call(NamedTuple):
 
     def evaluate(self, operands: tuple[Array, ...]) -> Any:
         """Run the formula as it stands: the portable engine, and the definition of every other."""
-        y = self.formula.function(*self.widen(operands), **self.options)
+        wide = operands if self.formula.composed else self.widen(operands)
+        y = self.formula.function(*wide, **self.options)
         return y if isinstance(y, tuple) else cast(y, self.result)
 
 

@@ -43,7 +43,7 @@ def obstacle_by_name(name: str, compute: np.dtype[Any]) -> str:
     """Return why a formula has no kernel to run it in ``compute``; nothing if it has."""
     if chosen() == "blocks":
         return 'asked for by engine("blocks") or POLYSOFTMAX_ENGINE'
-    if name not in _FORMULAS:
+    if name not in _FORMULAS and name not in _DRAWS:
         return f"there is no fused kernel for {name}"
     if compute not in (np.float32, np.float64):
         return f"there is no fused kernel in {compute}"
@@ -108,6 +108,8 @@ def run(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Piece], th
     """Run a call in its kernel, block by block."""
     if _is_across(call, operands):
         return _run_across(call, operands[0], threads)
+    if call.formula.name in _DRAWS:
+        return _run_draws(call, operands, blocks, threads)
     x, axis = operands[0], call.options["axis"]
     kernels = _kernels()
     function, keeps_length = _FORMULAS[call.formula.name]
@@ -184,14 +186,14 @@ class _Block:
         # The rows themselves may be integers; other integers are classes.
         return _converted(self.kernels, one, self.dtype if i == 0 else self._dtype_of(one))
 
-    def per_row(self, i: int) -> Array:
+    def per_row(self, i: int, dtype: np.dtype[Any] | None = None) -> Array:
         """Return an operand that has one entry a row, or a number for all rows."""
         one = self.operands[i]
         if one is None:
             return None
         kept = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
         one = np.broadcast_to(np.asarray(one), kept).reshape(-1)
-        return _converted(self.kernels, one, self._dtype_of(one))
+        return _converted(self.kernels, one, dtype or self._dtype_of(one))
 
     def _dtype_of(self, one: Array) -> np.dtype[Any]:
         return one.dtype if one.dtype.kind in "biu" else self.dtype
@@ -309,6 +311,50 @@ def _cross_entropy_pullback(kernels: Any, block: _Block, out: Array) -> None:
     out[ignored] = 0.0
 
 
+_OFF = (1.0, 0.0, 1.0, 0.0)
+"""The temperature, top_k, top_p and min_p that change nothing."""
+
+
+def _run_draws(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Piece], threads: int) -> tuple[Array, ...]:
+    from polysoftmax.engines import _draws
+
+    x, keys, temperature, where, *filters = operands
+    top_k, axis = call.options["top_k"], call.options["axis"]
+    if top_k is not None:
+        filters[0] = float(top_k)
+    is_filtered = any(one is not None for one in filters)
+    if is_filtered:
+        temperature, *filters = (
+            off if one is None else one for one, off in zip((temperature, *filters), _OFF, strict=True)
+        )
+    if call.options["is_one_key"]:
+        key = keys.reshape(2)
+        keys = np.empty((*x.shape[:axis], 2), np.int32)
+        _draws.fold(key, keys.reshape(-1, 2))
+    operands = (x, keys, temperature, where, *filters)
+    answers = [_blocks.like(x, axis, keys.shape[axis] // 2, dtype) for dtype in (np.int64, call.compute)]
+
+    def work(i: int) -> None:
+        block = _Block(_kernels(), call, _blocks.cut(operands, blocks[i]))
+        keys, temperature = np.ascontiguousarray(block.operands[1]), block.per_row(2)
+        keys = keys.reshape(-1, keys.shape[-1])
+        rows = block.x if where is None else np.where(block.rows(3), block.x, -math.inf)
+        tokens, logprobs = (np.empty((len(rows), keys.shape[1] // 2), one.dtype) for one in answers)
+        size = call.options["size"]
+        if is_filtered:
+            # The target of top_p is a number of float64 in the formula, too.
+            k, p, min_p = block.per_row(4), block.per_row(5, np.dtype(np.float64)), block.per_row(6)
+            _draws.draw_filtered(rows, keys, temperature, k, p, min_p, size, tokens, logprobs)
+        else:
+            _draws.draw(rows, keys, temperature, size, tokens, logprobs)
+        for answer, one in zip(answers, (tokens, logprobs), strict=True):
+            target = answer[blocks[i]]
+            target[...] = one.reshape(target.shape)
+
+    parallel(work, len(blocks), threads)
+    return tuple(answers if call.options["logprobs"] else answers[:1])
+
+
 _FORMULAS: dict[str, tuple[Callable[[Any, _Block, Array], None], bool]] = {
     "softmax": (_softmax, True),
     "log_softmax": (_log_softmax, True),
@@ -322,3 +368,6 @@ _FORMULAS: dict[str, tuple[Callable[[Any, _Block, Array], None], bool]] = {
     "pullback of cross_entropy": (_cross_entropy_pullback, True),
 }
 """Each formula's kernel, and whether its answer has the length of the rows (else 1)."""
+
+_DRAWS = ("sample",)
+"""Formulas whose kernels stand in a file of their own."""

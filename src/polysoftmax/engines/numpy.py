@@ -68,7 +68,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     plan = _plan(x, axis, fused.obstacle(call, operands), np.dtype(call.compute))
     if call.formula.many_steps:
         plan = plan._replace(layout="as they stand", block=max(plan.block, _MANY_STEPS))
-    if plan.engine == "portable":
+    if plan.engine == "portable" or (call.formula.composed and plan.engine == "blocks"):
         return _evaluate(call, operands)
     blocks = _blocks.pieces(x, axis, plan.block)
     if plan.engine == "fused":

@@ -30,10 +30,19 @@ def block_sums(terms: Array, size: int) -> Array:
         padding = xp.zeros((*terms.shape[:-1], -n % size), dtype=terms.dtype, device=device_for(terms))
         padded = xp.concat([terms, padding], axis=-1) if n > whole else terms
         blocks = xp.reshape(padded, (*terms.shape[:-1], -(-n // size), size))
-        return accurate_sum(blocks, blocks.ndim - 1)[..., 0]
+        return settled(accurate_sum(blocks, blocks.ndim - 1)[..., 0])
     # NumPy's sum has a cost of its own for each of many short blocks, and einsum hardly any.
     sums = xp.einsum("...j->...", terms[..., :whole].reshape(*terms.shape[:-1], whole // size, size))
     return xp.concat([sums, xp.add.reduce(terms[..., whole:], -1, keepdims=True)], axis=-1) if n > whole else sums
+
+
+def settled(x: Array) -> Array:
+    """Return ``x``; XLA, which would compute it anew for each of its uses, computes it once."""
+    if library(x).name != "jax":
+        return x
+    from jax import lax
+
+    return lax.optimization_barrier(x)
 
 
 def first_maximum(x: Array) -> Array:

@@ -134,12 +134,16 @@ def _run_as_numpy(call: Call, operands: tuple[Array, ...]) -> Any:
         bits = tuple(_bits(one) if isinstance(one, torch.Tensor) else one for one in operands)
         if not fused.obstacle(wide, bits):  # the kernels convert what is in the cache
             same = call._replace(compute=compute, result=_numpy_dtype(call.result))
-            return _from_numpy(numpy_engine.run(same, bits), call.result)
+            return _tensors(numpy_engine.run(same, bits), call.result)
     # torch rounds to 16 bits faster than NumPy, which has no bfloat16 either.
     y = numpy_engine.run(wide, tuple(_widened(one) if isinstance(one, torch.Tensor) else one for one in operands))
+    return _tensors(y, call.result)
+
+
+def _tensors(y: Any, result: DType) -> Any:
     if isinstance(y, tuple):
         return tuple(map(torch.from_numpy, y))  # in dtypes of their own
-    return _from_numpy(y, call.result)
+    return _from_numpy(y, result)
 
 
 def _widened(x: Array) -> Array:
@@ -168,6 +172,7 @@ class _Pullback:
 
     vjp = None
     many_steps = False
+    composed = False
 
     def __init__(self, formula: RowFormula, wanted: tuple[bool, ...]) -> None:
         self.rule = formula.vjp
