@@ -168,7 +168,7 @@ def _weight_from(places: Array, weights: Array | None, least: Any) -> float:
         if weights is None:
             count = np.int32(0)
             for j in range(chunk.size):
-                count += np.int32(chunk[j] >= least)
+                count = np.int32(count + np.int32(chunk[j] >= least))
             whole += count
         else:
             each = weights[start : start + 1024]
@@ -179,78 +179,102 @@ def _weight_from(places: Array, weights: Array | None, least: Any) -> float:
     return whole
 
 
-_STEPS = 8
-"""Halvings of the range of ends after which what lies outside of it is dropped."""
+@_part
+def _middle(low: Any, high: Any, whole: Any, of_numbers: bool) -> Any:
+    """Return a place above ``low``, and not above ``high``, halfway between the numbers or the places.
+
+    The one is reached soon where the numbers are alike, the other in a bounded number of steps always.
+    """
+    if of_numbers:
+        middle = place((number(low) + number(high)) / 2)
+        if low < middle <= high:
+            return middle
+    distance = np.uint64(high) - np.uint64(low)
+    return whole(np.uint64(low) + ((distance + np.uint64(1)) >> np.uint64(1)))
+
+
+_STEPS = 12
+_WORTH = 4096
+"""Halvings of the range of ends after which what lies outside of it is left behind, where it is longer than this."""
 
 
 @_part
 def _end_of_prefix(places: Array, weights: Any, target: float, space: Array, heavy: Any) -> tuple[Any, int]:
     """Return the end of the shortest prefix that weighs at least the target, and how many entries at the end it has."""
+    whole = places.dtype.type
     low, high = places[0], places[0]
     for j in range(places.size):
         low, high = min(low, places[j]), max(high, places[j])
     left, weight_left, above, step = places, weights, 0.0, 0
     while low < high:
-        distance = np.uint64(high) - np.uint64(low)
-        middle = places.dtype.type(low + places.dtype.type((distance + np.uint64(1)) >> np.uint64(1)))
-        if above + _weight_from(left, weight_left, middle) >= target:
+        middle = _middle(low, high, whole, step % 2 == 0)
+        weight = above + _weight_from(left, weight_left, middle)
+        if weight >= target:
             low = middle
+            if weights is None and weight == target:  # what is left is the prefix
+                for j in range(left.size):
+                    high = left[j] if middle <= left[j] < high else high
+                low = high
         else:
-            high = places.dtype.type(middle - 1)
+            high = whole(middle - 1)
         step += 1
-        if step % _STEPS == 0:
-            count = 0
-            for j in range(left.size):
-                one = left[j]
-                if weights is None:
-                    above += one > high
-                else:
-                    above += weight_left[j] if one > high else 0.0
-                    heavy[count] = weight_left[j]
-                space[count] = one
-                count += low <= one <= high
+        if step == _STEPS and places.size > _WORTH:
+            above = _weight_from(places, weights, whole(high + 1))
+            count = _copy_between(places, weights, low, high, space, heavy)
             left = space[:count]
             if weights is not None:
                 weight_left = heavy[:count]
-    number_there, weight_there = 0, 1.0
-    for j in range(left.size):
-        if weights is None:
-            above += left[j] > low
-        else:
-            above += weight_left[j] if left[j] > low else 0.0
-            weight_there = weight_left[j] if left[j] == low else weight_there
-        number_there += left[j] == low
-    room = (target - above) / weight_there
-    return low, max(1, math.ceil(room)) if room < number_there else number_there
+    room = target - above - _weight_from(left, weight_left, whole(low + 1))
+    there = int(_weight_from(left, None, low) - _weight_from(left, None, whole(low + 1)))
+    if weights is not None:
+        for j in range(left.size):
+            if left[j] == low:
+                room = room / weight_left[j]
+                break
+    return low, max(1, math.ceil(room)) if room < there else there
 
 
-def _maxima_of(size: int) -> Callable[..., Any]:
-    """Return the function that writes the greatest place in each group of ``size`` entries, and returns the least."""
+@_part
+def _copy_between(places: Array, weights: Any, low: Any, high: Any, space: Array, heavy: Any) -> int:
+    """Copy the entries from ``low`` to ``high``, and return their number."""
+    count = 0
+    for start in range(0, places.size, _GROUP):
+        chunk = places[start : start + _GROUP]
+        found = False
+        for j in range(chunk.size):
+            found |= low <= chunk[j] <= high
+        if found:
+            for j in range(chunk.size):
+                if weights is not None:
+                    heavy[count] = weights[start + j]
+                space[count] = chunk[j]
+                count += low <= chunk[j] <= high
+    return count
 
-    def maxima(x: Any, out: Any) -> Any:
-        least = place(x[0])
-        for group in range(x.size // size):
-            chunk = x[group * size : (group + 1) * size]
-            most = place(chunk[0])
-            for j in range(size):
-                at = place(chunk[j])
-                most, least = max(most, at), min(least, at)
-            out[group] = most
-        return least
 
-    return _part(maxima)
+_GROUP = 64
+"""Entries that are looked at together: they are passed over unless their maximum may be among the greatest."""
 
 
-_FEW, _MANY = 8, 64
-_maxima_of_few, _maxima_of_many = _maxima_of(_FEW), _maxima_of(_MANY)
+@_part
+def _maxima(x: Array, out: Array) -> Any:
+    """Write the greatest place in each group of entries, and return the least of all."""
+    least = place(x[0])
+    for group in range(out.size):
+        chunk = x[group * _GROUP : (group + 1) * _GROUP]
+        most = place(chunk[0])
+        for j in range(_GROUP):
+            at = place(chunk[j])
+            most, least = max(most, at), min(least, at)
+        out[group] = most
+    return least
 
 
 @_part
 def _candidates(x: Array, k: int, maxima: Array, places: Array, index: Array, space: Array) -> tuple[int, Any]:
     """Write places and indices of entries that the k greatest are among; return their number, and the least place."""
     n = x.size
-    size = _MANY if n // _MANY >= 2 * k else _FEW
-    groups = n // size
+    groups = n // _GROUP
     if k == 0 or groups < 2 * k:
         least = place(x[0])
         for j in range(n):
@@ -258,17 +282,17 @@ def _candidates(x: Array, k: int, maxima: Array, places: Array, index: Array, sp
             least = min(least, places[j])
             index[j] = j
         return n, least
-    least = _maxima_of_many(x, maxima) if size == _MANY else _maxima_of_few(x, maxima)
+    least = _maxima(x, maxima[:groups])
     # As many entries reach the k-th greatest maximum of groups as there are groups that do.
     bound, _ = _end_of_prefix(maxima[:groups], None, float(k), space, None)
     count = 0
     for group in range(groups):
         if maxima[group] >= bound:
-            for j in range(group * size, (group + 1) * size):
+            for j in range(group * _GROUP, (group + 1) * _GROUP):
                 places[count] = place(x[j])
                 index[count] = j
                 count += places[count] >= bound
-    for j in range(groups * size, n):
+    for j in range(groups * _GROUP, n):
         at = place(x[j])
         least = min(least, at)
         places[count] = at
@@ -280,13 +304,24 @@ def _candidates(x: Array, k: int, maxima: Array, places: Array, index: Array, sp
 @_part
 def _keep(count: int, end: Any, room: int, places: Array, index: Array) -> int:
     """Move what belongs to a prefix to the front, in order of the indices, and return its number."""
-    kept = 0
-    for j in range(count):
-        at = places[j]
-        places[kept], index[kept] = at, index[j]
-        room -= at == end
-        kept += at > end or (at == end and room >= 0)
+    kept, seen = np.int64(0), np.int64(0)
+    for start in range(0, count, _GROUP):
+        chunk, number_of = places[start : min(start + _GROUP, count)], index[start : min(start + _GROUP, count)]
+        if _reaches(chunk, end):
+            for j in range(chunk.size):
+                at = chunk[j]
+                places[kept], index[kept] = at, number_of[j]
+                seen += np.int64(at == end)
+                kept += np.int64(at > end) | (np.int64(at == end) & np.int64(seen <= room))  # no branch to mispredict
     return kept
+
+
+@_part
+def _reaches(chunk: Array, end: Any) -> bool:
+    found = np.int32(0)
+    for j in range(chunk.size):
+        found |= np.int32(chunk[j] >= end)
+    return found > 0
 
 
 @_part
@@ -308,11 +343,11 @@ def _distances(places: Array, top: Any, temperature: Any, z: Array, terms: Array
 
 
 @_part
-def _runs(index: Array, terms: Array, size: int, block: Array, start: Array, mass: Array) -> int:
+def _runs(index: Array, terms: Array, shift: int, block: Array, start: Array, mass: Array) -> int:
     """Write number, start and mass of each block that tokens are left in, and return how many there are."""
     count = 0
     for j in range(index.size):
-        of = index[j] // size
+        of = index[j] >> shift
         if count == 0 or block[count - 1] != of:
             block[count], start[count], mass[count] = of, j, terms.dtype.type(0)
             count += 1
@@ -374,7 +409,11 @@ def _scores(mass: Array, greedy: bool, count: int, score: Array) -> Any:
     total, zero = 0.0, mass.dtype.type(0)
     for i in range(count):
         total += mass[i]
-        score[i] = zero if greedy and mass[i] > 0 else log(mass[i])
+    for i in range(count):
+        score[i] = log(mass[i])
+    if greedy:
+        for i in range(count):
+            score[i] = zero if mass[i] > 0 else score[i]
     return total
 
 
@@ -430,8 +469,8 @@ def draw_filtered(
     # returned to the system, which takes several times longer to give the pages anew than the draw takes.
     whole, real = np.empty((3, n + 1), np.full(1, place(x[0, 0])).dtype), np.empty((2, n + 1), x.dtype)
     places, index, space, z, terms = whole[0], whole[1], whole[2], real[0], real[1]
-    maxima = np.empty(n // _FEW + 1, whole.dtype)
-    blocks = (n + size - 1) // size
+    maxima = np.empty(n // _GROUP, whole.dtype)
+    blocks, shift = (n + size - 1) // size, int(math.log2(size))
     block, start = np.empty(blocks, np.int32), np.empty(blocks + 1, np.int64)
     mass, score = np.empty(blocks, x.dtype), np.empty(blocks, x.dtype)
     longest = max(blocks, size)
@@ -464,6 +503,6 @@ def draw_filtered(
                         z[kept], terms[kept], index[kept] = z[j], term, index[j]
                         kept += term >= least_p
                     left = kept
-                runs = _runs(index[:left], terms, size, block, start, mass)
+                runs = _runs(index[:left], terms, shift, block, start, mass)
                 total = _scores(mass, greedy, runs, score)
         _write_draws(keys[i], greedy, total, z, index, runs, block, start, score, random, tokens[i], logprobs[i])
