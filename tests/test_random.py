@@ -102,6 +102,14 @@ def test_seeds(lib: Adapter, seed: int, words: tuple[int, int]) -> None:
     assert tuple(unsigned(lib, y)) == words
 
 
+def test_namespaces_whose_functions_take_no_device() -> None:
+    class Bare:  # as CuPy's own is
+        empty = staticmethod(lambda shape: np.empty(shape))
+
+    np.testing.assert_array_equal(random.key(7, xp=Bare), [0, 7])
+    np.testing.assert_array_equal(random.bits(7, 3, xp=Bare), random.bits(7, 3))
+
+
 def test_seeds_make_jax_keys() -> None:
     jax = pytest.importorskip("jax")
     with jax.enable_x64(True):

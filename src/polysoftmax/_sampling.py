@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from polysoftmax._arrays import (
     accurate_sum,
@@ -184,6 +184,48 @@ def _sample(
 SAMPLE = RowFormula("sample", _sample, composed=True)
 
 
+@overload
+def sample(
+    logits: Array,
+    key: Array | int | object,
+    /,
+    *,
+    axis: Axis = ...,
+    temperature: Array | Number = ...,
+    top_k: Array | int | None = ...,
+    top_p: Array | Number | None = ...,
+    min_p: Array | Number | None = ...,
+    where: Array | None = ...,
+    return_logprobs: Literal[False] = ...,
+) -> Array: ...
+@overload
+def sample(
+    logits: Array,
+    key: Array | int | object,
+    /,
+    *,
+    axis: Axis = ...,
+    temperature: Array | Number = ...,
+    top_k: Array | int | None = ...,
+    top_p: Array | Number | None = ...,
+    min_p: Array | Number | None = ...,
+    where: Array | None = ...,
+    return_logprobs: Literal[True],
+) -> tuple[Array, Array]: ...
+@overload
+def sample(
+    logits: Array,
+    key: Array | int | object,
+    /,
+    *,
+    axis: Axis = ...,
+    temperature: Array | Number = ...,
+    top_k: Array | int | None = ...,
+    top_p: Array | Number | None = ...,
+    min_p: Array | Number | None = ...,
+    where: Array | None = ...,
+    return_logprobs: bool,
+) -> Any: ...
 def sample(
     logits: Array,
     key: Array | int | object,

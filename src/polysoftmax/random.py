@@ -155,8 +155,7 @@ def key(seed: int | Array, *, xp: Any = None, device: Any = None) -> Array:
         msg = f"a seed must be an int or an array of ints, got {type(seed).__name__}"
         raise TypeError(msg)
     whole = seed.__index__() % (1 << 64)
-    if xp is None:
-        xp = import_module("array_api_compat.numpy")
+    xp = import_module("array_api_compat.numpy") if xp is None else _standard(xp)
     return xp.asarray([_signed(whole >> 32), _signed(whole & 0xFFFFFFFF)], dtype=xp.int32, device=device)
 
 
@@ -177,7 +176,12 @@ def _key_of_array(seed: Array, xp: Any, device: Any) -> Array:
     else:
         high = own.zeros(seed.shape, dtype=own.int32)
     made = own.stack([high, own.astype(seed, own.int32)], axis=-1)
-    return made if xp is None else move(made, xp.empty(0, device=device))
+    return made if xp is None else move(made, _standard(xp).empty(0, device=device))
+
+
+def _standard(xp: Any) -> Any:
+    """Return the namespace of the standard for a library's own, whose functions may not take a device."""
+    return xp if hasattr(xp, "__array_namespace_info__") else namespace(xp.empty(0))
 
 
 def split(key: Array | int, num: int = 2) -> Array:
@@ -308,7 +312,7 @@ def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, devi
     """
     k = as_key(key)
     if xp is not None:
-        k = move(k, xp.empty(0, device=device))
+        k = move(k, _standard(xp).empty(0, device=device))
     own = namespace(k)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     count = math.prod(shape)

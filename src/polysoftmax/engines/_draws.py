@@ -302,7 +302,7 @@ def _candidates(x: Array, k: int, maxima: Array, places: Array, index: Array, sp
 
 
 @_part
-def _keep(count: int, end: Any, room: int, places: Array, index: Array) -> int:
+def _keep(count: int, end: Any, room: int, places: Array, index: Array) -> Any:
     """Move what belongs to a prefix to the front, in order of the indices, and return its number."""
     kept, seen = np.int64(0), np.int64(0)
     for start in range(0, count, _GROUP):
@@ -317,7 +317,7 @@ def _keep(count: int, end: Any, room: int, places: Array, index: Array) -> int:
 
 
 @_part
-def _reaches(chunk: Array, end: Any) -> bool:
+def _reaches(chunk: Array, end: Any) -> Any:
     found = np.int32(0)
     for j in range(chunk.size):
         found |= np.int32(chunk[j] >= end)

@@ -191,6 +191,8 @@ class _Block:
         one = self.operands[i]
         if one is None:
             return None
+        if isinstance(one, float):
+            return np.full(len(self.x), one, dtype or self.dtype)
         kept = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
         one = np.broadcast_to(np.asarray(one), kept).reshape(-1)
         return _converted(self.kernels, one, dtype or self._dtype_of(one))

@@ -25,24 +25,29 @@ def block_sums(terms: Array, size: int) -> Array:
     found = library(terms)
     xp = found.xp
     n = terms.shape[-1]
+    if found.name == "jax":
+        from jax import lax
+
+        return _over_blocks_in_jax(terms, 0, lax.add, size)
     whole = n // size * size
-    if found.name != "numpy":
-        padding = xp.zeros((*terms.shape[:-1], -n % size), dtype=terms.dtype, device=device_for(terms))
-        padded = xp.concat([terms, padding], axis=-1) if n > whole else terms
-        blocks = xp.reshape(padded, (*terms.shape[:-1], -(-n // size), size))
-        return settled(accurate_sum(blocks, blocks.ndim - 1)[..., 0])
+    blocks = xp.reshape(terms[..., :whole], (*terms.shape[:-1], whole // size, size))
     # NumPy's sum has a cost of its own for each of many short blocks, and einsum hardly any.
-    sums = xp.einsum("...j->...", terms[..., :whole].reshape(*terms.shape[:-1], whole // size, size))
-    return xp.concat([sums, xp.add.reduce(terms[..., whole:], -1, keepdims=True)], axis=-1) if n > whole else sums
+    numpy = found.name == "numpy"
+    sums = xp.einsum("...j->...", blocks) if numpy else accurate_sum(blocks, blocks.ndim - 1)[..., 0]
+    if n == whole:
+        return sums
+    return xp.concat([sums, accurate_sum(terms[..., whole:], terms.ndim - 1)], axis=-1)
 
 
-def settled(x: Array) -> Array:
-    """Return ``x``; XLA, which would compute it anew for each of its uses, computes it once."""
-    if library(x).name != "jax":
-        return x
+def _over_blocks_in_jax(x: Array, start: float, combine: Callable[..., Array], size: int) -> Array:
+    """Reduce every block of ``size`` entries along the last axis."""
     from jax import lax
 
-    return lax.optimization_barrier(x)
+    # A window is computed together with its entries, which are then never kept, as a reshape of whole blocks is not.
+    # The barrier keeps XLA from computing it anew for each use of the answer.
+    window = (1,) * (x.ndim - 1) + (size,)
+    padding = ((0, 0),) * (x.ndim - 1) + ((0, -x.shape[-1] % size),)
+    return lax.optimization_barrier(lax.reduce_window(x, x.dtype.type(start), combine, window, window, padding))
 
 
 def first_maximum(x: Array) -> Array:
@@ -66,7 +71,9 @@ def greatest(x: Array, k: int) -> Array:
     if found.name == "torch":
         return x.topk(k, dim=-1, sorted=False).values
     if found.name == "jax":
-        return xp.take_along_axis(x, leading(x, k), axis=-1)
+        from jax import lax
+
+        return lax.top_k(_candidates_in_jax(x, k)[0], k)[0]
     return xp.sort(x, axis=-1)[..., -k:]
 
 
@@ -76,29 +83,29 @@ def leading(x: Array, k: int) -> Array:
     xp = found.xp
     _refuse_lazy(found.name)
     if found.name == "jax":
-        return _leading_in_jax(x, k)
+        from jax import lax
+
+        entries, index = _candidates_in_jax(x, k)
+        return xp.take_along_axis(index, xp.sort(lax.top_k(entries, k)[1], axis=-1), axis=-1)
     if found.name == "numpy":
         return _leading_in_numpy(x, k)
     return xp.sort(xp.argsort(x, axis=-1, descending=True, stable=True)[..., :k], axis=-1)
 
 
-def _leading_in_jax(x: Array, k: int) -> Array:
+def _candidates_in_jax(x: Array, k: int) -> tuple[Array, Array]:
+    """Return few entries that the k greatest are among, and their indices in increasing order."""
     from jax import lax
     from jax import numpy as jnp
 
     n = x.shape[-1]
     size = 1 << ((n // k).bit_length() // 2)
-    groups = -(-n // size)
-    if groups <= 8 * k:
-        return jnp.sort(lax.top_k(x, k)[1], axis=-1)
+    if -(-n // size) <= 8 * k:
+        return x, jnp.broadcast_to(jnp.arange(n), x.shape)
     # XLA's search is slow. The k greatest entries are in the k groups with the greatest maxima: whatever stands in
     # another group is less than each of those, or equal to it and of a higher index.
-    width = [(0, 0)] * (x.ndim - 1) + [(0, groups * size - n)]
-    grouped = jnp.pad(x, width, constant_values=-jnp.inf).reshape(*x.shape[:-1], groups, size)
-    chosen = jnp.sort(lax.top_k(jnp.max(grouped, axis=-1), k)[1], axis=-1)
+    chosen = jnp.sort(lax.top_k(_over_blocks_in_jax(x, -jnp.inf, lax.max, size), k)[1], axis=-1)
     index = (chosen[..., None] * size + jnp.arange(size)).reshape(*x.shape[:-1], k * size)
-    entries = jnp.where(index < n, jnp.take_along_axis(x, jnp.minimum(index, n - 1), axis=-1), -jnp.inf)
-    return jnp.take_along_axis(index, jnp.sort(lax.top_k(entries, k)[1], axis=-1), axis=-1)
+    return jnp.where(index < n, jnp.take_along_axis(x, jnp.minimum(index, n - 1), axis=-1), -jnp.inf), index
 
 
 def _leading_in_numpy(x: Array, k: int) -> Array:
