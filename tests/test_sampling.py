@@ -217,7 +217,7 @@ def test_rows_without_a_token(lib: Adapter) -> None:
         choices += [{"top_k": 2}, {"top_k": 2, "top_p": 0.9}, {"top_p": 0.9}]
     for options in choices:
         y, logprobs = lib.call(polysoftmax.sample, x, 0, where=where, return_logprobs=True, **options)
-        assert lib.values(y).tolist() == [-1, -1, -1, -1, 1]
+        assert lib.values(y).tolist() == [-1, -1, -1, -1, 1], options
         np.testing.assert_array_equal(lib.values(logprobs), [NAN, NAN, NAN, NAN, 0.0])
 
 

@@ -66,7 +66,8 @@ def _draw(
     inside, index = block_of(x, block, size)
     z = over_temperature(inside - top, temperature)
     position = _best(xp.exp(z), z, keys, index, TOKENS, temperature)
-    return _answer(accurate_sum(mass, mass.ndim - 1), z, index, position, logprobs)
+    drawn = _has_token(top, temperature)
+    return _answer(drawn, accurate_sum(mass, mass.ndim - 1), z, index, position, logprobs)
 
 
 def _draw_leading(
@@ -93,14 +94,21 @@ def _draw_leading(
     won = _indices(x) == _best(mass, xp.log(mass), keys, block, BLOCKS, temperature)
     z = xp.where(block == xp.max(xp.where(won, block, -1), axis=-1, keepdims=True), z, -math.inf)
     position = _best(xp.exp(z), z, keys, index, TOKENS, temperature)
-    return _answer(accurate_sum(terms, z.ndim - 1), z, index, position, logprobs)
+    drawn = _has_token(top, temperature)
+    return _answer(drawn, accurate_sum(terms, z.ndim - 1), z, index, position, logprobs)
 
 
-def _answer(total: Array, z: Array, index: Array, position: Array, logprobs: bool) -> tuple[Array, ...]:
+def _has_token(top: Array, temperature: Array | float | None) -> Array:
+    """Return whether rows have a token to draw, by their maxima: XLA loses NaN in some sums of exponentials."""
+    drawn = (top > -math.inf) & (top < math.inf)
+    return drawn if temperature is None or isinstance(temperature, float) else drawn & (temperature >= 0)
+
+
+def _answer(drawn: Array, total: Array, z: Array, index: Array, position: Array, logprobs: bool) -> tuple[Array, ...]:
     xp = namespace(z)
     won = _indices(z) == position
     token = xp.max(xp.where(won, index, -1), axis=-1, keepdims=True)
-    drawn = total > 0  # NaN, +inf, nothing to draw from and a bad parameter all make the total NaN
+    drawn = drawn & (total > 0)  # NaN where a logit or a filter is
     tokens = xp.where(drawn, xp.astype(token, default_index(xp)), -1)
     if not logprobs:
         return (tokens,)
