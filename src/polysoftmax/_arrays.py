@@ -214,9 +214,10 @@ class Rows:
         """Give a result of the reduced shape the reduced axes back, with length 1."""
         return self.xp.reshape(y, tuple(1 if i in self.axes else n for i, n in enumerate(self.shape)))
 
-    def nothing(self) -> Array:
-        """Return the sum of empty rows: 0, but known to automatic differentiation."""
-        return self.xp.sum(cast(self.x, self.result), axis=self.axis)
+    def nothing(self, answer: float) -> Array:
+        """Return the answer for empty rows, known to automatic differentiation."""
+        y = self.xp.sum(cast(self.x, self.result), axis=self.axis, keepdims=True) + answer
+        return self.xp.squeeze(y, axis=self.axis)
 
     def from_reduced(self, y: Array) -> Array:
         """Bring an array of the shape of the reduced input into the form of the rows, with length 1 on the axis."""
@@ -493,7 +494,7 @@ def values_are_free(x: Array) -> bool:
         import torch
 
         tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        return x.is_cpu and not tracing  # type: ignore[no-any-return]
+        return x.is_cpu and not tracing
     return name == "numpy"
 
 

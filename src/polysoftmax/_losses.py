@@ -471,7 +471,7 @@ def entropy(
     """
     r = rows(x, axis)
     if r.length == 0:
-        return r.nothing()
+        return r.nothing(0.0)
     return ENTROPY(r, r.x, r.temperature(temperature), r.mask(where), squeeze=True)
 
 
@@ -528,5 +528,5 @@ def kl_divergence(
     r = rows(logits_p, axis)
     other = r.like_input(logits_q, "logits_q")
     if r.length == 0:
-        return r.nothing()
+        return r.nothing(0.0)
     return KL_DIVERGENCE(r, r.x, other, r.temperature(temperature), r.mask(where), squeeze=True)

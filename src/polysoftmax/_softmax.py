@@ -476,7 +476,7 @@ def logsumexp(
     """
     r = rows(x, axis, dtype)
     if r.length == 0:
-        y = r.nothing() - math.inf
+        y = r.nothing(-math.inf)
     else:
         y = LOGSUMEXP(r, r.x, r.like_row(weights, "weights"), r.mask(where), squeeze=True)
     return r.with_axes(y) if keepdims else y

@@ -30,7 +30,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Array:
     for one in operands:
         if isinstance(one, Tracer):
             eager = False
-    template, arrays = [], []
+    template: list[Any] = []
+    arrays: list[Array] = []
     for one in operands:
         if one is None or (isinstance(one, float) and not eager):
             template.append(one)

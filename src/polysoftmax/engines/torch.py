@@ -60,15 +60,15 @@ def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     engine = chosen()
     if engine == "portable" or torch._C._len_torch_dispatch_stack():
         return call.evaluate(operands)
+    x, native = operands[0], _NATIVE.get(call.formula.name)
+    if engine == "auto" and native is not None and _shares_memory(x) and x.dtype == call.result:
+        axis = call.options["axis"]
+        y = native(call.options, *operands) if _admits(call.formula.name, x, axis) else None
+        if y is not None:
+            return y.squeeze(axis) if call.squeeze else y
     for one in operands:
         if one is not None and isinstance(one, torch.Tensor) and not _shares_memory(one):
             return call.evaluate(operands)
-    if engine == "auto" and (native := _NATIVE.get(call.formula.name)) is not None:
-        x = operands[0]
-        if x.dtype == call.result and _admits(call.formula.name, x, call.options["axis"]):
-            y = native(call.options, *operands)
-            if y is not None:
-                return y.squeeze(call.options["axis"]) if call.squeeze else y
     return _run_as_numpy(call, operands)
 
 
@@ -113,16 +113,16 @@ def _is_plain_loss(options: dict[str, Any], targets: Array, weight: Array | None
 
 
 def _cross_entropy(options: dict[str, Any], x: Array, targets: Array, weight: Array | None) -> Array | None:
-    if not _is_plain_loss(options, targets, weight):
+    if not x.numel() or not _is_plain_loss(options, targets, weight):
         return None
     axis = options["axis"]
     log_p = torch.log_softmax(x, axis)
     nll = log_p.gather(axis, targets).neg_()
-    small = nll < 0.5
-    if small.any():  # a loss close to 0 has lost its digits, and the probability of the other classes has them
-        rest = log_p.exp_().scatter_(axis, targets, 0.0).sum(axis, keepdim=True)
-        nll = torch.where(small, rest.neg_().log1p_().neg_(), nll)
-    return nll
+    if nll.min().item() >= 0.5:
+        return nll
+    # A loss close to 0 has lost its digits; the probability of the other classes has them.
+    rest = log_p.exp_().scatter_(axis, targets, 0.0).sum(axis, keepdim=True)
+    return torch.where(nll < 0.5, rest.neg_().log1p_().neg_(), nll)
 
 
 def _cross_entropy_pullback(
@@ -163,7 +163,7 @@ def _admits(name: str, x: Array, axis: int) -> bool:
         return False
     if x.dtype in _NARROW and (name != "softmax" or axis != x.ndim - 1):
         return False  # only that one is computed in float32 and rounded once
-    return x.numel() < _LARGE or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS)  # type: ignore[no-any-return]
+    return x.numel() < _LARGE or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS)
 
 
 _SEVERAL_KERNELS = ("cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
