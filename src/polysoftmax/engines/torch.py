@@ -96,6 +96,29 @@ def _log_softmax_pullback(x: Array, axis: int, y: Array, cotangent: Array) -> Ar
     return torch._log_softmax_backward_data(cotangent, y, axis, y.dtype)
 
 
+def _surprise(x: Array, axis: int, at: Array) -> Array | None:
+    """Return -log p of one entry in each row; None where a row has no answer, or there is no row."""
+    log_p = torch.log_softmax(x, axis)
+    y = log_p.gather(axis, at).neg_()
+    least = y.min().item() if y.numel() else math.nan
+    if least >= _NEAR_0:
+        return y
+    if math.isnan(least):
+        return None
+    rest = log_p.exp_().scatter_(axis, at, 0.0).sum(axis, keepdim=True)
+    return torch.where(y < _NEAR_0, rest.neg_().log1p_().neg_(), y)
+
+
+_NEAR_0 = 0.25
+"""Where log p has lost digits that the probability of all other entries has."""
+
+
+def _logsumexp(x: Array, axis: int) -> Array | None:
+    top, at = x.max(axis, keepdim=True)
+    log_total = _surprise(x, axis, at)
+    return None if log_total is None else log_total.add_(top)
+
+
 def _logsumexp_pullback(x: Array, axis: int, y: Array, cotangent: Array) -> Array | None:
     del y
     # In a row of -inf the gradient is 0, and a softmax of it NaN.
@@ -113,16 +136,7 @@ def _is_plain_loss(options: dict[str, Any], targets: Array, weight: Array | None
 
 
 def _cross_entropy(options: dict[str, Any], x: Array, targets: Array, weight: Array | None) -> Array | None:
-    if not x.numel() or not _is_plain_loss(options, targets, weight):
-        return None
-    axis = options["axis"]
-    log_p = torch.log_softmax(x, axis)
-    nll = log_p.gather(axis, targets).neg_()
-    if nll.min().item() >= 0.5:
-        return nll
-    # A loss close to 0 has lost its digits; the probability of the other classes has them.
-    rest = log_p.exp_().scatter_(axis, targets, 0.0).sum(axis, keepdim=True)
-    return torch.where(nll < 0.5, rest.neg_().log1p_().neg_(), nll)
+    return _surprise(x, options["axis"], targets) if _is_plain_loss(options, targets, weight) else None
 
 
 def _cross_entropy_pullback(
@@ -139,6 +153,7 @@ def _cross_entropy_pullback(
 _NATIVE: dict[str, Native] = {
     "softmax": _plain(torch.softmax),
     "log_softmax": _plain(torch.log_softmax),
+    "logsumexp": _plain(_logsumexp),
     "cross_entropy": _cross_entropy,
     "pullback of softmax": _plain(_softmax_pullback),
     "pullback of log_softmax": _plain(_log_softmax_pullback),
@@ -166,7 +181,7 @@ def _admits(name: str, x: Array, axis: int) -> bool:
     return x.numel() < _LARGE or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS)
 
 
-_SEVERAL_KERNELS = ("cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
+_SEVERAL_KERNELS = ("logsumexp", "cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
 """Formulas that take several of torch's kernels, each a pass: that only saves the overhead of tiny calls."""
 
 _SLOW_UP_TO = 16
