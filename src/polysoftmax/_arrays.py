@@ -201,6 +201,10 @@ class Rows:
             return self.shape[: self.axis] + self.shape[self.axis + 1 :]
         return tuple(self.shape[i] for i in self.kept)
 
+    def of(self, x: Array) -> Rows:
+        """Return rows like these, of other entries: what a formula answered for each."""
+        return replace(self, x=x)
+
     def elementwise(self, y: Array) -> Array:
         """Give a result with the shape of the rows the shape of the input."""
         if not self.flattened:
@@ -336,7 +340,7 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     axes = _normalise_axes(axis, ndim)
     length = math.prod(shape[i] for i in axes)
     layout = Rows(xp, x, ndim - len(axes), length, compute, result, shape, axes, True)
-    return replace(layout, x=xp.reshape(x, (1,)) if ndim == 0 else layout._flatten(x))
+    return layout.of(xp.reshape(x, (1,)) if ndim == 0 else layout._flatten(x))
 
 
 def last_rows(x: Array, axis: Axis) -> Rows:
