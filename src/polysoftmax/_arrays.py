@@ -338,7 +338,7 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
         axis %= ndim
         return Rows(xp, x, axis, shape[axis], compute, result, shape, (axis,), False)
     axes = _normalise_axes(axis, ndim)
-    length = math.prod(shape[i] for i in axes)
+    length = math.prod([shape[i] for i in axes])  # torch.compile follows no generator here
     layout = Rows(xp, x, ndim - len(axes), length, compute, result, shape, axes, True)
     return layout.of(xp.reshape(x, (1,)) if ndim == 0 else layout._flatten(x))
 
