@@ -96,3 +96,30 @@ def test_engines_agree(shape: tuple[int, ...], dtype: type) -> None:
             answer = getattr(polysoftmax, op)(x, axis=axis)
             assert (answer.dtype, answer.shape) == (plain.dtype, plain.shape)
             np.testing.assert_allclose(answer, plain, rtol=64 * unit, atol=64 * unit if op != "softmax" else 1e-7)
+
+
+@pytest.mark.parametrize("rows", ["usual", "near 0", "odd"])
+@pytest.mark.parametrize("op", ["logsumexp", "cross_entropy"])
+def test_kernels_of_torch_agree_with_the_formulas(op: str, rows: str) -> None:
+    """Tiny losses and their gradients are put together from several of its kernels."""
+    torch = pytest.importorskip("torch")
+    inf, nan = np.inf, np.nan
+    every = {
+        "usual": [[0.5, -1.0, 2.0], [1.0, 1.0, 1.0], [-3.0, 4.0, 4.0]],
+        "near 0": [[0.0, -40.0, -45.0], [-9.0, -30.0, 0.0], [-2.0, 0.0, -1.0]],
+        "odd": [[-inf, -inf, -inf], [0.0, inf, 1.0], [nan, 0.0, 1.0], [inf, inf, 0.0], [-inf, 0.0, -inf]],
+    }
+    targets = torch.as_tensor([0, 2, 1, 1, 0][: len(every[rows])])
+
+    def answers(engine: str) -> tuple[np.ndarray, np.ndarray]:
+        x = torch.tensor(every[rows], dtype=torch.float64, requires_grad=True)
+        with polysoftmax.engine(engine):
+            if op == "logsumexp":
+                y = polysoftmax.logsumexp(x)
+            else:
+                y = polysoftmax.cross_entropy(x, targets, reduction="none")
+            (gradient,) = torch.autograd.grad(y.sum(), x)
+        return y.detach().numpy(), gradient.numpy()
+
+    for found, want in zip(answers("auto"), answers("portable"), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-13, atol=1e-300)

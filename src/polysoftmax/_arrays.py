@@ -182,16 +182,12 @@ class Rows:
     xp: Any
     x: Array
     axis: int
+    length: int
     compute: DType
     result: DType
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     flattened: bool
-
-    @property
-    def length(self) -> int:
-        """Number of entries in a row."""
-        return self.x.shape[self.axis]  # type: ignore[no-any-return]
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -201,6 +197,8 @@ class Rows:
     @property
     def reduced_shape(self) -> tuple[int, ...]:
         """Shape of the input without the reduced axes."""
+        if not self.flattened:
+            return self.shape[: self.axis] + self.shape[self.axis + 1 :]
         return tuple(self.shape[i] for i in self.kept)
 
     def of(self, x: Array) -> Rows:
@@ -216,17 +214,14 @@ class Rows:
         y = self.xp.reshape(y, tuple(self.shape[i] for i in order))
         return y if inverse == tuple(range(len(order))) else self.xp.permute_dims(y, inverse)
 
-    def reduced(self, y: Array, *, keepdims: bool = False) -> Array:
-        """Give a result with one entry a row the shape of the reduced input."""
-        if not keepdims:
-            return self.xp.reshape(y, self.reduced_shape) if self.flattened else self.xp.squeeze(y, self.axis)
-        if not self.flattened:
-            return y
+    def with_axes(self, y: Array) -> Array:
+        """Give a result of the reduced shape the reduced axes back, with length 1."""
         return self.xp.reshape(y, tuple(1 if i in self.axes else n for i, n in enumerate(self.shape)))
 
-    def nothing(self) -> Array:
-        """Return the sum of empty rows, kept with length 1: 0, but known to automatic differentiation."""
-        return self.xp.sum(cast(self.x, self.result), axis=self.axis, keepdims=True)
+    def nothing(self, answer: float) -> Array:
+        """Return the answer for empty rows, known to automatic differentiation."""
+        y = self.xp.sum(cast(self.x, self.result), axis=self.axis, keepdims=True) + answer
+        return self.xp.squeeze(y, axis=self.axis)
 
     def from_reduced(self, y: Array) -> Array:
         """Bring an array of the shape of the reduced input into the form of the rows, with length 1 on the axis."""
@@ -341,11 +336,11 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     ndim = len(shape)
     if type(axis) is int and -ndim <= axis < ndim:
         axis %= ndim
-        return Rows(xp, x, axis, compute, result, shape, (axis,), False)
+        return Rows(xp, x, axis, shape[axis], compute, result, shape, (axis,), False)
     axes = _normalise_axes(axis, ndim)
-    layout = Rows(xp, x, ndim - len(axes), compute, result, shape, axes, True)
-    flat = xp.reshape(x, (1,)) if ndim == 0 else layout._flatten(x)
-    return Rows(xp, flat, ndim - len(axes), compute, result, shape, axes, True)
+    length = math.prod([shape[i] for i in axes])  # torch.compile follows no generator here
+    layout = Rows(xp, x, ndim - len(axes), length, compute, result, shape, axes, True)
+    return layout.of(xp.reshape(x, (1,)) if ndim == 0 else layout._flatten(x))
 
 
 def last_rows(x: Array, axis: Axis) -> Rows:
@@ -451,6 +446,14 @@ def row_maximum(x: Array, axis: int) -> Array:
     return stop_gradient(found.xp.max(x, axis=axis, keepdims=True))
 
 
+def below_maximum(x: Array, axis: int) -> Array:
+    """Return ``x`` minus the maximum of every row."""
+    found = library(x)
+    if found.name == "numpy" and x.ndim == 1:
+        return x - found.xp.maximum.reduce(x)  # a scalar, which takes half as long as an array of one
+    return x - row_maximum(x, axis)
+
+
 _SEQUENTIAL = 16
 
 
@@ -473,8 +476,19 @@ def accurate_sum(x: Array, axis: int) -> Array:
     return xp.sum(x, axis=axis, keepdims=True)
 
 
+def accurate_total(x: Array) -> Array:
+    """Sum all entries as `accurate_sum` does, to an array without axes."""
+    found = library(x)
+    if found.name in _TREES:
+        return found.xp.sum(x)
+    return found.xp.squeeze(accurate_sum(found.xp.reshape(x, (-1,)), 0), axis=0)
+
+
+_TREES = ("torch", "jax")
+
+
 def _adds_in_a_tree(name: str, x: Array, axis: int) -> bool:
-    return name in ("torch", "jax") or (name == "numpy" and x.strides[axis] == min(x.strides, key=abs))
+    return name in _TREES or (name == "numpy" and x.strides[axis] == min(x.strides, key=abs))
 
 
 def values_are_free(x: Array) -> bool:
@@ -484,7 +498,7 @@ def values_are_free(x: Array) -> bool:
         import torch
 
         tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        return not tracing and x.device.type == "cpu"
+        return x.is_cpu and not tracing
     return name == "numpy"
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from polysoftmax._arrays import (
     Rows,
     accurate_sum,
+    accurate_total,
     along_axis,
     cast,
     default_index,
@@ -55,8 +56,8 @@ def _cross_entropy(
         # An ignored row must leave no trace, whatever its logits are.
         x, targets = xp.where(counts, x, 0.0), xp.where(counts, targets, 0)
     top = row_maximum(x, axis)
-    top = xp.where(xp.isfinite(top), top, math.nan)
-    log_total = log_of_sum(xp.exp(x - top), x == top, None, axis)
+    distance = x - top  # from an infinite maximum it is NaN, and so is the loss
+    log_total = log_of_sum(xp.exp(distance), distance == 0, None, axis)
     if is_index and not label_smoothing:
         known = (targets >= 0) & (targets < x.shape[axis])
         index = xp.where(known, targets, 0)
@@ -332,17 +333,18 @@ def cross_entropy(
         q,
         w,
         result=r.compute,
+        squeeze=True,
         ignore_index=ignore_index,
         label_smoothing=_number(label_smoothing, "label_smoothing", 1.0),
         z_loss=_number(z_loss, "z_loss", math.inf),
     )
     if reduction == "none":
-        return cast(r.reduced(losses), r.result)
-    total = _sum_all(losses)
+        return cast(losses, r.result)
+    total = accurate_total(losses)
     if reduction == "mean":
         weighed = is_index and not (w is None and ignore_index is None)
         total = _over(total, _total_weight(r, q, w, ignore_index) if weighed else math.prod(losses.shape))
-    return cast(r.xp.squeeze(total, axis=0), r.result)
+    return cast(total, r.result)
 
 
 def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Array, bool]:
@@ -369,6 +371,8 @@ def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Arr
 
 
 def _require_known(r: Rows, targets: Array, ignore_index: int | None) -> None:
+    if 0 in targets.shape or (int(r.xp.min(targets)) >= 0 and int(r.xp.max(targets)) < r.length):
+        return
     known = (targets >= 0) & (targets < r.length)
     if ignore_index is not None:
         known = known | (targets == ignore_index)
@@ -396,11 +400,6 @@ def _number(value: float, name: str, most: float) -> float:
     return float(value)
 
 
-def _sum_all(x: Array) -> Array:
-    """Return the sum of all entries, in an array of one."""
-    return accurate_sum(namespace(x).reshape(x, (-1,)), 0)
-
-
 def _total_weight(r: Rows, targets: Array, weight: Array | None, ignore_index: int | None) -> Array:
     """Return Σ w_t over the rows that count."""
     xp = r.xp
@@ -411,13 +410,15 @@ def _total_weight(r: Rows, targets: Array, weight: Array | None, ignore_index: i
         known = counts & (targets >= 0) & (targets < r.length)
         each = take_along(xp.broadcast_to(weight, r.x.shape), xp.where(known, targets, 0), r.axis)
         each = xp.where(counts, each, 0.0)
-    return _sum_all(each)
+    return accurate_total(each)
 
 
 def _over(total: Array, count: Array | int) -> Array:
     """Return total / count, and 0 where there is nothing to count."""
     if isinstance(count, int):
-        return total / max(count, 1)
+        if count > 1:
+            total /= count  # in place, or NumPy would answer a scalar
+        return total
     xp = namespace(total)
     return xp.where(count == 0, 0.0, total / xp.where(count == 0, 1.0, count))
 
@@ -470,8 +471,8 @@ def entropy(
     """
     r = rows(x, axis)
     if r.length == 0:
-        return r.reduced(r.nothing())
-    return r.reduced(ENTROPY(r, r.x, r.temperature(temperature), r.mask(where)))
+        return r.nothing(0.0)
+    return ENTROPY(r, r.x, r.temperature(temperature), r.mask(where), squeeze=True)
 
 
 def kl_divergence(
@@ -527,5 +528,5 @@ def kl_divergence(
     r = rows(logits_p, axis)
     other = r.like_input(logits_q, "logits_q")
     if r.length == 0:
-        return r.reduced(r.nothing())
-    return r.reduced(KL_DIVERGENCE(r, r.x, other, r.temperature(temperature), r.mask(where)))
+        return r.nothing(0.0)
+    return KL_DIVERGENCE(r, r.x, other, r.temperature(temperature), r.mask(where), squeeze=True)

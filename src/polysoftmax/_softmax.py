@@ -13,7 +13,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import accurate_sum, formulas_are_differentiated, namespace, row_maximum, rows, stop_gradient
+from polysoftmax._arrays import (
+    accurate_sum,
+    below_maximum,
+    formulas_are_differentiated,
+    namespace,
+    row_maximum,
+    rows,
+    stop_gradient,
+)
 from polysoftmax.engines import RowFormula
 
 if TYPE_CHECKING:
@@ -23,7 +31,7 @@ if TYPE_CHECKING:
 def shifted(x: Array, temperature: Array | float | None, where: Array | None, axis: int) -> Array:
     """Return z = (x - max) / temperature along ``axis``, -inf where an entry does not exist."""
     if where is None:
-        return over_temperature(x - row_maximum(x, axis), temperature)
+        return over_temperature(below_maximum(x, axis), temperature)
     xp = namespace(x)
     x = xp.where(where, x, -math.inf)
     # -inf - -inf is NaN, which is the answer for a row of -inf, but not for a row without entries.
@@ -179,30 +187,39 @@ LOG_SOFTMAX = RowFormula(
 # logsumexp: y = max + log Σ w·exp(x - max);  dy = Σ p·dx with p = w·exp(x - max) / Σ w·exp(x - max)
 
 
-def _terms(x: Array, weights: Array | None, where: Array | None, axis: int) -> tuple[Array, Array, Array, Array | None]:
-    """Return x without what does not exist, its maximum, exp(x - max), and the weights without the same."""
+def _existing(x: Array, weights: Array | None, where: Array | None) -> tuple[Array, Array | None]:
+    """Return x and the weights without what does not exist."""
+    if weights is None and where is None:
+        return x, None
     xp = namespace(x)
     exists = where
     if weights is not None:
         exists = weights != 0 if where is None else where & (weights != 0)
         weights = xp.where(exists, weights, 0.0)
-    if exists is not None:
-        x = xp.where(exists, x, -math.inf)
-    top = row_maximum(x, axis)
-    return x, top, xp.exp(x - xp.where(xp.isfinite(top), top, 0.0)), weights
+    return xp.where(exists, x, -math.inf), weights
+
+
+def _terms(x: Array, top: Array) -> Array:
+    """Return exp(x - top), and exp(x) where the maximum is not finite."""
+    xp = namespace(x)
+    return xp.exp(x - xp.where(xp.isfinite(top), top, 0.0))
 
 
 def log_of_sum(terms: Array, at_top: Array, weights: Array | None, axis: int) -> Array:
-    """Return log Σ w·terms, where the terms ``at_top``, at the maximum of their row, are 1.
+    """Return log Σ w·terms, where the terms ``at_top``, at the maximum of their row, count as 1.
 
     They stay out of the sum and log1p adds the rest, so that what lies far below them is kept.
     """
     xp = namespace(terms)
-    most = accurate_sum(xp.where(at_top, xp.ones_like(terms) if weights is None else weights, 0.0), axis)
-    if weights is not None:
+    if weights is None:
+        most = accurate_sum(xp.astype(at_top, terms.dtype), axis)
+    else:
+        most = accurate_sum(xp.where(at_top, weights, 0.0), axis)
         terms = terms * weights
     rest = accurate_sum(xp.where(at_top, 0.0, terms), axis)
-    y = xp.where(most > 0, xp.log(most) + xp.log1p(rest / most), xp.log(most + rest))
+    y = xp.log(most) + xp.log1p(rest / most)  # NaN without a maximum, where something is NaN
+    if weights is not None:
+        y = xp.where(most > 0, y, xp.log(most + rest))
     if not formulas_are_differentiated(terms):
         return y
     # The greatest terms entered as constants; this adds the derivative of log Σ w·terms, and 0.
@@ -212,7 +229,11 @@ def log_of_sum(terms: Array, at_top: Array, weights: Array | None, axis: int) ->
 
 
 def _logsumexp(x: Array, weights: Array | None, where: Array | None, *, axis: int) -> Array:
-    x, top, terms, weights = _terms(x, weights, where, axis)
+    xp = namespace(x)
+    x, weights = _existing(x, weights, where)
+    top = row_maximum(x, axis)
+    # Below an infinite maximum only the terms at it are NaN, which stay out of the sum; their derivatives would not.
+    terms = _terms(x, top) if formulas_are_differentiated(x) else xp.exp(x - top)
     return top + log_of_sum(terms, x == top, weights, axis)
 
 
@@ -222,11 +243,14 @@ def over_total(terms: Array, axis: int) -> Array:
     return terms / namespace(terms).where(total == 0, 1.0, total)
 
 
-def _logsumexp_slopes(x: Array, weights: Array | None, where: Array | None, axis: int) -> tuple[Array, Array]:
+def _logsumexp_slopes(x: Array, weights: Array | None, where: Array | None, axis: int) -> tuple[Array, Array | None]:
     """Return the gradients of the logsumexp for x, which is p, and for the weights; 0 for what does not exist."""
     xp = namespace(x)
-    x, _, terms, weights = _terms(x, weights, where, axis)
-    shares = terms if weights is None else terms * weights
+    x, weights = _existing(x, weights, where)
+    terms = _terms(x, row_maximum(x, axis))
+    if weights is None:
+        return over_total(terms, axis), None
+    shares = terms * weights
     total = accurate_sum(shares, axis)
     total = xp.where(total == 0, 1.0, total)
     return shares / total, xp.where(x > -math.inf, terms, 0.0) / total
@@ -239,7 +263,7 @@ def _logsumexp_jvp(operands: tuple[Array, ...], tangents: tuple[Array | None, ..
     moves = [
         slope * namespace(slope).where(slope != 0, tangent, 0.0)
         for slope, tangent in zip(slopes, tangents[:2], strict=True)
-        if tangent is not None
+        if slope is not None and tangent is not None
     ]
     return accurate_sum(sum(moves[1:], moves[0]), axis)
 
@@ -249,7 +273,7 @@ def _logsumexp_vjp(
 ) -> tuple[Array | None, ...]:
     del y, wanted
     x, weights, where = operands
-    return tuple(slope * cotangent for slope in _logsumexp_slopes(x, weights, where, axis))
+    return tuple(None if slope is None else slope * cotangent for slope in _logsumexp_slopes(x, weights, where, axis))
 
 
 LOGSUMEXP = RowFormula("logsumexp", _logsumexp, jvp=_logsumexp_jvp, vjp=_logsumexp_vjp)
@@ -452,6 +476,7 @@ def logsumexp(
     """
     r = rows(x, axis, dtype)
     if r.length == 0:
-        return r.reduced(r.nothing() - math.inf, keepdims=keepdims)
-    y = LOGSUMEXP(r, r.x, r.like_row(weights, "weights"), r.mask(where))
-    return r.reduced(y, keepdims=keepdims)
+        y = r.nothing(-math.inf)
+    else:
+        y = LOGSUMEXP(r, r.x, r.like_row(weights, "weights"), r.mask(where), squeeze=True)
+    return r.with_axes(y) if keepdims else y

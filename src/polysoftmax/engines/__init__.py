@@ -18,7 +18,7 @@ from polysoftmax._arrays import Array, DType, Rows, cast, float_bits, library, n
 from polysoftmax.engines._threads import set_num_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["Call", "Explanation", "RowFormula", "engine", "explain", "portable", "set_num_threads"]
 
@@ -61,10 +61,12 @@ class RowFormula:
         self.composed = composed
         FORMULAS[name] = self
 
-    def __call__(self, rows: Rows, *operands: Array, result: DType = None, **options: Any) -> Array:
-        """Run the formula on ``rows`` in the way that suits their library."""
+    def __call__(
+        self, rows: Rows, *operands: Array, result: DType = None, squeeze: bool = False, **options: Any
+    ) -> Array:
+        """Run the formula on ``rows`` in the way that suits their library; ``squeeze`` drops the axis, of length 1."""
         options["axis"] = rows.axis
-        call = Call(self, options, rows.compute, result or rows.result)
+        call = Call(self, options, rows.compute, result or rows.result, squeeze)
         return (_RUNNERS.get(type(rows.x)) or _runner(rows.x)).run(call, operands)
 
     def __repr__(self) -> str:
@@ -81,22 +83,28 @@ class Call(NamedTuple):
     options: dict[str, Any]
     compute: DType
     result: DType
+    squeeze: bool = False
 
-    def widen(self, operands: tuple[Array, ...]) -> list[Array]:
+    def widen(self, operands: Sequence[Array]) -> Sequence[Array]:
         """Bring the rows, and every floating array beside them, to the compute dtype."""
-        wide = list(operands)
+        compute = self.compute
         for i, one in enumerate(operands):
-            if one is None or isinstance(one, float) or one.dtype == self.compute:
+            if one is None or isinstance(one, float) or one.dtype == compute:
                 continue
-            if i == 0 or float_bits(namespace(wide[0]), one.dtype):
-                wide[i] = cast(one, self.compute)
-        return wide
+            if i == 0 or float_bits(namespace(operands[0]), one.dtype):
+                operands = [*operands[:i], cast(one, compute), *operands[i + 1 :]]
+        return operands
 
     def evaluate(self, operands: tuple[Array, ...]) -> Any:
         """Run the formula as it stands: the portable engine, and the definition of every other."""
         wide = operands if self.formula.composed else self.widen(operands)
         y = self.formula.function(*wide, **self.options)
-        return y if isinstance(y, tuple) else cast(y, self.result)
+        return y if isinstance(y, tuple) else self.answer(y)
+
+    def answer(self, y: Array) -> Array:
+        """Bring what the formula computed to the dtype and shape that were asked for."""
+        y = cast(y, self.result)
+        return namespace(y).squeeze(y, self.options["axis"]) if self.squeeze else y
 
 
 class _Runner(Protocol):

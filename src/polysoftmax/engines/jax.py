@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
 from polysoftmax._arrays import cast
@@ -25,23 +26,29 @@ _Template = tuple[Any, ...]
 
 def run(call: Call, operands: tuple[Array, ...]) -> Array:
     """Run a formula: compiled if the call is eager, as it stands under the caller's own ``jit``."""
-    traced = any(isinstance(one, jax.core.Tracer) for one in operands)
-    if not traced and not portable():
+    eager = not portable()
+    for one in operands:
+        if isinstance(one, Tracer):
+            eager = False
+    template: list[Any] = []
+    arrays: list[Array] = []
+    for one in operands:
+        if one is None or (isinstance(one, float) and not eager):
+            template.append(one)
+            continue
         # A number that is traced as an array does not make jit compile anew for each of its values.
-        scalar = np.dtype(call.compute).type
-        operands = tuple(scalar(one) if isinstance(one, float) else one for one in operands)
-        compiled = _compiled
-    else:
-        compiled = _differentiable
-    template = tuple(one if one is None or isinstance(one, float) else _ARRAY for one in operands)
-    hashable = Call(call.formula, tuple(call.options.items()), call.compute, call.result)  # type: ignore[arg-type]
-    return compiled(hashable, template)(*[one for one in operands if one is not None and not isinstance(one, float)])
+        arrays.append(np.dtype(call.compute).type(one) if isinstance(one, float) else one)
+        template.append(_ARRAY)
+    compiled = _compiled if eager else _differentiable
+    options = tuple(call.options.items())
+    hashable = Call(call.formula, options, call.compute, call.result, call.squeeze)  # type: ignore[arg-type]
+    return compiled(hashable, tuple(template))(*arrays)
 
 
 def describe(x: Array, name: str) -> tuple[str, str]:
     """Name the engine for a formula of ``x``, and why it was chosen."""
     del name
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return "portable", "the formula is traced into the caller's own jit, grad or vmap"
     return "jit", "an eager call is compiled by jax.jit, once for each shape and dtype"
 
@@ -75,10 +82,10 @@ def _differentiable(key: Call, template: _Template) -> Callable[..., Array]:
 
     def rule(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
         moved = _tangents(template, tangents, call.compute)
-        y = _differentiable(key._replace(result=call.compute), template)(*primals)
+        y = _differentiable(key._replace(result=call.compute, squeeze=False), template)(*primals)
         of_output = formula.from_output and not any(one is not None for one in moved[1:])
         dy = (jvp if of_output else lean_jvp)(call.widen(_fill(template, primals)), moved, y)
-        return cast(y, call.result), cast(dy, call.result)
+        return call.answer(y), call.answer(dy)
 
     function.defjvp(rule, symbolic_zeros=True)
     return function  # type: ignore[no-any-return]

@@ -71,10 +71,13 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     if plan.engine == "portable" or (call.formula.composed and plan.engine == "blocks"):
         return _evaluate(call, operands)
     blocks = _blocks.pieces(x, axis, plan.block)
+    rows = call._replace(squeeze=False)
     if plan.engine == "fused":
-        return fused.run(call, operands, blocks, plan.threads)
-    evaluate = _evaluate_transposed if plan.layout == "transposed" else _evaluate
-    return _blocks.run_in_blocks(partial(evaluate, call), operands, axis, blocks, plan.threads)
+        y = fused.run(rows, operands, blocks, plan.threads)
+    else:
+        evaluate = _evaluate_transposed if plan.layout == "transposed" else _evaluate
+        y = _blocks.run_in_blocks(partial(evaluate, rows), operands, axis, blocks, plan.threads)
+    return np.squeeze(y, axis) if call.squeeze else y
 
 
 def describe(x: Array, name: str) -> tuple[str, str]:

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
-from polysoftmax.engines import chosen
+from polysoftmax.engines import Call, chosen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
+    from typing import TypeAlias
 
     from polysoftmax._arrays import Array, DType
-    from polysoftmax.engines import Call, RowFormula
+    from polysoftmax.engines import RowFormula
+
+    Native: TypeAlias = Callable[..., Array | None]
 
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -27,8 +31,10 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """
     if torch.compiler.is_compiling() or _transformed():
         return call.evaluate(operands)
-    if torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in operands):
-        return call.evaluate(operands) if call.formula.vjp is None else _Formula.apply(call, *operands)
+    if torch.is_grad_enabled():
+        for one in operands:
+            if one is not None and isinstance(one, torch.Tensor) and one.requires_grad:
+                return call.evaluate(operands) if call.formula.vjp is None else _Formula.apply(call, *operands)
     return _run_constant(call, operands)
 
 
@@ -52,24 +58,37 @@ def _transformed() -> bool:
 def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula that nothing is differentiated through."""
     engine = chosen()
-    tensors = [one for one in operands if isinstance(one, torch.Tensor)]
-    if engine == "portable" or not all(map(_shares_memory, tensors)) or torch._C._len_torch_dispatch_stack():
+    if engine == "portable" or torch._C._len_torch_dispatch_stack():
         return call.evaluate(operands)
-    if engine == "auto" and (native := _NATIVE.get(call.formula.name)) is not None:
-        x, temperature, where, *others = operands
+    x, native = operands[0], _NATIVE.get(call.formula.name)
+    if engine == "auto" and native is not None and _shares_memory(x) and x.dtype == call.result:
         axis = call.options["axis"]
-        if temperature is None and where is None and x.dtype == call.result and _admits(call.formula.name, x, axis):
-            y = native(x, axis, *others)
-            if y is not None:
-                return y
+        y = native(call.options, *operands) if _admits(call.formula.name, x, axis) else None
+        if y is not None:
+            return y.squeeze(axis) if call.squeeze else y
+    for one in operands:
+        if one is not None and isinstance(one, torch.Tensor) and not _shares_memory(one):
+            return call.evaluate(operands)
     return _run_as_numpy(call, operands)
+
+
+def _plain(kernel: Callable[..., Array | None]) -> Native:
+    """Let a kernel run rows without temperature, weights and mask."""
+
+    def run(options: dict[str, Any], x: Array, scale: Array | None, where: Array | None, *others: Array) -> Any:
+        return kernel(x, options["axis"], *others) if scale is None and where is None else None
+
+    return run
+
+
+def _finite(gradient: Array) -> Array | None:
+    return gradient if math.isfinite(gradient.sum().item()) else None
 
 
 def _softmax_pullback(x: Array, axis: int, y: Array, cotangent: Array) -> Array | None:
     del x
-    gradient = torch._softmax_backward_data(cotangent, y, axis, y.dtype)
     # A cotangent of inf at a probability of 0 has to add 0, and is NaN here.
-    return gradient if math.isfinite(gradient.sum().item()) else None
+    return _finite(torch._softmax_backward_data(cotangent, y, axis, y.dtype))
 
 
 def _log_softmax_pullback(x: Array, axis: int, y: Array, cotangent: Array) -> Array:
@@ -77,19 +96,77 @@ def _log_softmax_pullback(x: Array, axis: int, y: Array, cotangent: Array) -> Ar
     return torch._log_softmax_backward_data(cotangent, y, axis, y.dtype)
 
 
-_NATIVE: dict[str, Callable[..., Array | None]] = {
-    "softmax": torch.softmax,
-    "log_softmax": torch.log_softmax,
-    "pullback of softmax": _softmax_pullback,
-    "pullback of log_softmax": _log_softmax_pullback,
+def _surprise(x: Array, axis: int, at: Array) -> Array | None:
+    """Return -log p of one entry in each row; None where a row has no answer, or there is no row."""
+    log_p = torch.log_softmax(x, axis)
+    y = log_p.gather(axis, at).neg_()
+    least = y.min().item() if y.numel() else math.nan
+    if least >= _NEAR_0:
+        return y
+    if math.isnan(least):
+        return None
+    rest = log_p.exp_().scatter_(axis, at, 0.0).sum(axis, keepdim=True)
+    return torch.where(y < _NEAR_0, rest.neg_().log1p_().neg_(), y)
+
+
+_NEAR_0 = 0.25
+"""Where log p has lost digits that the probability of all other entries has."""
+
+
+def _logsumexp(x: Array, axis: int) -> Array | None:
+    top, at = x.max(axis, keepdim=True)
+    log_total = _surprise(x, axis, at)
+    return None if log_total is None else log_total.add_(top)
+
+
+def _logsumexp_pullback(x: Array, axis: int, y: Array, cotangent: Array) -> Array | None:
+    del y
+    # In a row of -inf the gradient is 0, and a softmax of it NaN.
+    return _finite(torch.softmax(x, axis).mul_(cotangent))
+
+
+def _is_plain_loss(options: dict[str, Any], targets: Array, weight: Array | None) -> bool:
+    return not (
+        weight is not None
+        or options["label_smoothing"]
+        or options["z_loss"]
+        or options["ignore_index"] is not None
+        or targets.is_floating_point()
+    )
+
+
+def _cross_entropy(options: dict[str, Any], x: Array, targets: Array, weight: Array | None) -> Array | None:
+    return _surprise(x, options["axis"], targets) if _is_plain_loss(options, targets, weight) else None
+
+
+def _cross_entropy_pullback(
+    options: dict[str, Any], x: Array, targets: Array, weight: Array | None, y: Array, cotangent: Array
+) -> Array | None:
+    del y
+    if not _is_plain_loss(options, targets, weight):
+        return None
+    axis = options["axis"]
+    p = torch.softmax(x, axis)
+    return p.scatter_add_(axis, targets, p.new_full(targets.shape, -1.0)).mul_(cotangent)
+
+
+_NATIVE: dict[str, Native] = {
+    "softmax": _plain(torch.softmax),
+    "log_softmax": _plain(torch.log_softmax),
+    "logsumexp": _plain(_logsumexp),
+    "cross_entropy": _cross_entropy,
+    "pullback of softmax": _plain(_softmax_pullback),
+    "pullback of log_softmax": _plain(_log_softmax_pullback),
+    "pullback of logsumexp": _plain(_logsumexp_pullback),
+    "pullback of cross_entropy": _cross_entropy_pullback,
 }
-"""torch's own kernels, in place of formulas without temperature and mask."""
+"""torch's own kernels in place of formulas, of their options and operands; None is what they do not cover."""
 
 _NATIVE_LENGTH = 1024
 """Longest row for which torch's kernels along the last axis meet the accuracy bound, with half of it to spare.
 
 Measured on 2.13: at 4096 twice the bound in float32, at 8192 five times in float64. Along other axes half the bound
-is reached at 64. Neither of its logsumexp and cross_entropy keeps an answer close to 0.
+is reached at 64. Neither of its logsumexp and cross_entropy keeps an answer close to 0: `_surprise` stands for them.
 """
 
 _NATIVE_LENGTH_ACROSS = 64
@@ -101,8 +178,11 @@ def _admits(name: str, x: Array, axis: int) -> bool:
         return False
     if x.dtype in _NARROW and (name != "softmax" or axis != x.ndim - 1):
         return False  # only that one is computed in float32 and rounded once
-    return n > _SLOW_UP_TO or x.numel() < _LARGE  # type: ignore[no-any-return]
+    return x.numel() < _LARGE or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS)
 
+
+_SEVERAL_KERNELS = ("logsumexp", "cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
+"""Formulas that take several of torch's kernels, each a pass: that only saves the overhead of tiny calls."""
 
 _SLOW_UP_TO = 16
 """Row length up to which torch's kernels are slower than ours."""
@@ -124,20 +204,19 @@ def _shares_memory(x: Array) -> bool:
 
 
 def _run_as_numpy(call: Call, operands: tuple[Array, ...]) -> Any:
-    from polysoftmax.engines import fused
-    from polysoftmax.engines import numpy as numpy_engine
-
+    numpy_engine, fused = _numpy_engines()
     compute = _numpy_dtype(call.compute)
-    wide = call._replace(compute=compute, result=compute if call.result in _NARROW else _numpy_dtype(call.result))
-    narrow = any(isinstance(one, torch.Tensor) and one.dtype in _NARROW for one in operands)
-    if narrow and operands[0].numel() >= numpy_engine.SMALL:
+    result = compute if call.result in _NARROW else _numpy_dtype(call.result)
+    wide = Call(call.formula, call.options, compute, result, call.squeeze)
+    large = operands[0].numel() >= numpy_engine.SMALL
+    if large and any(isinstance(one, torch.Tensor) and one.dtype in _NARROW for one in operands):
         bits = tuple(_bits(one) if isinstance(one, torch.Tensor) else one for one in operands)
         if not fused.obstacle(wide, bits):  # the kernels convert what is in the cache
-            same = call._replace(compute=compute, result=_numpy_dtype(call.result))
+            same = wide._replace(result=_numpy_dtype(call.result))
             return _tensors(numpy_engine.run(same, bits), call.result)
     # torch rounds to 16 bits faster than NumPy, which has no bfloat16 either.
-    y = numpy_engine.run(wide, tuple(_widened(one) if isinstance(one, torch.Tensor) else one for one in operands))
-    return _tensors(y, call.result)
+    arrays = [_widened(one) if one is not None and isinstance(one, torch.Tensor) else one for one in operands]
+    return _tensors(numpy_engine.run(wide, tuple(arrays)), call.result)
 
 
 def _tensors(y: Any, result: DType) -> Any:
@@ -146,8 +225,18 @@ def _tensors(y: Any, result: DType) -> Any:
     return _from_numpy(y, result)
 
 
+@functools.cache
+def _numpy_engines() -> tuple[ModuleType, ModuleType]:
+    from polysoftmax.engines import fused
+    from polysoftmax.engines import numpy as numpy_engine
+
+    return numpy_engine, fused
+
+
 def _widened(x: Array) -> Array:
-    return (x.detach().float() if x.dtype in _NARROW else x.detach()).numpy()
+    if x.requires_grad:
+        x = x.detach()
+    return (x.float() if x.dtype in _NARROW else x).numpy()
 
 
 def _bits(x: Array) -> Array:
@@ -199,30 +288,35 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
         if call.formula.from_output and y.dtype == call.compute and not any(ctx.needs_input_grad[2:]):
             operands = (y, *operands[1:])  # the rule does not look at the rows, so they need not be kept
         ctx.call = call
-        ctx.constants = tuple(None if isinstance(one, torch.Tensor) else one for one in operands)
-        ctx.is_tensor = tuple(isinstance(one, torch.Tensor) for one in operands)
-        ctx.save_for_backward(y, *[one for one in operands if isinstance(one, torch.Tensor)])
+        ctx.constants = [None if isinstance(one, torch.Tensor) else one for one in operands]
+        ctx.places = [i for i, one in enumerate(operands) if isinstance(one, torch.Tensor)]
+        ctx.save_for_backward(y, *[operands[i] for i in ctx.places])
         return y
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Array | None, ...]:
         call: Call = ctx.call
         y, *tensors = ctx.saved_tensors
-        left = iter(tensors)
-        operands = tuple(
-            next(left) if is_tensor else one for is_tensor, one in zip(ctx.is_tensor, ctx.constants, strict=True)
-        )
+        operands = ctx.constants.copy()
+        for i, one in zip(ctx.places, tensors, strict=True):
+            operands[i] = one
         if y.dtype != call.compute:
             # The answer was rounded to 16 bits; its gradient is to be rounded once, too, and not twice.
-            y = run(call._replace(result=call.compute), operands)
+            y = run(call._replace(result=call.compute), tuple(operands))
+        if call.squeeze:
+            axis = call.options["axis"]
+            y, cotangent = y.unsqueeze(axis), cotangent.unsqueeze(axis)
         wanted = ctx.needs_input_grad[1:]
-        pullback = call._replace(formula=_pullback(call.formula, wanted), result=call.compute)  # type: ignore[arg-type]
-        gradients = run(pullback, (*operands, y, cotangent))
+        pullback: Any = _pullback(call.formula, wanted)
+        gradients = run(Call(pullback, call.options, call.compute, call.compute), (*operands, y, cotangent))
         given = iter(gradients if isinstance(gradients, tuple) else (gradients,))
         answers: list[Array | None] = [None]
         for operand, is_wanted in zip(operands, wanted, strict=True):
             gradient = next(given) if is_wanted else None
-            if gradient is not None and gradient.shape != operand.shape:
-                gradient = gradient.sum_to_size(operand.shape)
-            answers.append(None if gradient is None else gradient.to(operand.dtype))
+            if gradient is not None:
+                if gradient.shape != operand.shape:
+                    gradient = gradient.sum_to_size(operand.shape)
+                if gradient.dtype != operand.dtype:
+                    gradient = gradient.to(operand.dtype)
+            answers.append(gradient)
         return tuple(answers)
