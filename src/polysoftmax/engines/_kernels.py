@@ -32,7 +32,7 @@ _CHUNK = 1024
 """Sums are taken over so many terms and the sums of these in a tree: the error grows with log2(n)."""
 
 
-def _kernel(function: Callable[..., None]) -> Callable[..., None]:
+def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(nogil=True, cache=True, **_STRICT)(function)  # type: ignore[no-any-return]
 
 
@@ -731,6 +731,47 @@ def softmax_across(x: Array, outer: int, first: int, last: int, logarithm: bool,
 
 
 @_kernel
+def apart_across(x: Array, first: int, last: int, top: Array, most: Array, rest: Array) -> None:
+    """Write what ``apart_of_piece`` returns, along the first of two axes, for some of the columns."""
+    zero, one = x.dtype.type(0), x.dtype.type(1)
+    lost, part = np.zeros(last - first, x.dtype), np.zeros(last - first, x.dtype)
+    top[:] = x[0, first:last]
+    most[:] = zero
+    rest[:] = zero
+    for j in range(1, x.shape[0]):
+        line = x[j, first:last]
+        for c in range(line.size):
+            v, t = line[c], top[c]
+            top[c] = v if v > t else t  # noqa: FURB136  # as above
+    for start in range(0, x.shape[0], 8):
+        part[:] = zero
+        for j in range(start, min(start + 8, x.shape[0])):
+            line = x[j, first:last]
+            for c in range(line.size):
+                v, t = line[c], top[c]
+                e = exp(v - t)
+                part[c] += zero if v == t else e
+            for c in range(line.size):  # as in _apart
+                most[c] += one if line[c] == top[c] else zero
+        _add_exactly(rest, lost, part)
+    for c in range(rest.size):
+        rest[c] += lost[c]
+
+
+@_kernel
+def finish_across(x: Array, first: int, last: int, logarithm: bool, top: Array, total: Array, out: Array) -> None:
+    """Write the softmax, or its logarithm, along the first of two axes; ``total`` is then a logarithm, too."""
+    for j in range(x.shape[0]):
+        line, row = x[j, first:last], out[j, first:last]
+        if logarithm:
+            for c in range(line.size):
+                row[c] = (line[c] - top[c]) - total[c]
+        else:
+            for c in range(line.size):
+                row[c] = exp(line[c] - top[c]) / total[c]
+
+
+@_kernel
 def softmax(x: Array, temperature: Array | None, where: Array | None, factor: Array | None, out: Array) -> None:
     """Write the softmax of every row, times its factor."""
     parts, z = _scratch(x, temperature, where)
@@ -813,22 +854,32 @@ def log_total(x: Array, where: Array | None, top: Array, log_total: Array) -> No
 
 
 @_kernel
-def total_of_piece(x: Array, temperature: Any, answer: Array) -> None:
-    """Write the maximum of a piece of a row, and Σ exp((x - maximum) / temperature)."""
+def total_of_piece(x: Array, temperature: Any, out: Array | None) -> tuple[Any, Any]:
+    """Return the maximum of a piece of a row, and Σ exp((x - maximum) / temperature); write the terms to ``out``."""
     parts, wide = _empty(x, x.size // _CHUNK + 1), _wide_space(x, x.size)
     row = _loaded(x, wide)
     top = greatest(row)
-    answer[0] = top
-    answer[1] = _total(row, parts.dtype.type(0) if top == -math.inf else top, temperature, parts)
+    finite = parts.dtype.type(0) if top == -math.inf else top  # there may be more in other pieces
+    if out is None:
+        return top, _total(row, finite, temperature, parts)
+    return top, _exponentials(row, finite, temperature, out, parts)
 
 
 @_kernel
-def apart_of_piece(x: Array, answer: Array) -> None:
-    """Write the maximum of a piece of a row, how often it stands there, and Σ exp(x - maximum) over the rest."""
+def apart_of_piece(x: Array) -> tuple[Any, int, Any]:
+    """Return the maximum of a piece of a row, how often it stands there, and Σ exp(x - maximum) over the rest."""
     parts, wide = _empty(x, x.size // _CHUNK + 1), _wide_space(x, x.size)
     row = _loaded(x, wide)
-    answer[0] = greatest(row)
-    answer[1], answer[2] = _apart(row, answer[0], parts)
+    top = greatest(row)
+    most, rest = _apart(row, top, parts)
+    return top, most, rest
+
+
+@_kernel
+def scale_piece(factor: Any, out: Array) -> None:
+    """Multiply what ``total_of_piece`` wrote."""
+    for j in range(out.size):
+        out[j] *= factor
 
 
 @_kernel

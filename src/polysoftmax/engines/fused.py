@@ -70,8 +70,8 @@ def obstacle(call: Call, operands: tuple[Array, ...]) -> str:
     return found
 
 
-_ACROSS = {"softmax": False, "log_softmax": True}
-"""Formulas with a kernel along other axes than the last; whether it answers the logarithm."""
+_ACROSS = ("softmax", "log_softmax", "logsumexp")
+"""Formulas with a kernel along other axes than the last."""
 
 _ACROSS_BYTES = 4096
 """Length of the lines that it works on: shorter ones cost a miss in the translation of addresses each."""
@@ -89,22 +89,65 @@ def _is_across(call: Call, operands: tuple[Array, ...]) -> bool:
 
 
 def _run_across(call: Call, x: Array, threads: int) -> Array:
-    axis, kernels, answer = call.options["axis"], _kernels(), np.empty_like(x)
-    three = (math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :]))
-    rows, out = x.reshape(three), answer.reshape(three)
+    kernels: Any = _kernels()
+    axis, name = call.options["axis"], call.formula.name
+    outer, n, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
+    rows = x.reshape(outer, n, inner)
     step = max(1, _ACROSS_BYTES // x.itemsize)
-    pieces = [(outer, first) for outer in range(three[0]) for first in range(0, three[2], step)]
+    columns = [(first, min(first + step, inner)) for first in range(0, inner, step)]
+    # Where there are few columns, the rows are cut as well.
+    length = max(_PIECE // min(step, inner), -(-n // _ACROSS_PIECES))
+    starts = range(0, n, length)
+    answer = _blocks.like(x, axis, n if name != "logsumexp" else 1, call.result)
+    if name != "logsumexp" and (len(starts) == 1 or outer * len(columns) >= _ACROSS_PIECES):
+        out, whole = answer.reshape(rows.shape), [(i, *column) for i in range(outer) for column in columns]
 
-    def work(i: int) -> None:
-        outer, first = pieces[i]
-        last = min(first + step, three[2])
-        kernels.softmax_across(rows, outer, first, last, _ACROSS[call.formula.name], out)  # type: ignore[union-attr]
+        def work(k: int) -> None:
+            kernels.softmax_across(rows, *whole[k], name == "log_softmax", out)
 
-    parallel(work, len(pieces), threads)
+        parallel(work, len(whole), threads)
+        return answer
+    pieces = [(i, j, first, last) for i in range(outer) for j in range(len(starts)) for first, last in columns]
+    found = np.empty((3, outer, len(starts), inner), x.dtype)
+
+    def look(k: int) -> None:
+        i, j, first, last = pieces[k]
+        kernels.apart_across(rows[i, starts[j] : starts[j] + length], first, last, *found[:, i, j, first:last])
+
+    parallel(look, len(pieces), threads)
+    with np.errstate(all="ignore"):
+        top, most, rest = _together(found)
+        total = most + rest if name == "softmax" else np.log(most) + np.log1p(rest / most)
+        if name == "logsumexp":
+            answer[...] = (top + total).reshape(answer.shape)
+            return answer
+    out = answer.reshape(rows.shape)
+
+    def finish(k: int) -> None:
+        i, j, first, last = pieces[k]
+        part, column = slice(starts[j], starts[j] + length), slice(first, last)
+        logarithm = name == "log_softmax"
+        kernels.finish_across(rows[i, part], first, last, logarithm, top[i, column], total[i, column], out[i, part])
+
+    parallel(finish, len(pieces), threads)
     return answer
 
 
-_PIECE = 1 << 16
+_ACROSS_PIECES = 8
+"""Pieces that there should be, so that all threads have work; of the rows no more, for they are summed one by one."""
+
+
+def _together(found: Array) -> tuple[Array, Array, Array]:
+    """Bring together what is known of the pieces of rows: maximum, its number, and Σ exp(x - maximum) over the rest."""
+    tops, most, rest = found
+    top = np.max(tops, axis=1)
+    at_top = tops == top[:, None]
+    factor = np.where(at_top, 1.0, np.exp(tops - top[:, None]))
+    rest = np.sum(rest * factor + np.where(at_top, 0.0, most * factor), axis=1)
+    return top, np.sum(np.where(at_top, most, 0.0), axis=1), rest
+
+
+_PIECE = 1 << 17
 """Entries of a long row that one thread does at a time."""
 
 _LONG = 2 * _PIECE
@@ -129,54 +172,48 @@ def _run_long(call: Call, operands: tuple[Array, ...], threads: int) -> Array:
     keeps_length = _FORMULAS[name][1]
     answer = _blocks.like(x, axis, x.shape[axis] if keeps_length else 1, call.result)
     rows, out = _as_bits(x.reshape(-1, x.shape[axis])), _as_bits(answer.reshape(-1, answer.shape[axis]))
-    real = np.dtype(call.compute).type
     starts = range(0, rows.shape[1], _PIECE)
-    count = len(starts)
-    found = np.empty((3, len(rows), count), call.compute)
-    temperature = None if not keeps_length or operands[1] is None else real(operands[1])
+    pieces = [(i, j, slice(start, start + _PIECE)) for i in range(len(rows)) for j, start in enumerate(starts)]
+    found = np.empty((3, len(rows), len(starts)), call.compute)
+    temperature = None if not keeps_length or operands[1] is None else found.dtype.type(operands[1])
+    # What is rounded to 16 bits at the end cannot wait there.
+    space = out if name == "softmax" and out.dtype == found.dtype else None
 
-    def look(i: int) -> None:
-        row, piece = divmod(i, count)
-        part, said = rows[row, starts[piece] : starts[piece] + _PIECE], np.empty(3, real)
+    def look(k: int) -> None:
+        i, j, part = pieces[k]
         if keeps_length:
-            kernels.total_of_piece(part, temperature, said)
+            found[:2, i, j] = kernels.total_of_piece(
+                rows[i, part], temperature, None if space is None else space[i, part]
+            )
         else:
-            kernels.apart_of_piece(part, said)
-        found[:, row, piece] = said
+            found[:, i, j] = kernels.apart_of_piece(rows[i, part])
 
-    parallel(look, len(rows) * count, threads)
+    parallel(look, len(pieces), threads)
     top = np.max(found[0], axis=1)
     with np.errstate(all="ignore"):
-        distance = found[0] - top[:, None]
         if not keeps_length:
-            return _finish_long(kernels, call, operands, rows, found, distance, answer)
-        total = np.sum(found[1] * np.exp(distance if temperature is None else distance / temperature), axis=1)
-        last = np.log(total) if name == "log_softmax" else total
-    write = getattr(kernels, f"{name}_of_piece")
+            top, most, rest = _together(found)
+            log_total = np.log(most) + np.log1p(rest / most)
+            if name == "logsumexp":
+                answer[...] = _converted(kernels, top + log_total, answer.dtype).reshape(answer.shape)
+            else:
+                _losses(kernels, _Block(kernels, call, operands), rows, top, log_total, answer.reshape(-1))
+            return answer
+        distance = found[0] - top[:, None]
+        factor = np.exp(distance if temperature is None else distance / temperature)
+        total = np.sum(found[1] * factor, axis=1)
+        log_total, factor = np.log(total), factor / total[:, None]
 
-    def finish(i: int) -> None:
-        row, piece = divmod(i, count)
-        part = slice(starts[piece], starts[piece] + _PIECE)
-        write(rows[row, part], top[row], temperature, last[row], out[row, part])
+    def finish(k: int) -> None:
+        i, j, part = pieces[k]
+        if name == "log_softmax":
+            kernels.log_softmax_of_piece(rows[i, part], top[i], temperature, log_total[i], out[i, part])
+        elif space is None:
+            kernels.softmax_of_piece(rows[i, part], top[i], temperature, total[i], out[i, part])
+        else:
+            kernels.scale_piece(factor[i, j], out[i, part])
 
-    parallel(finish, len(rows) * count, threads)
-    return answer
-
-
-def _finish_long(
-    kernels: Any, call: Call, operands: tuple[Array, ...], rows: Array, found: Array, distance: Array, answer: Array
-) -> Array:
-    tops, most, rest = found
-    top = np.max(tops, axis=1)
-    at_top = tops == top[:, None]
-    factor = np.where(at_top, 1.0, np.exp(distance))
-    rest = np.sum(rest * factor + np.where(at_top, 0.0, most * factor), axis=1)
-    most = np.sum(np.where(at_top, most, 0.0), axis=1)
-    log_total = np.log(most) + np.log1p(rest / most)
-    if call.formula.name == "logsumexp":
-        answer[...] = _converted(kernels, top + log_total, answer.dtype).reshape(answer.shape)
-    else:
-        _losses(kernels, _Block(kernels, call, operands), rows, top, log_total, answer.reshape(-1))
+    parallel(finish, len(pieces), threads)
     return answer
 
 
@@ -192,7 +229,7 @@ def run(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Piece], th
     kernels = _kernels()
     function, keeps_length = _FORMULAS[call.formula.name]
     answer = _blocks.like(x, axis, x.shape[axis] if keeps_length else 1, call.result)
-    rounds = _stays_narrow(call, x)
+    rounds = keeps_length and _stays_narrow(call, x)
 
     def work(i: int) -> None:
         parts, target = operands, answer
