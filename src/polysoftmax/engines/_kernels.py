@@ -295,7 +295,7 @@ def _(y: Any, out: Any) -> Callable[..., Any]:
     if isinstance(out.dtype, types.Float):
         return lambda y, out: None
     narrow = narrow_float16 if out.dtype == types.uint16 else narrow_bfloat16
-    return lambda y, out: narrow(y, out)
+    return lambda y, out: narrow(y, out)  # noqa: PLW0108  # it has to be a function, which a kernel is not
 
 
 @_part
@@ -490,7 +490,7 @@ _EDGE = 8
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _transpose(_: Any, source: Any, i: Any, j: Any, target: Any, k: Any, l: Any) -> Any:  # noqa: E741, PLR0917
+def _transpose(_: Any, source: Any, i: Any, j: Any, target: Any, k: Any, l: Any) -> Any:  # noqa: E741
     """Write the square that begins at ``source[i, j]``, transposed, to where ``target[k, l]`` begins."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -718,8 +718,12 @@ def softmax_across(x: Array, outer: int, first: int, last: int, logarithm: bool,
                     row[c] = e
                     part[c] += e
         _add_exactly(total, lost, part)
-    for c in range(width):
-        total[c] = math.log(total[c] + lost[c]) if logarithm else one / (total[c] + lost[c])
+    if logarithm:
+        for c in range(width):
+            total[c] = log1p((total[c] - one) + lost[c])
+    else:
+        for c in range(width):
+            total[c] = one / (total[c] + lost[c])
     for j in range(n):
         line, row = x[outer, j, first:last], out[outer, j, first:last]
         if logarithm:

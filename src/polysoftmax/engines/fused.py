@@ -74,7 +74,10 @@ _ACROSS = ("softmax", "log_softmax", "logsumexp")
 """Formulas with a kernel along other axes than the last."""
 
 _ACROSS_BYTES = 4096
-"""Length of the lines that it works on: shorter ones cost a miss in the translation of addresses each."""
+"""Least length of the lines that it works on: shorter ones cost a miss in the translation of addresses each."""
+
+_ACROSS_CACHED = 1 << 18
+"""Size up to which lines are longer than that: each has a cost of its own."""
 
 
 def _is_across(call: Call, operands: tuple[Array, ...]) -> bool:
@@ -93,7 +96,7 @@ def _run_across(call: Call, x: Array, threads: int) -> Array:
     axis, name = call.options["axis"], call.formula.name
     outer, n, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
     rows = x.reshape(outer, n, inner)
-    step = max(1, _ACROSS_BYTES // x.itemsize)
+    step = max(_ACROSS_BYTES // x.itemsize, _ACROSS_CACHED // (n * x.itemsize))
     columns = [(first, min(first + step, inner)) for first in range(0, inner, step)]
     # Where there are few columns, the rows are cut as well.
     length = max(_PIECE // min(step, inner), -(-n // _ACROSS_PIECES))
