@@ -414,6 +414,46 @@ def test_logsumexp_along_other_axes(dtype: Float, shape: tuple[int, ...]) -> Non
     np.testing.assert_allclose(y[:, 5:], exact_softmax(x.T[5:])[0].T.astype(dtype), rtol=200 * U[dtype])
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("n", [2, 5, 40, 300])
+def test_gradient_of_cross_entropy(n: int, narrow: bool) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(n)
+    m, z_loss, dtype = 301, 0.1, torch.bfloat16 if narrow else torch.float32
+    x = torch.from_numpy(rng.standard_normal((m, n)) * 3).to(dtype)
+    weight, g = rng.uniform(0.5, 2, n).astype(np.float32), rng.standard_normal(m).astype(np.float32)
+    targets = rng.integers(0, n, m)
+    targets[7::9] = -100
+    x[7] = NAN
+    wide = x.double().numpy()
+    with np.errstate(invalid="ignore"):
+        terms = np.exp(wide)
+        p, total = terms / terms.sum(axis=1, keepdims=True), np.log(terms.sum(axis=1))
+    counts = targets >= 0
+    kept = np.where(counts, targets, 0)
+    c, rows = weight[kept], np.arange(m)
+    losses = np.where(counts, c * (total - wide[rows, kept]) + z_loss * total**2, 0)
+    slopes = p * (c + 2 * z_loss * total)[:, None]
+    slopes[rows, kept] -= c
+    slopes = np.where(counts[:, None], slopes * g[:, None], 0)
+    with polysoftmax.engine("fused"):
+        leaf = x.clone().requires_grad_()
+        y = polysoftmax.cross_entropy(
+            leaf,
+            torch.from_numpy(targets),
+            weight=torch.from_numpy(weight),
+            ignore_index=-100,
+            z_loss=z_loss,
+            reduction="none",
+        )
+        (gradient,) = torch.autograd.grad(y, leaf, torch.from_numpy(g).to(dtype))
+    if narrow:
+        slopes *= (torch.from_numpy(g).to(dtype).double().numpy() / g)[:, None]
+    unit = 2.0**-8 if narrow else 64 * U[np.float32]
+    np.testing.assert_allclose(y.detach().double(), losses, rtol=unit, atol=1e-5)
+    np.testing.assert_allclose(gradient.double(), slopes, rtol=unit, atol=2e-5)
+
+
 def test_ignored_targets_leave_no_trace() -> None:
     x = np.full((3, 100), NAN, np.float32)
     x[0] = 0
