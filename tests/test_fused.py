@@ -15,7 +15,7 @@ import polysoftmax
 
 numba = pytest.importorskip("numba", reason="the fused kernels need polysoftmax[fast]")
 
-from polysoftmax.engines import _kernels  # noqa: E402  # needs Numba
+from polysoftmax.engines import _kernels, fused  # noqa: E402  # needs Numba
 
 INF, NAN = np.inf, np.nan
 FLOATS = [np.float32, np.float64]
@@ -27,6 +27,12 @@ Float = Any
 def exponentials(z: np.ndarray, out: np.ndarray) -> None:
     for i in range(z.size):
         out[i] = _kernels.exp(z[i])
+
+
+@numba.njit(**_kernels._STRICT)  # type: ignore[untyped-decorator]
+def logarithms(z: np.ndarray, out: np.ndarray) -> None:
+    for i in range(z.size):
+        out[i] = _kernels.log1p(z[i])
 
 
 def exp(z: np.ndarray) -> np.ndarray:
@@ -291,6 +297,161 @@ def test_rounding_to_bfloat16(upper: int, lower: int, rounded: int) -> None:
     x, bits = np.asarray([upper << 16 | lower], np.uint32).view(np.float32), np.empty(1, np.uint16)
     _kernels.narrow_bfloat16(x, bits)
     assert bits[0] == rounded
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_logarithm_is_within_three_ulp(dtype: Float) -> None:
+    doublings = 2.0 ** np.arange(-60, 40)
+    z = np.concatenate([np.logspace(-30, 9, 2000), np.linspace(0, 3, 2000), doublings, doublings - 1]).astype(dtype)
+    z = z[z >= 0]
+    out = np.empty_like(z)
+    logarithms(z, out)
+    with mpmath.workdps(60):
+        worst = ulps(out, [mpmath.log1p(mpmath.mpf(float(one))) for one in z])
+    assert worst.max() <= 3.0, z[worst.argmax()]
+    logarithms(np.asarray([0.0, INF, NAN], dtype), out[:3])
+    np.testing.assert_array_equal(out[:3], np.asarray([0, INF, NAN], dtype))
+
+
+def exact_softmax(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the softmax along the last axis and the logsumexp in a wider dtype."""
+    wide = x.astype(np.longdouble)
+    top = wide.max(axis=-1, keepdims=True)
+    terms = np.exp(wide - top)
+    total = terms.sum(axis=-1, keepdims=True)
+    return terms / total, (top + np.log(total))[..., 0]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1, 3, 7, 8, 9, 15, 33, 96, 97])
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 127, 128, 129, 300])
+def test_short_rows_of_any_number_and_length(m: int, n: int, dtype: Float) -> None:
+    x = 3 * np.random.default_rng(m * n).standard_normal((m, n)).astype(dtype)
+    want, total = exact_softmax(x)
+    around = np.full((m + 2, n), -7, dtype)  # what is moved by squares must not reach the neighbours
+    _kernels.softmax_short(x, None, around[1:-1])
+    np.testing.assert_allclose(around[1:-1], want.astype(dtype), rtol=64 * U[dtype])
+    assert (around[[0, -1]] == -7).all()
+    with polysoftmax.engine("fused"):
+        np.testing.assert_allclose(
+            polysoftmax.logsumexp(x), total.astype(dtype), rtol=64 * U[dtype], atol=64 * U[dtype]
+        )
+        np.testing.assert_allclose(
+            polysoftmax.log_softmax(x), np.log(want).astype(dtype), rtol=64 * U[dtype], atol=64 * U[dtype]
+        )
+
+
+@pytest.mark.parametrize("n", [3, 40, 700, 300_000])
+def test_16_bits_are_the_float32_answer_rounded_once(n: int) -> None:
+    x = (3 * np.random.default_rng(n).standard_normal((5, n))).astype(np.float16)
+    targets = np.arange(5) % n
+    with polysoftmax.engine("fused"):
+        for function in (polysoftmax.softmax, polysoftmax.log_softmax, polysoftmax.logsumexp):
+            wide = function(x.astype(np.float32))
+            if function is polysoftmax.softmax and n >= fused._LONG:
+                wide = function(x, dtype=np.float32)  # of long rows, exponentials in float32 are scaled, too
+            got = function(x)
+            assert got.dtype == np.float16
+            off = np.abs(got.astype(np.float64) - wide) / np.spacing(np.abs(wide.astype(np.float16))).astype(np.float64)
+            assert off.max() <= 0.501
+        losses = polysoftmax.cross_entropy(x, targets, reduction="none")
+        wide = polysoftmax.cross_entropy(x.astype(np.float32), targets, reduction="none")
+    np.testing.assert_array_equal(losses, wide.astype(np.float16))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_long_rows_in_pieces(dtype: Float, temperature: float) -> None:
+    n = 3 * fused._PIECE + 5
+    x = 3 * np.random.default_rng(2).standard_normal((3, n)).astype(dtype)
+    x[1] = -2.3  # a rounding error that never changes sign
+    x[2, : 2 * fused._PIECE] = -INF  # pieces with nothing in them
+    exact = x.astype(np.longdouble) / temperature
+    want, total = exact_softmax(exact)
+    with np.errstate(divide="ignore"):
+        log_want = np.log(want)
+    with polysoftmax.engine("fused"), np.errstate(all="raise"):
+        y = polysoftmax.softmax(x, temperature=temperature)
+        log_y = polysoftmax.log_softmax(x, temperature=temperature)
+        lse, losses = polysoftmax.logsumexp(x), polysoftmax.cross_entropy(x, np.full(3, n - 1), reduction="none")
+    d = exact.max(axis=-1, keepdims=True) - exact
+    spread = (want * np.where(want > 0, d, 0)).sum(axis=-1, keepdims=True)
+    bound = (16 + np.log2(n) + np.where(want > 0, d, 0) + spread) * U[dtype]
+    assert (np.abs(y - want) <= bound * want + np.finfo(dtype).tiny).all()
+    finite = want > 0
+    log_error = np.abs(log_y[finite] - log_want[finite])
+    assert (log_error <= (bound + np.abs(log_want) * U[dtype])[finite]).all()
+    assert (log_y[~finite] == -INF).all()
+    if temperature == 1:
+        np.testing.assert_allclose(lse, total.astype(dtype), rtol=64 * U[dtype])
+        np.testing.assert_allclose(losses, -log_want[:, -1].astype(dtype), rtol=64 * U[dtype])
+
+
+def test_nan_and_inf_in_pieces_of_long_rows() -> None:
+    x = nan_and_inf(fused._LONG, np.float32)
+    with polysoftmax.engine("fused"), np.errstate(all="raise"):
+        y, log_y, lse = polysoftmax.softmax(x), polysoftmax.log_softmax(x), polysoftmax.logsumexp(x)
+    assert np.isnan(y[:4]).all()
+    assert np.isnan(log_y[:4]).all()
+    assert np.isfinite(y[4:]).all()
+    np.testing.assert_array_equal(lse[:4], [NAN, NAN, INF, -INF])
+    assert np.isfinite(lse[4:]).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1000, 7), (30_001, 9), (20, 3000)])
+def test_logsumexp_along_other_axes(dtype: Float, shape: tuple[int, ...]) -> None:
+    x = 3 * np.random.default_rng(3).standard_normal(shape).astype(dtype)
+    x[:, :5] = nan_and_inf(len(x), dtype)[:5].T
+    x[:, 5] = -40
+    x[0, 5] = 0  # an answer close to 0 keeps its digits
+    with polysoftmax.engine("fused"), np.errstate(all="raise"):
+        got = polysoftmax.logsumexp(x, axis=0)
+        y = polysoftmax.softmax(x, axis=0)
+    np.testing.assert_array_equal(got[:4], [NAN, NAN, INF, -INF])
+    np.testing.assert_allclose(got[6:], exact_softmax(x.T[6:])[1].astype(dtype), rtol=64 * U[dtype])
+    np.testing.assert_allclose(got[5], np.log1p((len(x) - 1) * np.exp(-40.0)), rtol=64 * U[dtype])
+    np.testing.assert_allclose(y[:, 5:], exact_softmax(x.T[5:])[0].T.astype(dtype), rtol=200 * U[dtype])
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("n", [2, 5, 40, 300])
+def test_gradient_of_cross_entropy(n: int, narrow: bool) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(n)
+    m, z_loss, dtype = 301, 0.1, torch.bfloat16 if narrow else torch.float32
+    x = torch.from_numpy(rng.standard_normal((m, n)) * 3).to(dtype)
+    weight, g = rng.uniform(0.5, 2, n).astype(np.float32), rng.standard_normal(m).astype(np.float32)
+    targets = rng.integers(0, n, m)
+    targets[7::9] = -100
+    x[7] = NAN
+    wide = x.double().numpy()
+    with np.errstate(invalid="ignore"):
+        terms = np.exp(wide)
+        p, total = terms / terms.sum(axis=1, keepdims=True), np.log(terms.sum(axis=1))
+    counts = targets >= 0
+    kept = np.where(counts, targets, 0)
+    c, rows = weight[kept], np.arange(m)
+    losses = np.where(counts, c * (total - wide[rows, kept]) + z_loss * total**2, 0)
+    slopes = p * (c + 2 * z_loss * total)[:, None]
+    slopes[rows, kept] -= c
+    slopes = np.where(counts[:, None], slopes * g[:, None], 0)
+    with polysoftmax.engine("fused"):
+        leaf = x.clone().requires_grad_()
+        y = polysoftmax.cross_entropy(
+            leaf,
+            torch.from_numpy(targets),
+            weight=torch.from_numpy(weight),
+            ignore_index=-100,
+            z_loss=z_loss,
+            reduction="none",
+        )
+        (gradient,) = torch.autograd.grad(y, leaf, torch.from_numpy(g).to(dtype))
+    if narrow:
+        slopes *= (torch.from_numpy(g).to(dtype).double().numpy() / g)[:, None]
+    unit = 2.0**-8 if narrow else 64 * U[np.float32]
+    np.testing.assert_allclose(y.detach().double(), losses, rtol=unit, atol=1e-5)
+    np.testing.assert_allclose(gradient.double(), slopes, rtol=unit, atol=2e-5)
 
 
 def test_ignored_targets_leave_no_trace() -> None:

@@ -16,7 +16,7 @@ import polysoftmax
 from polysoftmax.engines import _blocks, _threads
 from polysoftmax.engines._threads import num_threads, parallel, set_num_threads
 
-SHAPES = [(400, 513), (30000, 7), (3, 120_000), (17, 40, 90)]
+SHAPES = [(400, 513), (30000, 7), (3, 120_000), (17, 40, 90), (2, 400_000)]
 FORMULAS = [polysoftmax.softmax, polysoftmax.log_softmax, polysoftmax.logsumexp, polysoftmax.entropy]
 
 

@@ -371,6 +371,7 @@ def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Arr
 
 
 def _require_known(r: Rows, targets: Array, ignore_index: int | None) -> None:
+    # As a rule all are classes, which the two extremes tell without arrays between.
     if 0 in targets.shape or (int(r.xp.min(targets)) >= 0 and int(r.xp.max(targets)) < r.length):
         return
     known = (targets >= 0) & (targets < r.length)

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
-from numba.extending import overload
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, overload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +32,7 @@ _CHUNK = 1024
 """Sums are taken over so many terms and the sums of these in a tree: the error grows with log2(n)."""
 
 
-def _kernel(function: Callable[..., None]) -> Callable[..., None]:
+def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(nogil=True, cache=True, **_STRICT)(function)  # type: ignore[no-any-return]
 
 
@@ -39,7 +41,7 @@ def _part(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _for_dtypes(stub: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return overload(stub, jit_options=_STRICT)  # type: ignore[no-any-return]
+    return overload(stub, jit_options=_STRICT, strict=False)  # type: ignore[no-any-return]
 
 
 def _sum(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,6 +96,50 @@ def _(z: Any) -> Callable[..., Any] | None:
     return _EXPONENTIAL.get(str(z))
 
 
+def _logarithm(real: DType, whole: DType, degree: int, ln2: tuple[float, float]) -> Callable[..., Any]:
+    """Return log1p for z ≥ 0 in one dtype, within 3 ulp, in operations that the compiler can do on vectors.
+
+    1 + z = 2^k·m with m from √½ to √2, log m = 2·artanh((m - 1) / (m + 1)) by its series, and what rounding took from
+    1 + z is added as a part of it. NaN and inf pass through.
+    """
+    info = np.finfo(real)
+    series = tuple(real(2.0 / (2 * i + 1)) for i in range(degree + 1))
+    high, low, one, most = real(ln2[0]), real(ln2[1]), real(1.0), real(math.inf)
+    shift, one_bits = whole(info.nmant), real(1.0).view(whole)
+    root_bits, exponent_of_one = whole(one_bits - real(math.sqrt(0.5)).view(whole)), whole(one_bits >> shift)
+
+    def logarithm(z: Any) -> Any:
+        u = real(one + z)
+        lost = z - (u - one) if z < one else one - (u - z)
+        k = whole(whole(whole(u.view(whole) + root_bits) >> shift) - exponent_of_one)
+        m = whole(u.view(whole) - whole(whole(k) << shift)).view(real)
+        s = (m - one) / (m + one)
+        square = s * s
+        p = series[degree]
+        for i in range(degree - 1, -1, -1):
+            p = p * square + series[i]
+        y = real(k) * high + (real(k) * low + (s * p + lost / u))
+        return y if u < most else u
+
+    return logarithm
+
+
+_LOGARITHM = {
+    "float32": _logarithm(np.float32, np.int32, 5, (0.693359375, -2.1219444005469057e-4)),
+    "float64": _logarithm(np.float64, np.int64, 11, (0.6931471803691238, 1.9082149292705877e-10)),
+}
+
+
+def log1p(z: Any) -> Any:
+    """Return log(1 + z) for z ≥ 0, inf or NaN."""
+    raise NotImplementedError
+
+
+@_for_dtypes(log1p)
+def _(z: Any) -> Callable[..., Any] | None:
+    return _LOGARITHM.get(str(z))
+
+
 def _greatest(real: DType, whole: DType) -> Callable[..., Any]:
     """Return the maximum of a row for one dtype, by the integers that the bits of floats stand in the order of.
 
@@ -125,6 +171,131 @@ def greatest(x: Any) -> Any:
 @_for_dtypes(greatest)
 def _(x: Any) -> Callable[..., Any] | None:
     return _GREATEST.get(str(x.dtype))
+
+
+# float16 and bfloat16 are taken and given as their bits, uint16 for the one and int16 for the other: Numba has neither,
+# and NumPy converts the one slowly. A row of them is widened, and rounded, in the cache.
+
+
+@_kernel
+def widen_bfloat16(bits: Array, out: Array) -> None:
+    """Write the float32 of every bfloat16."""
+    for i in range(bits.size):
+        out[i] = np.uint32(np.uint32(np.uint16(bits[i])) << 16).view(np.float32)
+
+
+@_kernel
+def narrow_bfloat16(x: Array, bits: Array) -> None:
+    """Write every float32 rounded to bfloat16, ties to even."""
+    for i in range(x.size):
+        b = np.float32(x[i]).view(np.uint32)
+        rounded = np.uint32(b + np.uint32(0x7FFF) + np.uint32(np.uint32(b >> 16) & 1)) >> 16
+        bits[i] = np.uint16(rounded if x[i] == x[i] else 0x7FC0)  # NaN
+
+
+@_kernel
+def widen_float16(bits: Array, out: Array) -> None:
+    """Write the float32 of every float16."""
+    scale = np.float32(2.0**112)  # from the exponents of float16 to those of float32, subnormal ones too
+    for i in range(bits.size):
+        h = np.uint32(bits[i])
+        v = np.uint32(np.uint32(h & 0x7FFF) << 13).view(np.float32) * scale
+        v = np.float32(math.inf) if v >= np.float32(65536) else v
+        v = np.float32(math.nan) if np.uint32(h & 0x7FFF) > 0x7C00 else v
+        out[i] = -v if h >= 0x8000 else v
+
+
+@_kernel
+def narrow_float16(x: Array, bits: Array) -> None:
+    """Write every float32 rounded to float16, ties to even."""
+    half = np.float32(0.5)
+    half_bits = np.uint32(half.view(np.uint32))
+    for i in range(x.size):
+        v = np.float32(x[i])
+        b = v.view(np.uint32)
+        a = np.uint32(b & np.uint32(0x7FFFFFFF))
+        m = a.view(np.float32)
+        odd = np.uint32(np.uint32(a >> 13) & 1)
+        normal = np.uint32(np.uint32(a + np.uint32(0xFFF) + odd - np.uint32(112 << 23)) >> 13)
+        # Added to 0.5, a float32 has no more digits than a subnormal float16.
+        small = np.uint32(np.float32(m + half).view(np.uint32) - half_bits)
+        r = normal if m >= np.float32(2.0**-14) else small
+        r = np.uint32(0x7C00) if m >= np.float32(65520) else r
+        r = r if m == m else np.uint32(0x7E00)  # NaN
+        bits[i] = np.uint16(r | np.uint32(np.uint32(b >> 16) & np.uint32(0x8000)))
+
+
+def _loaded(x: Array, space: Array) -> Array:
+    """Return ``x`` as floats: itself, or what its bits mean in ``space``."""
+    raise NotImplementedError
+
+
+@_for_dtypes(_loaded)
+def _(x: Any, space: Any) -> Callable[..., Any]:
+    del space
+    if isinstance(x.dtype, types.Float):
+        return lambda x, space: x
+    widen = widen_float16 if x.dtype == types.uint16 else widen_bfloat16
+
+    def loaded(x: Array, space: Array) -> Array:
+        wide = space[: x.size]
+        widen(x, wide)
+        return wide
+
+    return loaded
+
+
+def _empty(x: Array, n: int) -> Array:
+    """Return space for n entries of the dtype that ``x`` is computed in."""
+    raise NotImplementedError
+
+
+@_for_dtypes(_empty)
+def _(x: Any, n: Any) -> Callable[..., Any]:
+    del n
+    if isinstance(x.dtype, types.Float):
+        return lambda x, n: np.empty(n, x.dtype)
+    return lambda x, n: np.empty(n, np.float32)
+
+
+def _wide_space(x: Array, n: int) -> Array:
+    """Return space for n entries of ``x`` as floats where they are not."""
+    raise NotImplementedError
+
+
+@_for_dtypes(_wide_space)
+def _(x: Any, n: Any) -> Callable[..., Any]:
+    del n
+    if isinstance(x.dtype, types.Float):
+        return lambda x, n: np.empty(0, x.dtype)
+    return lambda x, n: np.empty(n, np.float32)
+
+
+def _space_for(out: Array, space: Array) -> Array:
+    """Return where the floats of an answer are to be written: into itself, or into ``space`` first."""
+    raise NotImplementedError
+
+
+@_for_dtypes(_space_for)
+def _(out: Any, space: Any) -> Callable[..., Any]:
+    del space
+    if isinstance(out.dtype, types.Float):
+        return lambda out, space: out
+    return lambda out, space: space[: out.size]
+
+
+def _store(y: Array, out: Array) -> None:
+    """Round what was written into the space for an answer."""
+    raise NotImplementedError
+
+
+@_for_dtypes(_store)
+def _(y: Any, out: Any) -> Callable[..., Any]:
+    del y
+    if isinstance(out.dtype, types.Float):
+        return lambda y, out: None
+    narrow = narrow_float16 if out.dtype == types.uint16 else narrow_bfloat16
+    return lambda y, out: narrow(y, out)  # noqa: PLW0108  # it has to be a function, which a kernel is not
 
 
 @_part
@@ -180,27 +351,22 @@ def _total(x: Array, top: Any, temperature: Any, parts: Array) -> Any:
     return _tree(parts, count)
 
 
-@_part
-def _count(x: Array, value: Any) -> int:
-    count = 0
-    for j in range(x.size):
-        count += x[j] == value
-    return count
-
-
 @_sum
-def _rest(x: Array, top: Any, parts: Array) -> Any:
-    """Return Σ exp(x - top) over what does not stand at the maximum."""
-    count, least = 0, x.dtype.type(-math.inf)
+def _apart(x: Array, top: Any, parts: Array) -> tuple[int, Any]:
+    """Return how many entries stand at the maximum, and Σ exp(x - top) over the others."""
+    most, count, zero = 0, 0, x.dtype.type(0)
     for start in range(0, x.size, _CHUNK):
         chunk = x[start : start + _CHUNK]
-        total = x.dtype.type(0)
+        total = zero
         for j in range(chunk.size):
             v = chunk[j]
-            total += exp(least if v == top else v - top)
+            e = exp(v - top)
+            total += zero if v == top else e
+        for j in range(chunk.size):  # in one loop, the two would become a branch, and not vectors
+            most += chunk[j] == top
         parts[count] = total
         count += 1
-    return _tree(parts, count)
+    return most, _tree(parts, count)
 
 
 @_sum
@@ -292,29 +458,111 @@ def _entry(values: Array | None, i: int) -> Any:
 
 
 @_part
+def _group(x: Array) -> int:
+    """Return how many rows are widened and rounded together: a loop has a cost of its own."""
+    return max(1, 4096 // x.shape[1])  # type: ignore[no-any-return]
+
+
+@_part
+def _lines(x: Array, space: Array) -> Array:
+    """Return rows as floats."""
+    return _loaded(x.reshape(-1), space).reshape(x.shape)
+
+
+@_part
+def _answers(out: Array, space: Array) -> Array:
+    """Return where the floats of some rows of an answer are to be written."""
+    return _space_for(out.reshape(-1), space).reshape(out.shape)
+
+
+@_part
 def _scratch(x: Array, temperature: Array | None, where: Array | None) -> tuple[Array, Array]:
     """Return space for the sums of a row's chunks, and for a shifted row where one can be needed."""
     n = x.shape[1]
-    parts = np.empty(n // _CHUNK + 1, x.dtype)
-    return parts, np.empty(0 if temperature is None and where is None else n, x.dtype)
+    return _empty(x, n // _CHUNK + 1), _empty(x, 0 if temperature is None and where is None else n)
 
 
 _LANES = 128
 """Short rows are done so many at a time, each on a lane of its own."""
 
+_EDGE = 8
+"""Edge of the squares that are transposed in registers. A loop of loads and stores takes four times as long."""
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _transpose(_: Any, source: Any, i: Any, j: Any, target: Any, k: Any, l: Any) -> Any:  # noqa: E741
+    """Write the square that begins at ``source[i, j]``, transposed, to where ``target[k, l]`` begins."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        scalar = context.get_data_type(source.dtype)
+        size, line = context.get_abi_sizeof(scalar), ir.VectorType(scalar, _EDGE).as_pointer()
+
+        def places(kind: Any, array: Any, row: Any, column: Any) -> list[Any]:
+            array = context.make_array(kind)(context, builder, array)
+            rows = [builder.add(row, ir.Constant(row.type, r)) for r in range(_EDGE)]
+            return [
+                builder.bitcast(
+                    cgutils.get_item_pointer(context, builder, kind, array, [r, column], wraparound=False), line
+                )
+                for r in rows
+            ]
+
+        lines = [builder.load(place, align=size) for place in places(source, *arguments[:3])]
+        index = ir.VectorType(ir.IntType(32), _EDGE)
+        step = 1
+        while step < _EDGE:  # swap the squares of this edge that stand off the diagonal
+            upper = ir.Constant(index, [_EDGE + c - step if c & step else c for c in range(_EDGE)])
+            lower = ir.Constant(index, [_EDGE + c if c & step else c + step for c in range(_EDGE)])
+            for r in range(_EDGE):
+                if not r & step:
+                    a, b = lines[r], lines[r + step]
+                    lines[r] = builder.shuffle_vector(a, b, upper)
+                    lines[r + step] = builder.shuffle_vector(a, b, lower)
+            step *= 2
+        for one, place in zip(lines, places(target, *arguments[3:]), strict=True):
+            builder.store(one, place, align=size)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), generate
+
 
 @_part
-def _gather(x: Array, first: int, rows: int, tile: Array) -> None:
-    for lane in range(rows):
-        row = x[first + lane]
+def _whole_squares(lines: Array) -> int:
+    """Return how many of the rows can be moved by squares.
+
+    In a row that is shorter than a square, what follows it is moved too: it has to belong to the same memory, and what
+    is written over has to be written later.
+    """
+    rows, n = lines.shape
+    if n < _EDGE:
+        rows = max(0, (lines.size - _EDGE) // n + 1)
+    return rows // _EDGE * _EDGE  # type: ignore[no-any-return]
+
+
+@_part
+def _gather(lines: Array, tile: Array) -> None:
+    rows, n = lines.shape
+    whole = _whole_squares(lines)
+    for lane in range(0, whole, _EDGE):
+        for start in range(0, n, _EDGE):
+            j = max(0, min(start, n - _EDGE))
+            _transpose(lines, lane, j, tile, j, lane)
+    for lane in range(whole, rows):
+        row = lines[lane]
         for j in range(row.size):
             tile[j, lane] = row[j]
 
 
 @_part
-def _scatter(tile: Array, first: int, rows: int, out: Array) -> None:
-    for lane in range(rows):
-        row = out[first + lane]
+def _scatter(tile: Array, lines: Array) -> None:
+    rows, n = lines.shape
+    whole = _whole_squares(lines)
+    for lane in range(0, whole, _EDGE):
+        for start in range(0, n, _EDGE):
+            j = max(0, min(start, n - _EDGE))
+            _transpose(tile, j, lane, lines, lane, j)
+    for lane in range(whole, rows):
+        row = lines[lane]
         for j in range(row.size):
             row[j] = tile[j, lane]
 
@@ -332,7 +580,7 @@ def _lane_tops(tile: Array, top: Array) -> None:
 @_part
 def _lane_totals(tile: Array, top: Array, apart: bool, keep: bool, part: Array, most: Array, total: Array) -> None:
     """Write Σ exp(x - top) of each lane, summed by eights; ``apart``: without the terms at the maximum, counted."""
-    zero, one, least = tile.dtype.type(0), tile.dtype.type(1), tile.dtype.type(-math.inf)
+    zero, one = tile.dtype.type(0), tile.dtype.type(1)
     most[:] = zero
     total[:] = zero
     for start in range(0, tile.shape[0], 8):
@@ -342,8 +590,10 @@ def _lane_totals(tile: Array, top: Array, apart: bool, keep: bool, part: Array, 
             if apart:
                 for lane in range(_LANES):
                     v, t = line[lane], top[lane]
-                    part[lane] += exp(least if v == t else v - t)
-                    most[lane] += one if v == t else zero
+                    e = exp(v - t)
+                    part[lane] += zero if v == t else e
+                for lane in range(_LANES):  # as in _apart
+                    most[lane] += one if line[lane] == top[lane] else zero
             elif keep:
                 for lane in range(_LANES):
                     e = exp(line[lane] - top[lane])
@@ -357,60 +607,80 @@ def _lane_totals(tile: Array, top: Array, apart: bool, keep: bool, part: Array, 
 
 
 @_part
-def _lane_scratch(x: Array) -> tuple[Array, Array, Array, Array, Array]:
-    lanes = np.zeros((4, _LANES), x.dtype)
-    return np.zeros((x.shape[1], _LANES), x.dtype), lanes[0], lanes[1], lanes[2], lanes[3]
+def _lane_scratch(x: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
+    n = x.shape[1]
+    lanes = _empty(x, 4 * _LANES).reshape(4, _LANES)
+    space = _empty(x, max(n, _EDGE) * _LANES).reshape(-1, _LANES)
+    space[:] = 0  # lanes without a row are computed with, too
+    return space, space[:n], lanes[0], lanes[1], lanes[2], lanes[3]
+
+
+@_part
+def _put(tile: Array, out: Array, space: Array) -> None:
+    """Write short rows from their lanes."""
+    y = _answers(out, space)
+    _scatter(tile, y)
+    _store(y.reshape(-1), out.reshape(-1))
 
 
 @_kernel
-def softmax_short(x: Array, out: Array) -> None:
-    """Write the softmax of short rows."""
-    tile, top, part, most, total = _lane_scratch(x)
-    one = x.dtype.type(1)
+def softmax_short(x: Array, factor: Array | None, out: Array) -> None:
+    """Write the softmax of short rows, times their factors."""
+    space, tile, top, part, most, total = _lane_scratch(x)
+    wide, fine = _wide_space(x, _LANES * x.shape[1]), _wide_space(out, _LANES * x.shape[1])
+    one = top.dtype.type(1)
     for first in range(0, x.shape[0], _LANES):
-        rows = min(_LANES, x.shape[0] - first)
-        _gather(x, first, rows, tile)
+        lines = _lines(x[first : first + _LANES], wide)
+        _gather(lines, space)
         _lane_tops(tile, top)
         _lane_totals(tile, top, False, True, part, most, total)
         for lane in range(_LANES):
             total[lane] = one / total[lane]
+        if factor is not None:
+            for lane in range(len(lines)):
+                total[lane] *= factor[first + lane]
         for j in range(tile.shape[0]):
             line = tile[j]
             for lane in range(_LANES):
                 line[lane] *= total[lane]
-        _scatter(tile, first, rows, out)
+        _put(space, out[first : first + _LANES], fine)
 
 
 @_kernel
 def log_softmax_short(x: Array, out: Array) -> None:
     """Write the logarithm of the softmax of short rows."""
-    tile, top, part, most, total = _lane_scratch(x)
+    space, tile, top, part, most, total = _lane_scratch(x)
+    wide, fine = _wide_space(x, _LANES * x.shape[1]), _wide_space(out, _LANES * x.shape[1])
+    one = top.dtype.type(1)
     for first in range(0, x.shape[0], _LANES):
-        rows = min(_LANES, x.shape[0] - first)
-        _gather(x, first, rows, tile)
+        _gather(_lines(x[first : first + _LANES], wide), space)
         _lane_tops(tile, top)
         _lane_totals(tile, top, False, False, part, most, total)
-        for lane in range(rows):
-            total[lane] = math.log(total[lane])
+        for lane in range(_LANES):
+            total[lane] = log1p(total[lane] - one)  # at least 1, and near to it what is subtracted is exact
         for j in range(tile.shape[0]):
             line = tile[j]
             for lane in range(_LANES):
                 line[lane] = (line[lane] - top[lane]) - total[lane]
-        _scatter(tile, first, rows, out)
+        _put(space, out[first : first + _LANES], fine)
 
 
 @_kernel
-def apart_short(x: Array, top: Array, most: Array, rest: Array) -> None:
-    """Do for short rows what ``apart`` does."""
-    tile, tops, part, count, total = _lane_scratch(x)
+def log_total_short(x: Array, top: Array, log_total: Array) -> None:
+    """Do for short rows what ``log_total`` does."""
+    space, tile, tops, part, count, total = _lane_scratch(x)
+    wide = _wide_space(x, _LANES * x.shape[1])
+    one = top.dtype.type(1)
     for first in range(0, x.shape[0], _LANES):
-        rows = min(_LANES, x.shape[0] - first)
-        _gather(x, first, rows, tile)
+        lines = _lines(x[first : first + _LANES], wide)
+        _gather(lines, space)
         _lane_tops(tile, tops)
         _lane_totals(tile, tops, True, False, part, count, total)
-        top[first : first + rows] = tops[:rows]
-        most[first : first + rows] = count[:rows]
-        rest[first : first + rows] = total[:rows]
+        for lane in range(_LANES):
+            total[lane] = log1p(count[lane] - one) + log1p(total[lane] / count[lane])
+        for lane in range(len(lines)):
+            top[first + lane] = tops[lane]
+            log_total[first + lane] = total[lane]
 
 
 @_part
@@ -448,8 +718,12 @@ def softmax_across(x: Array, outer: int, first: int, last: int, logarithm: bool,
                     row[c] = e
                     part[c] += e
         _add_exactly(total, lost, part)
-    for c in range(width):
-        total[c] = math.log(total[c] + lost[c]) if logarithm else one / (total[c] + lost[c])
+    if logarithm:
+        for c in range(width):
+            total[c] = log1p((total[c] - one) + lost[c])
+    else:
+        for c in range(width):
+            total[c] = one / (total[c] + lost[c])
     for j in range(n):
         line, row = x[outer, j, first:last], out[outer, j, first:last]
         if logarithm:
@@ -461,60 +735,247 @@ def softmax_across(x: Array, outer: int, first: int, last: int, logarithm: bool,
 
 
 @_kernel
+def apart_across(x: Array, first: int, last: int, top: Array, most: Array, rest: Array) -> None:
+    """Write what ``apart_of_piece`` returns, along the first of two axes, for some of the columns."""
+    zero, one = x.dtype.type(0), x.dtype.type(1)
+    lost, part = np.zeros(last - first, x.dtype), np.zeros(last - first, x.dtype)
+    top[:] = x[0, first:last]
+    most[:] = zero
+    rest[:] = zero
+    for j in range(1, x.shape[0]):
+        line = x[j, first:last]
+        for c in range(line.size):
+            v, t = line[c], top[c]
+            top[c] = v if v > t else t  # noqa: FURB136  # as above
+    for start in range(0, x.shape[0], 8):
+        part[:] = zero
+        for j in range(start, min(start + 8, x.shape[0])):
+            line = x[j, first:last]
+            for c in range(line.size):
+                v, t = line[c], top[c]
+                e = exp(v - t)
+                part[c] += zero if v == t else e
+            for c in range(line.size):  # as in _apart
+                most[c] += one if line[c] == top[c] else zero
+        _add_exactly(rest, lost, part)
+    for c in range(rest.size):
+        rest[c] += lost[c]
+
+
+@_kernel
+def finish_across(x: Array, first: int, last: int, logarithm: bool, top: Array, total: Array, out: Array) -> None:
+    """Write the softmax, or its logarithm, along the first of two axes; ``total`` is then a logarithm, too."""
+    for j in range(x.shape[0]):
+        line, row = x[j, first:last], out[j, first:last]
+        if logarithm:
+            for c in range(line.size):
+                row[c] = (line[c] - top[c]) - total[c]
+        else:
+            for c in range(line.size):
+                row[c] = exp(line[c] - top[c]) / total[c]
+
+
+@_kernel
 def softmax(x: Array, temperature: Array | None, where: Array | None, factor: Array | None, out: Array) -> None:
     """Write the softmax of every row, times its factor."""
     parts, z = _scratch(x, temperature, where)
-    zero, one = x.dtype.type(0), x.dtype.type(1)
-    for i in range(x.shape[0]):
-        mask = _entry(where, i)
-        y = out[i]
-        row, top, t = _shifted(x[i], _entry(temperature, i), mask, z)
-        total = _exponentials(row, top, t, y, parts)
-        scale = (one if factor is None else factor[i]) / total
-        for j in range(y.size):
-            if where is None:
-                y[j] *= scale
-            else:
-                p = y[j] * scale
-                y[j] = p if mask[j] else zero
+    group = _group(x)
+    wide, fine = _wide_space(x, group * x.shape[1]), _wide_space(out, group * x.shape[1])
+    zero, one = parts.dtype.type(0), parts.dtype.type(1)
+    for first in range(0, x.shape[0], group):
+        lines, answers = _lines(x[first : first + group], wide), _answers(out[first : first + group], fine)
+        for i in range(len(lines)):
+            mask, y = _entry(where, first + i), answers[i]
+            row, top, t = _shifted(lines[i], _entry(temperature, first + i), mask, z)
+            total = _exponentials(row, top, t, y, parts)
+            scale = (one if factor is None else factor[first + i]) / total
+            for j in range(y.size):
+                if where is None:
+                    y[j] *= scale
+                else:
+                    p = y[j] * scale
+                    y[j] = p if mask[j] else zero
+        _store(answers.reshape(-1), out[first : first + group].reshape(-1))
 
 
 @_kernel
 def log_softmax(x: Array, temperature: Array | None, where: Array | None, out: Array) -> None:
     """Write the logarithm of the softmax of every row."""
     parts, z = _scratch(x, temperature, where)
-    least = x.dtype.type(-math.inf)
-    for i in range(x.shape[0]):
-        mask = _entry(where, i)
-        y = out[i]
-        row, top, t = _shifted(x[i], _entry(temperature, i), mask, z)
-        log_total = x.dtype.type(math.log(_total(row, top, t, parts)))
-        for j in range(y.size):
-            d = row[j] - top
-            if temperature is not None:
-                d = d / t
-            if where is None:
-                y[j] = d - log_total
-            else:
-                d = d - log_total
-                y[j] = d if mask[j] else least
+    group = _group(x)
+    wide, fine = _wide_space(x, group * x.shape[1]), _wide_space(out, group * x.shape[1])
+    least = parts.dtype.type(-math.inf)
+    for first in range(0, x.shape[0], group):
+        lines, answers = _lines(x[first : first + group], wide), _answers(out[first : first + group], fine)
+        for i in range(len(lines)):
+            mask, y = _entry(where, first + i), answers[i]
+            row, top, t = _shifted(lines[i], _entry(temperature, first + i), mask, z)
+            log_total = parts.dtype.type(math.log(_total(row, top, t, parts)))
+            for j in range(y.size):
+                d = row[j] - top
+                if temperature is not None:
+                    d = d / t
+                if where is None:
+                    y[j] = d - log_total
+                else:
+                    d = d - log_total
+                    y[j] = d if mask[j] else least
+        _store(answers.reshape(-1), out[first : first + group].reshape(-1))
+
+
+@_part
+def _row_apart(x: Array, where: Array | None, z: Array, parts: Array) -> tuple[Any, int, Any]:
+    least = parts.dtype.type(-math.inf)
+    row = x
+    if where is not None:
+        for j in range(x.size):
+            v = x[j]
+            z[j] = v if where[j] else least
+        row = z
+    top = greatest(row)
+    most, rest = _apart(row, top, parts)
+    return top, most, rest
 
 
 @_kernel
-def apart(x: Array, where: Array | None, top: Array, most: Array, rest: Array) -> None:
-    """Write the maximum of every row, how often it stands there, and Σ exp(x - maximum) over the other entries."""
+def log_total(x: Array, where: Array | None, top: Array, log_total: Array) -> None:
+    """Write the maximum of every row, and log Σ exp(x - maximum); NaN for a row with NaN.
+
+    As in the formula, the terms at the maximum enter apart. There are none where the maximum is NaN.
+    """
     parts, z = _scratch(x, None, where)
-    least = x.dtype.type(-math.inf)
+    group, one = _group(x), parts.dtype.type(1)
+    wide = _wide_space(x, group * x.shape[1])
+    for first in range(0, x.shape[0], group):
+        lines = _lines(x[first : first + group], wide)
+        for i in range(len(lines)):
+            top[first + i], most, rest = _row_apart(lines[i], _entry(where, first + i), z, parts)
+            count = parts.dtype.type(most)
+            log_total[first + i] = log1p(count - one) + log1p(rest / count)
+
+
+# A long row is cut into pieces, so that all threads have work. What is said of each is brought together by the caller.
+
+
+@_kernel
+def total_of_piece(x: Array, temperature: Any, out: Array | None) -> tuple[Any, Any]:
+    """Return the maximum of a piece of a row, and Σ exp((x - maximum) / temperature); write the terms to ``out``."""
+    parts, wide = _empty(x, x.size // _CHUNK + 1), _wide_space(x, x.size)
+    row = _loaded(x, wide)
+    top = greatest(row)
+    finite = parts.dtype.type(0) if top == -math.inf else top  # there may be more in other pieces
+    if out is None:
+        return top, _total(row, finite, temperature, parts)
+    return top, _exponentials(row, finite, temperature, out, parts)
+
+
+@_kernel
+def apart_of_piece(x: Array) -> tuple[Any, int, Any]:
+    """Return the maximum of a piece of a row, how often it stands there, and Σ exp(x - maximum) over the rest."""
+    parts, wide = _empty(x, x.size // _CHUNK + 1), _wide_space(x, x.size)
+    row = _loaded(x, wide)
+    top = greatest(row)
+    most, rest = _apart(row, top, parts)
+    return top, most, rest
+
+
+@_kernel
+def scale_piece(factor: Any, out: Array) -> None:
+    """Multiply what ``total_of_piece`` wrote."""
+    for j in range(out.size):
+        out[j] *= factor
+
+
+@_kernel
+def softmax_of_piece(x: Array, top: Any, temperature: Any, total: Any, out: Array) -> None:
+    """Write the softmax of a piece of a row."""
+    parts, wide, fine = _empty(x, x.size // _CHUNK + 1), _wide_space(x, x.size), _wide_space(out, x.size)
+    y = _space_for(out, fine)
+    _exponentials(_loaded(x, wide), top, temperature, y, parts)
+    scale = parts.dtype.type(1) / total
+    for j in range(y.size):
+        y[j] *= scale
+    _store(y, out)
+
+
+@_kernel
+def log_softmax_of_piece(x: Array, top: Any, temperature: Any, log_total: Any, out: Array) -> None:
+    """Write the logarithm of the softmax of a piece of a row."""
+    wide, fine = _wide_space(x, x.size), _wide_space(out, x.size)
+    row, y = _loaded(x, wide), _space_for(out, fine)
+    for j in range(y.size):
+        d = row[j] - top
+        if temperature is not None:
+            d = d / temperature
+        y[j] = d - log_total
+    _store(y, out)
+
+
+@_kernel
+def cross_entropy(
+    x: Array,
+    targets: Array,
+    weight: Array | None,
+    ignored: int | None,
+    z_loss: Any,
+    top: Array,
+    log_total: Array,
+    out: Array,
+) -> None:
+    """Write the loss of every row from its maximum and its log Σ exp(x - maximum)."""
+    space = _wide_space(x, 1)
+    zero, nan = top.dtype.type(0), top.dtype.type(math.nan)
     for i in range(x.shape[0]):
-        row, mask = x[i], _entry(where, i)
-        if where is not None:
-            for j in range(row.size):
-                v = row[j]
-                z[j] = v if mask[j] else least
-            row = z
-        top[i] = greatest(row)
-        most[i] = _count(row, top[i])
-        rest[i] = _rest(row, top[i], parts)
+        target = targets[i]
+        if ignored is not None and target == ignored:
+            out[i] = zero
+        elif target < 0 or target >= x.shape[1] or not abs(top[i]) < math.inf:
+            out[i] = nan
+        else:
+            y = log_total[i] + (top[i] - _loaded(x[i, target : target + 1], space)[0])
+            if weight is not None:
+                w = weight[target]
+                y = zero if w == zero and y == math.inf else w * y
+            value = top[i] + log_total[i]
+            out[i] = y + z_loss * value * value if z_loss > zero else y
+
+
+@_kernel
+def slopes_of_loss(
+    targets: Array,
+    weight: Array | None,
+    z_loss: Any,
+    value: Array | None,
+    g: Array,
+    at_target: Array,
+    factor: Array,
+) -> None:
+    """Write the factors that the indicator of the target and the softmax have in the gradient of every row.
+
+    ``value`` is the row's logsumexp, which only ``z_loss`` asks for.
+    """
+    two = g.dtype.type(2)
+    for i in range(g.size):
+        target = targets[i]
+        w = g[i]
+        if weight is not None and 0 <= target < weight.size:
+            w *= weight[target]
+        at_target[i] = w
+        factor[i] = w if value is None else w + two * z_loss * value[i] * g[i]
+
+
+@_kernel
+def subtract_at_targets(targets: Array, at_target: Array, ignored: int | None, out: Array) -> None:
+    """Turn the softmax of every row, times its factor, into the gradient of its loss."""
+    zero, nan = out.dtype.type(0), out.dtype.type(math.nan)
+    for i in range(out.shape[0]):
+        target = targets[i]
+        if ignored is not None and target == ignored:
+            out[i] = zero
+        elif 0 <= target < out.shape[1]:
+            out[i, target] -= at_target[i]
+        else:
+            out[i] = nan
 
 
 @_kernel
@@ -553,54 +1014,3 @@ def log_softmax_slope(y: Array, g: Array, temperature: Array | None, where: Arra
             if temperature is not None:
                 d = d / t if alive else zero
             row[j] = d
-
-
-# float16 and bfloat16 are taken and given as their bits: Numba has neither, and NumPy converts the one slowly.
-
-
-@_kernel
-def widen_bfloat16(bits: Array, out: Array) -> None:
-    """Write the float32 of every bfloat16."""
-    for i in range(bits.size):
-        out[i] = np.uint32(np.uint32(bits[i]) << 16).view(np.float32)
-
-
-@_kernel
-def narrow_bfloat16(x: Array, bits: Array) -> None:
-    """Write every float32 rounded to bfloat16, ties to even."""
-    for i in range(x.size):
-        b = np.float32(x[i]).view(np.uint32)
-        rounded = np.uint32(b + np.uint32(0x7FFF) + np.uint32(np.uint32(b >> 16) & 1)) >> 16
-        bits[i] = np.uint16(rounded if x[i] == x[i] else 0x7FC0)  # NaN
-
-
-@_kernel
-def widen_float16(bits: Array, out: Array) -> None:
-    """Write the float32 of every float16."""
-    scale = np.float32(2.0**112)  # from the exponents of float16 to those of float32, subnormal ones too
-    for i in range(bits.size):
-        h = np.uint32(bits[i])
-        v = np.uint32(np.uint32(h & 0x7FFF) << 13).view(np.float32) * scale
-        v = np.float32(math.inf) if v >= np.float32(65536) else v
-        v = np.float32(math.nan) if np.uint32(h & 0x7FFF) > 0x7C00 else v
-        out[i] = -v if h >= 0x8000 else v
-
-
-@_kernel
-def narrow_float16(x: Array, bits: Array) -> None:
-    """Write every float32 rounded to float16, ties to even."""
-    half = np.float32(0.5)
-    half_bits = np.uint32(half.view(np.uint32))
-    for i in range(x.size):
-        v = np.float32(x[i])
-        b = v.view(np.uint32)
-        a = np.uint32(b & np.uint32(0x7FFFFFFF))
-        m = a.view(np.float32)
-        odd = np.uint32(np.uint32(a >> 13) & 1)
-        normal = np.uint32(np.uint32(a + np.uint32(0xFFF) + odd - np.uint32(112 << 23)) >> 13)
-        # Added to 0.5, a float32 has no more digits than a subnormal float16.
-        small = np.uint32(np.float32(m + half).view(np.uint32) - half_bits)
-        r = normal if m >= np.float32(2.0**-14) else small
-        r = np.uint32(0x7C00) if m >= np.float32(65520) else r
-        r = r if m == m else np.uint32(0x7E00)  # NaN
-        bits[i] = np.uint16(r | np.uint32(np.uint32(b >> 16) & np.uint32(0x8000)))

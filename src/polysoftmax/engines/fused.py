@@ -70,11 +70,14 @@ def obstacle(call: Call, operands: tuple[Array, ...]) -> str:
     return found
 
 
-_ACROSS = {"softmax": False, "log_softmax": True}
-"""Formulas with a kernel along other axes than the last; whether it answers the logarithm."""
+_ACROSS = ("softmax", "log_softmax", "logsumexp")
+"""Formulas with a kernel along other axes than the last."""
 
 _ACROSS_BYTES = 4096
-"""Length of the lines that it works on: shorter ones cost a miss in the translation of addresses each."""
+"""Least length of the lines that it works on: shorter ones cost a miss in the translation of addresses each."""
+
+_ACROSS_CACHED = 1 << 18
+"""Size up to which lines are longer than that: each has a cost of its own."""
 
 
 def _is_across(call: Call, operands: tuple[Array, ...]) -> bool:
@@ -89,18 +92,131 @@ def _is_across(call: Call, operands: tuple[Array, ...]) -> bool:
 
 
 def _run_across(call: Call, x: Array, threads: int) -> Array:
-    axis, kernels, answer = call.options["axis"], _kernels(), np.empty_like(x)
-    three = (math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :]))
-    rows, out = x.reshape(three), answer.reshape(three)
-    step = max(1, _ACROSS_BYTES // x.itemsize)
-    pieces = [(outer, first) for outer in range(three[0]) for first in range(0, three[2], step)]
+    kernels: Any = _kernels()
+    axis, name = call.options["axis"], call.formula.name
+    outer, n, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
+    rows = x.reshape(outer, n, inner)
+    step = max(_ACROSS_BYTES // x.itemsize, _ACROSS_CACHED // (n * x.itemsize))
+    columns = [(first, min(first + step, inner)) for first in range(0, inner, step)]
+    # Where there are few columns, the rows are cut as well.
+    length = max(_PIECE // min(step, inner), -(-n // _ACROSS_PIECES))
+    starts = range(0, n, length)
+    answer = _blocks.like(x, axis, n if name != "logsumexp" else 1, call.result)
+    if name != "logsumexp" and (len(starts) == 1 or outer * len(columns) >= _ACROSS_PIECES):
+        out, whole = answer.reshape(rows.shape), [(i, *column) for i in range(outer) for column in columns]
 
-    def work(i: int) -> None:
-        outer, first = pieces[i]
-        last = min(first + step, three[2])
-        kernels.softmax_across(rows, outer, first, last, _ACROSS[call.formula.name], out)  # type: ignore[union-attr]
+        def work(k: int) -> None:
+            kernels.softmax_across(rows, *whole[k], name == "log_softmax", out)
 
-    parallel(work, len(pieces), threads)
+        parallel(work, len(whole), threads)
+        return answer
+    pieces = [(i, j, first, last) for i in range(outer) for j in range(len(starts)) for first, last in columns]
+    found = np.empty((3, outer, len(starts), inner), x.dtype)
+
+    def look(k: int) -> None:
+        i, j, first, last = pieces[k]
+        kernels.apart_across(rows[i, starts[j] : starts[j] + length], first, last, *found[:, i, j, first:last])
+
+    parallel(look, len(pieces), threads)
+    with np.errstate(all="ignore"):
+        top, most, rest = _together(found)
+        total = most + rest if name == "softmax" else np.log(most) + np.log1p(rest / most)
+        if name == "logsumexp":
+            answer[...] = (top + total).reshape(answer.shape)
+            return answer
+    out = answer.reshape(rows.shape)
+
+    def finish(k: int) -> None:
+        i, j, first, last = pieces[k]
+        part, column = slice(starts[j], starts[j] + length), slice(first, last)
+        logarithm = name == "log_softmax"
+        kernels.finish_across(rows[i, part], first, last, logarithm, top[i, column], total[i, column], out[i, part])
+
+    parallel(finish, len(pieces), threads)
+    return answer
+
+
+_ACROSS_PIECES = 8
+"""Pieces that there should be, so that all threads have work; of the rows no more, for they are summed one by one."""
+
+
+def _together(found: Array) -> tuple[Array, Array, Array]:
+    """Bring together what is known of the pieces of rows: maximum, its number, and Σ exp(x - maximum) over the rest."""
+    tops, most, rest = found
+    top = np.max(tops, axis=1)
+    at_top = tops == top[:, None]
+    factor = np.where(at_top, 1.0, np.exp(tops - top[:, None]))
+    rest = np.sum(rest * factor + np.where(at_top, 0.0, most * factor), axis=1)
+    return top, np.sum(np.where(at_top, most, 0.0), axis=1), rest
+
+
+_PIECE = 1 << 17
+"""Entries of a long row that one thread does at a time."""
+
+_LONG = 2 * _PIECE
+
+
+def _is_long(call: Call, operands: tuple[Array, ...]) -> bool:
+    """Whether rows are to be cut into pieces, for more threads than there are rows."""
+    x, name = operands[0], call.formula.name
+    if name not in _IN_PIECES or call.options["axis"] != x.ndim - 1 or x.shape[-1] < _LONG or not x.flags.c_contiguous:
+        return False
+    if name == "cross_entropy":
+        return x.dtype == call.compute or bool(_narrow_name(x.dtype))
+    scaled = isinstance(operands[1], float) and name != "logsumexp"
+    same = x.dtype == call.compute if x.dtype == call.result else False
+    return (operands[1] is None or scaled) and operands[2] is None and (same or _stays_narrow(call, x))
+
+
+def _run_long(call: Call, operands: tuple[Array, ...], threads: int) -> Array:
+    """Run a call in two passes over the pieces of its rows: totals, which are brought together, and the answer."""
+    kernels: Any = _kernels()
+    x, axis, name = operands[0], call.options["axis"], call.formula.name
+    keeps_length = _FORMULAS[name][1]
+    answer = _blocks.like(x, axis, x.shape[axis] if keeps_length else 1, call.result)
+    rows, out = _as_bits(x.reshape(-1, x.shape[axis])), _as_bits(answer.reshape(-1, answer.shape[axis]))
+    starts = range(0, rows.shape[1], _PIECE)
+    pieces = [(i, j, slice(start, start + _PIECE)) for i in range(len(rows)) for j, start in enumerate(starts)]
+    found = np.empty((3, len(rows), len(starts)), call.compute)
+    temperature = None if not keeps_length or operands[1] is None else found.dtype.type(operands[1])
+    # What is rounded to 16 bits at the end cannot wait there.
+    space = out if name == "softmax" and out.dtype == found.dtype else None
+
+    def look(k: int) -> None:
+        i, j, part = pieces[k]
+        if keeps_length:
+            found[:2, i, j] = kernels.total_of_piece(
+                rows[i, part], temperature, None if space is None else space[i, part]
+            )
+        else:
+            found[:, i, j] = kernels.apart_of_piece(rows[i, part])
+
+    parallel(look, len(pieces), threads)
+    top = np.max(found[0], axis=1)
+    with np.errstate(all="ignore"):
+        if not keeps_length:
+            top, most, rest = _together(found)
+            log_total = np.log(most) + np.log1p(rest / most)
+            if name == "logsumexp":
+                answer[...] = _converted(kernels, top + log_total, answer.dtype).reshape(answer.shape)
+            else:
+                _losses(kernels, _Block(kernels, call, operands), rows, top, log_total, answer.reshape(-1))
+            return answer
+        distance = found[0] - top[:, None]
+        factor = np.exp(distance if temperature is None else distance / temperature)
+        total = np.sum(found[1] * factor, axis=1)
+        log_total, factor = np.log(total), factor / total[:, None]
+
+    def finish(k: int) -> None:
+        i, j, part = pieces[k]
+        if name == "log_softmax":
+            kernels.log_softmax_of_piece(rows[i, part], top[i], temperature, log_total[i], out[i, part])
+        elif space is None:
+            kernels.softmax_of_piece(rows[i, part], top[i], temperature, total[i], out[i, part])
+        else:
+            kernels.scale_piece(factor[i, j], out[i, part])
+
+    parallel(finish, len(pieces), threads)
     return answer
 
 
@@ -110,10 +226,13 @@ def run(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Piece], th
         return _run_across(call, operands[0], threads)
     if call.formula.name in _DRAWS:
         return _run_draws(call, operands, blocks, threads)
+    if _is_long(call, operands):
+        return _run_long(call, operands, threads)
     x, axis = operands[0], call.options["axis"]
     kernels = _kernels()
     function, keeps_length = _FORMULAS[call.formula.name]
     answer = _blocks.like(x, axis, x.shape[axis] if keeps_length else 1, call.result)
+    rounds = keeps_length and _stays_narrow(call, x)
 
     def work(i: int) -> None:
         parts, target = operands, answer
@@ -121,8 +240,8 @@ def run(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Piece], th
             parts, target = _blocks.cut(operands, blocks[i]), answer[blocks[i]]
         block = _Block(kernels, call, parts)
         target = _last(target, axis)
-        if target.dtype == block.dtype and target.flags.c_contiguous:
-            function(kernels, block, target.reshape(-1, target.shape[-1]))
+        if (target.dtype == block.dtype or rounds) and target.flags.c_contiguous:
+            function(kernels, block, _as_bits(target.reshape(-1, target.shape[-1])))
         else:
             out = np.empty((len(block.x), target.shape[-1]), block.dtype)
             function(kernels, block, out)
@@ -142,15 +261,27 @@ def _narrow_name(dtype: np.dtype[Any]) -> str:
     return "bfloat16" if dtype.kind == "V" and dtype.itemsize == 2 else ""
 
 
+def _as_bits(x: Array) -> Array:
+    """Give what is 16 bits wide the form in which kernels take it; the rest stays."""
+    name = _narrow_name(x.dtype)
+    return x.view(np.uint16 if name == "float16" else np.int16) if name else x
+
+
+def _stays_narrow(call: Call, x: Array) -> bool:
+    """Whether the kernel itself widens the rows and rounds its answer."""
+    name = call.formula.name in _IN_PIECES and _narrow_name(x.dtype)
+    return bool(name) and call.result == x.dtype and call.compute == np.float32
+
+
 def _converted(kernels: Any, x: Array, dtype: np.dtype[Any]) -> Array:
     """Return ``x``, C-contiguous, in ``dtype``; NumPy's own conversions from and to 16 bits are slow."""
     if dtype == np.float32 and (name := _narrow_name(x.dtype)):
         out = np.empty(x.shape, dtype)
-        getattr(kernels, f"widen_{name}")(np.ascontiguousarray(x).view(np.uint16).reshape(-1), out.reshape(-1))
+        getattr(kernels, f"widen_{name}")(_as_bits(np.ascontiguousarray(x)).reshape(-1), out.reshape(-1))
         return out
     if x.dtype == np.float32 and (name := _narrow_name(dtype)):
         out = np.empty(x.shape, dtype)
-        getattr(kernels, f"narrow_{name}")(np.ascontiguousarray(x).reshape(-1), out.view(np.uint16).reshape(-1))
+        getattr(kernels, f"narrow_{name}")(np.ascontiguousarray(x).reshape(-1), _as_bits(out).reshape(-1))
         return out
     with np.errstate(over="ignore"):  # what is too large for 16 bits is inf
         return np.ascontiguousarray(x, dtype)
@@ -163,7 +294,7 @@ def _last(x: Array, axis: int) -> Array:
 class _Block:
     """The operands of a block in the form that kernels take: C-contiguous rows in the compute dtype."""
 
-    __slots__ = ("axis", "dtype", "kernels", "operands", "options", "shape", "x")
+    __slots__ = ("axis", "dtype", "kernels", "operands", "options", "shape")
 
     def __init__(self, kernels: Any, call: Call, operands: tuple[Array, ...]) -> None:
         self.kernels = kernels
@@ -172,7 +303,19 @@ class _Block:
         self.shape = operands[0].shape
         self.operands = operands
         self.dtype = np.dtype(call.compute)
-        self.x = self.rows(0)
+
+    @property
+    def x(self) -> Array:
+        return self.rows(0)
+
+    @property
+    def raw(self) -> Array:
+        """The rows for a kernel that takes 16 bits as they are."""
+        x = self.operands[0]
+        if self.dtype != np.float32 or not _narrow_name(x.dtype):
+            return self.x
+        x = _last(x, self.axis)
+        return _as_bits(np.ascontiguousarray(x.reshape(-1, x.shape[-1])))
 
     def rows(self, i: int) -> Array:
         """Return an operand that has an entry for each of ``x``; None stays None."""
@@ -191,27 +334,32 @@ class _Block:
         one = self.operands[i]
         if one is None:
             return None
-        if isinstance(one, float):
-            return np.full(len(self.x), one, dtype or self.dtype)
         kept = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
+        if isinstance(one, float):
+            return np.full(math.prod(kept), one, dtype or self.dtype)
         one = np.broadcast_to(np.asarray(one), kept).reshape(-1)
         return _converted(self.kernels, one, dtype or self._dtype_of(one))
+
+    def per_class(self, i: int) -> Array:
+        """Return an operand that has one entry a class."""
+        one = self.operands[i]
+        return None if one is None else _converted(self.kernels, one.reshape(-1), self.dtype)
 
     def _dtype_of(self, one: Array) -> np.dtype[Any]:
         return one.dtype if one.dtype.kind in "biu" else self.dtype
 
 
-_SHORT_BYTES = 192
-"""Size of a row up to which many rows are done at a time, each on its own lane."""
+_SHORT = 96
+"""Length of rows up to which many are done at a time, each on its own lane."""
 
 
 def _is_short(x: Array) -> bool:
-    return x.shape[1] * x.itemsize <= _SHORT_BYTES  # type: ignore[no-any-return]
+    return x.shape[1] <= _SHORT  # type: ignore[no-any-return]
 
 
 def _probabilities(kernels: Any, x: Array, temperature: Array | None, where: Array | None, out: Array) -> None:
     if temperature is None and where is None and _is_short(x):
-        kernels.softmax_short(x, out)
+        kernels.softmax_short(x, None, out)
     else:
         kernels.softmax(x, temperature, where, None, out)
 
@@ -223,59 +371,60 @@ def _log_probabilities(kernels: Any, x: Array, temperature: Array | None, where:
         kernels.log_softmax(x, temperature, where, out)
 
 
-def _log_total(kernels: Any, x: Array, where: Array | None) -> tuple[Array, Array]:
-    """Return the maximum of every row, and log Σ exp(x - maximum); NaN for a row with NaN."""
-    top, most, rest = np.empty((3, len(x)), x.dtype)
+def _weighted(kernels: Any, x: Array, where: Array | None, factor: Array, out: Array) -> None:
+    """Write the softmax of every row, times its factor."""
     if where is None and _is_short(x):
-        kernels.apart_short(x, top, most, rest)
+        kernels.softmax_short(x, factor, out)
     else:
-        kernels.apart(x, where, top, most, rest)
-    # As in the formula, the terms at the maximum enter apart. There are none where the maximum is NaN.
-    return top, np.log(most) + np.log1p(rest / most)
+        kernels.softmax(x, None, where, factor, out)
+
+
+def _log_total(kernels: Any, x: Array, where: Array | None, dtype: Any) -> tuple[Array, Array]:
+    """Return the maximum of every row, and log Σ exp(x - maximum); NaN for a row with NaN."""
+    top, log_total = np.empty((2, len(x)), dtype)
+    if where is None and _is_short(x):
+        kernels.log_total_short(x, top, log_total)
+    else:
+        kernels.log_total(x, where, top, log_total)
+    return top, log_total
 
 
 def _softmax(kernels: Any, block: _Block, out: Array) -> None:
-    _probabilities(kernels, block.x, block.per_row(1), block.rows(2), out)
+    _probabilities(kernels, block.raw, block.per_row(1), block.rows(2), out)
 
 
 def _log_softmax(kernels: Any, block: _Block, out: Array) -> None:
-    _log_probabilities(kernels, block.x, block.per_row(1), block.rows(2), out)
+    _log_probabilities(kernels, block.raw, block.per_row(1), block.rows(2), out)
 
 
 def _softmax_vjp(kernels: Any, block: _Block, out: Array) -> None:
-    y, temperature = np.empty_like(block.x), block.per_row(2)
-    _probabilities(kernels, block.x, temperature, block.rows(3), y)
+    x, temperature = block.x, block.per_row(2)
+    y = np.empty_like(x)
+    _probabilities(kernels, x, temperature, block.rows(3), y)
     kernels.softmax_slope(y, block.rows(1), temperature, out)
 
 
 def _log_softmax_vjp(kernels: Any, block: _Block, out: Array) -> None:
-    y, temperature, where = np.empty_like(block.x), block.per_row(2), block.rows(3)
-    _log_probabilities(kernels, block.x, temperature, where, y)
+    x, temperature, where = block.x, block.per_row(2), block.rows(3)
+    y = np.empty_like(x)
+    _log_probabilities(kernels, x, temperature, where, y)
     kernels.log_softmax_slope(y, block.rows(1), temperature, where, out)
 
 
 @np.errstate(all="ignore")
 def _logsumexp(kernels: Any, block: _Block, out: Array) -> None:
-    top, log_total = _log_total(kernels, block.x, block.rows(2))
-    out[:, 0] = top + log_total
+    top, log_total = _log_total(kernels, block.raw, block.rows(2), block.dtype)
+    np.add(top, log_total, out=out[:, 0])
 
 
-@np.errstate(all="ignore")
 def _cross_entropy(kernels: Any, block: _Block, out: Array) -> None:
-    x, targets = block.x, block.per_row(1)
-    ignore_index, z_loss = block.options["ignore_index"], block.options["z_loss"]
-    top, log_total = _log_total(kernels, x, None)
-    top = np.where(np.isfinite(top), top, np.nan)
-    known = (targets >= 0) & (targets < x.shape[1])
-    index = np.where(known, targets, 0)
-    y = log_total + (top - x[np.arange(len(x)), index])
-    if block.operands[2] is not None:
-        weight = block.rows(2)[np.arange(len(x)), index]
-        y = np.where((weight == 0) & (y == np.inf), 0.0, weight * y)
-    y = np.where(known, y, np.nan)
-    if z_loss:
-        y = y + z_loss * (top + log_total) ** 2
-    out[:, 0] = y if ignore_index is None else np.where(targets == ignore_index, 0.0, y)
+    x = block.raw
+    _losses(kernels, block, x, *_log_total(kernels, x, None, block.dtype), out[:, 0])
+
+
+def _losses(kernels: Any, block: _Block, x: Array, top: Array, log_total: Array, out: Array) -> None:
+    ignored, z_loss = block.options["ignore_index"], block.dtype.type(block.options["z_loss"])
+    kernels.cross_entropy(x, block.per_row(1), block.per_class(2), ignored, z_loss, top, log_total, out)
 
 
 def _softmax_pullback(kernels: Any, block: _Block, out: Array) -> None:
@@ -288,29 +437,27 @@ def _log_softmax_pullback(kernels: Any, block: _Block, out: Array) -> None:
 
 @np.errstate(all="ignore")
 def _logsumexp_pullback(kernels: Any, block: _Block, out: Array) -> None:
-    where, y, g = block.rows(2), block.per_row(3), block.per_row(4)
-    kernels.softmax(block.x, None, where, g, out)
+    x, where, y, g = block.x, block.rows(2), block.per_row(3), block.per_row(4)
+    _weighted(kernels, x, where, g, out)
     odd = np.isinf(y)  # a row that sums to 0 or to inf has no maximum to subtract
     if odd.any():
-        terms = np.exp(block.x[odd] if where is None else np.where(where[odd], block.x[odd], -np.inf))
+        terms = np.exp(x[odd] if where is None else np.where(where[odd], x[odd], -np.inf))
         total = np.sum(terms, axis=1, keepdims=True)
         out[odd] = terms / np.where(total == 0, 1.0, total) * g[odd, None]
 
 
-@np.errstate(all="ignore")
 def _cross_entropy_pullback(kernels: Any, block: _Block, out: Array) -> None:
     x, targets, g = block.x, block.per_row(1), block.per_row(4)
-    ignore_index, z_loss = block.options["ignore_index"], block.options["z_loss"]
-    ignored = np.zeros(len(x), bool) if ignore_index is None else targets == ignore_index
-    at_target = np.arange(len(x)), np.where(ignored, 0, targets)
-    weight = g if block.operands[2] is None else g * block.rows(2)[at_target]
-    factor = weight
+    ignored, z_loss = block.options["ignore_index"], block.dtype.type(block.options["z_loss"])
+    value = None
     if z_loss:
-        top, log_total = _log_total(kernels, x, None)
-        factor = weight + 2.0 * z_loss * (top + log_total) * g
-    kernels.softmax(x, None, None, factor, out)
-    out[at_target] -= weight
-    out[ignored] = 0.0
+        top, log_total = _log_total(kernels, x, None, block.dtype)
+        with np.errstate(all="ignore"):
+            value = top + log_total
+    at_target, factor = np.empty((2, len(x)), block.dtype)
+    kernels.slopes_of_loss(targets, block.per_class(2), z_loss, value, g, at_target, factor)
+    _weighted(kernels, x, None, factor, out)
+    kernels.subtract_at_targets(targets, at_target, ignored, out)
 
 
 _OFF = (1.0, 0.0, 1.0, 0.0)
@@ -356,6 +503,9 @@ def _run_draws(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Pie
     parallel(work, len(blocks), threads)
     return tuple(answers if call.options["logprobs"] else answers[:1])
 
+
+_IN_PIECES = ("softmax", "log_softmax", "logsumexp", "cross_entropy")
+"""Formulas whose kernels take 16 bits as they are, and the pieces of long rows."""
 
 _FORMULAS: dict[str, tuple[Callable[[Any, _Block, Array], None], bool]] = {
     "softmax": (_softmax, True),

@@ -65,7 +65,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     axis = call.options["axis"]
     if not x.size or not _blocks.fits(x, axis, operands):
         return _evaluate(call, operands)
-    plan = _plan(x, axis, fused.obstacle(call, operands), np.dtype(call.compute))
+    plan = _plan(x, axis, call.formula.name, fused.obstacle(call, operands), np.dtype(call.compute))
     if call.formula.many_steps:
         plan = plan._replace(layout="as they stand", block=max(plan.block, _MANY_STEPS))
     if plan.engine == "portable" or (call.formula.composed and plan.engine == "blocks"):
@@ -89,7 +89,7 @@ def describe(x: Array, name: str) -> tuple[str, str]:
     compute = np.dtype(np.float32 if x.dtype.itemsize == 2 and x.dtype.kind in "fV" else np.float64)
     if x.dtype.kind == "f" and x.dtype.itemsize > 2:
         compute = x.dtype
-    plan = _plan(x, x.ndim - 1, fused.obstacle_by_name(name, compute), compute)
+    plan = _plan(x, x.ndim - 1, name, fused.obstacle_by_name(name, compute), compute)
     if plan.engine == "portable":
         return plan.engine, plan.reason
     rows = f"blocks of {plan.block} rows of {x.shape[-1]}, {plan.layout}"
@@ -112,7 +112,7 @@ def _evaluate_transposed(call: Call, operands: tuple[Array, ...]) -> Any:
     return tuple(np.moveaxis(one, 0, axis) for one in y) if isinstance(y, tuple) else np.moveaxis(y, 0, axis)
 
 
-def _plan(x: Array, axis: int, obstacle: str, compute: np.dtype[Any]) -> Plan:
+def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any]) -> Plan:
     """Decide how to run a formula; the size of a block follows from the array alone, never from the threads."""
     n = x.shape[axis]
     rows = x.size // n
@@ -120,7 +120,7 @@ def _plan(x: Array, axis: int, obstacle: str, compute: np.dtype[Any]) -> Plan:
     block = max(1, size // (n * compute.itemsize))
     along = abs(x.strides[axis]) <= min(map(abs, x.strides))
     if not obstacle:
-        if x.flags.c_contiguous and axis == x.ndim - 1 and x.dtype == compute:
+        if x.flags.c_contiguous and axis == x.ndim - 1 and x.dtype == compute and not name.endswith("_vjp"):
             block = max(block, math.ceil(rows / 32))  # nothing is copied, so nothing has to fit the cache
         threads = num_threads() if x.size >= _PARALLEL_FUSED else 1
         return Plan("fused", "a fused kernel does a row in two or three passes", "row by row", block, threads)
