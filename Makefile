@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test lint docs bench test-gpu bench-gpu test-kernels clean
 
 help: ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='...']"
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile
 	@echo
 	@echo "Options go into ARGS: make demo ARGS='--backend numpy --plot demo.png', make test ARGS='-k cross_entropy'."
 
@@ -33,6 +33,16 @@ docs: $(VENV)/installed-docs ## Build the documentation into docs/_build/html; a
 
 bench: $(VENV)/installed-test ## Race every function against its peers; the table, JSON and plots go to benchmarks/results.
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+test-gpu: export POLYSOFTMAX_TEST_BACKENDS ?= cupy,torch:cuda,jax:cuda
+test-gpu: $(VENV)/installed-gpu ## On a machine with a GPU: the suite on CuPy, PyTorch and JAX there, and the CUDA kernels.
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench-gpu: $(VENV)/installed-gpu ## On a machine with a GPU: race the CUDA kernels; JSON and plots go to benchmarks/results.
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+test-kernels: $(VENV)/installed-test ## Compile every CUDA kernel for every architecture; this needs no GPU, but some patience.
+	@$(BIN)/python -m polysoftmax.engines.cuda $(ARGS)
 
 clean: ## Remove the environment and all that was built.
 	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,6 +27,11 @@ def _asked() -> list[Backend]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(keep): on which backends a test runs, as a function of Capability")
+    asked = _asked()
+    if asked and all(one.capability.gpu for one in asked):
+        absent = list(filter(None, map(missing, asked)))
+        if len(absent) == len(asked):
+            pytest.exit(f"these tests need a GPU: {'; '.join(absent)}", 2)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -56,7 +61,7 @@ def lib(request: pytest.FixtureRequest) -> Iterator[Adapter]:
     The mark takes a function of `polysoftmax.testing.Capability`.
     """
     backend, engine = request.param
-    absent = missing(backend)
+    absent = missing(backend, engine)
     if absent and backend in _asked():
         pytest.fail(f"{_ASKED} asks for {backend.value}: {absent}")
     if absent:

@@ -14,7 +14,7 @@ import pytest
 import polysoftmax
 
 SOURCE = Path(polysoftmax.__file__).parent
-BACKENDS = ("numpy", "jax", "torch", "cupy", "dask", "scipy", "numba")
+BACKENDS = ("numpy", "jax", "torch", "cupy", "dask", "scipy", "numba", "cuda")
 MAY_NAME_A_BACKEND = {"__init__.py", "__main__.py", "_arrays.py"}
 FORMULA_FILES = sorted(path for path in SOURCE.glob("*.py") if path.name not in MAY_NAME_A_BACKEND)
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Call", "Explanation", "RowFormula", "engine", "explain", "portable", "set_num_threads"]
 
-ENGINES = ("auto", "portable", "blocks", "fused")
+ENGINES = ("auto", "portable", "blocks", "fused", "cuda")
+
+FORCED = ("blocks", "fused")
+"""Engines on the CPU that run whatever the size; the others leave the CPU to what is fastest."""
 
 
 class RowFormula:
@@ -154,7 +157,16 @@ def _load(name: str) -> _Runner:
         from polysoftmax.engines import torch as torch_engine
 
         return torch_engine
+    if name == "cupy":
+        from polysoftmax.engines import cuda as cuda_engine
+
+        return cuda_engine
     return _Portable()
+
+
+def has_cuda_core() -> bool:
+    """Whether ``cuda.core`` is installed, without importing it."""
+    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.core") is not None
 
 
 def _known(name: str) -> str:
@@ -163,6 +175,9 @@ def _known(name: str) -> str:
         raise ValueError(msg)
     if name == "fused" and importlib.util.find_spec("numba") is None:
         msg = 'the engine "fused" needs Numba: pip install polysoftmax[fast]'
+        raise ImportError(msg)
+    if name == "cuda" and not (has_cuda_core() or importlib.util.find_spec("cupy") is not None):
+        msg = 'the engine "cuda" needs cuda.core: pip install polysoftmax[cuda]'
         raise ImportError(msg)
     return name
 
@@ -181,6 +196,16 @@ def portable() -> bool:
 
 
 @contextmanager
+def chosen_before(name: str) -> Iterator[None]:
+    """Choose an engine again that has been chosen before."""
+    token = _CHOICE.set(name)
+    try:
+        yield
+    finally:
+        _CHOICE.reset(token)
+
+
+@contextmanager
 def engine(name: str) -> Iterator[None]:
     """Choose the engine for the calls inside a ``with`` block.
 
@@ -190,14 +215,16 @@ def engine(name: str) -> Iterator[None]:
         ``"auto"`` picks the fastest engine that meets the accuracy bounds; ``"portable"`` runs the array API
         formulas as they stand. On the CPU, for NumPy and PyTorch, ``"blocks"`` runs them in blocks of rows on
         threads, and ``"fused"`` in Numba kernels as far as there are any, whatever the size; for other libraries
-        these two mean "auto". The environment variable ``POLYSOFTMAX_ENGINE`` sets the choice outside any block.
+        these two mean "auto". ``"cuda"`` runs PyTorch's CUDA tensors and CuPy's arrays in CUDA kernels, which have not
+        yet run on a GPU, as far as there are any; elsewhere it means "auto". The environment variable
+        ``POLYSOFTMAX_ENGINE`` sets the choice outside any block.
 
     Raises
     ------
     ValueError
         If there is no engine of that name.
     ImportError
-        If ``"fused"`` is asked for and Numba is not installed.
+        If ``"fused"`` is asked for and Numba is not installed, or ``"cuda"`` and neither cuda.core nor CuPy is.
 
     Notes
     -----
@@ -212,11 +239,8 @@ def engine(name: str) -> Iterator[None]:
     ...     polysoftmax.softmax(np.zeros(4))
     array([0.25, 0.25, 0.25, 0.25])
     """
-    token = _CHOICE.set(_known(name))
-    try:
+    with chosen_before(_known(name)):
         yield
-    finally:
-        _CHOICE.reset(token)
 
 
 @dataclass(frozen=True)

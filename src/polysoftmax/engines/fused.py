@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polysoftmax.engines import _blocks, chosen
+from polysoftmax.engines import FORCED, _blocks, chosen
 from polysoftmax.engines._threads import parallel
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def obstacle(call: Call, operands: tuple[Array, ...]) -> str:
     x, axis = operands[0], call.options["axis"]
     if (
         not found
-        and chosen() == "auto"
+        and chosen() not in FORCED
         and abs(x.strides[axis]) > min(map(abs, x.strides))
         and not _is_across(call, operands)
     ):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from polysoftmax.engines import _blocks, chosen, fused
+from polysoftmax.engines import FORCED, _blocks, chosen, fused
 from polysoftmax.engines._threads import num_threads
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula. NaN and inf are answers here, documented and tested, and no reason to warn."""
     x = operands[0]
     engine = chosen()
-    if (x.size < SMALL and engine == "auto") or engine == "portable" or type(x) is not np.ndarray:
+    if (x.size < SMALL and engine not in FORCED) or engine == "portable" or type(x) is not np.ndarray:
         return _evaluate(call, operands)
     axis = call.options["axis"]
     if not x.size or not _blocks.fits(x, axis, operands):
@@ -84,7 +84,7 @@ def describe(x: Array, name: str) -> tuple[str, str]:
     """Name the engine for a formula along the last axis of ``x``, and why it was chosen."""
     if type(x) is not np.ndarray:
         return "portable", "the array API formula as it stands: the array is not NumPy's own"
-    if not x.size or not x.ndim or (x.size < SMALL and chosen() == "auto"):
+    if not x.size or not x.ndim or (x.size < SMALL and chosen() not in FORCED):
         return "portable", f"the array API formula as it stands: fewer than {SMALL} entries"
     compute = np.dtype(np.float32 if x.dtype.itemsize == 2 and x.dtype.kind in "fV" else np.float64)
     if x.dtype.kind == "f" and x.dtype.itemsize > 2:
@@ -128,6 +128,6 @@ def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any])
     if along and n <= _SHORT:
         return Plan("blocks", obstacle, "transposed", block, threads)
     block = block if along else max(block, _ACROSS)
-    if rows <= block or (x.size < _PARALLEL and chosen() == "auto"):
+    if rows <= block or (x.size < _PARALLEL and chosen() not in FORCED):
         return Plan("portable", f"{obstacle}, and too little to share out: the array API formula as it stands")
     return Plan("blocks", obstacle, "as they stand", block, threads)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
-from polysoftmax.engines import Call, chosen
+from polysoftmax.engines import FORCED, Call, chosen, chosen_before
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,25 +29,48 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     with a ``jvp`` breaks the first as soon as gradients flow, and silently returns zeros for forward over
     forward.
     """
-    if torch.compiler.is_compiling() or _transformed():
+    if torch.compiler.is_compiling():
+        return _run_compiled(call, operands)
+    if _transformed():
         return call.evaluate(operands)
-    if torch.is_grad_enabled():
-        for one in operands:
-            if one is not None and isinstance(one, torch.Tensor) and one.requires_grad:
-                return call.evaluate(operands) if call.formula.vjp is None else _Formula.apply(call, *operands)
+    if _is_recorded(operands):
+        return call.evaluate(operands) if call.formula.vjp is None else _Formula.apply(call, *operands)
     return _run_constant(call, operands)
 
 
 def describe(x: Array, name: str) -> tuple[str, str]:
     """Name the engine for a formula along the last axis of ``x``, and why it was chosen."""
+    if _on_gpu(x):
+        from polysoftmax.engines import cuda
+
+        return cuda.describe(x, name)
     if not _shares_memory(x):
-        return "portable", f"the array API formula as it stands, for a tensor on {x.device}"
-    engine = chosen()
-    if engine == "auto" and name in _NATIVE and x.ndim and _admits(name, x, x.ndim - 1):
+        return "portable", f"the array API formula as it stands, for a {type(x).__name__} on {x.device}"
+    if chosen() not in FORCED and name in _NATIVE and x.ndim and _admits(name, x, x.ndim - 1):
         return "torch", f"torch's own kernel meets the accuracy bound for rows of up to {_NATIVE_LENGTH}"
     from polysoftmax.engines import numpy as numpy_engine
 
     return numpy_engine.describe(_bits(x), name)
+
+
+def _is_recorded(operands: tuple[Array, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in operands)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _compiles_for_kernels() -> bool:
+    # torch.compile cannot follow a context variable: what is chosen while it traces stays in the compiled code.
+    return chosen() == "cuda"
+
+
+def _run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
+    if _compiles_for_kernels() and all(_on_gpu(one) for one in operands if isinstance(one, torch.Tensor)):
+        from polysoftmax.engines.cuda import _operator
+        from polysoftmax.engines.cuda._calls import NAMES
+
+        if call.formula.name in NAMES and not (call.formula.vjp is None and _is_recorded(operands)):
+            return _operator.run(call, operands)
+    return call.evaluate(operands)
 
 
 def _transformed() -> bool:
@@ -60,8 +83,12 @@ def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     engine = chosen()
     if engine == "portable" or torch._C._len_torch_dispatch_stack():
         return call.evaluate(operands)
+    if engine == "cuda" and all(_on_gpu(one) for one in operands if isinstance(one, torch.Tensor)):
+        from polysoftmax.engines import cuda
+
+        return cuda.run(call, operands)
     x, native = operands[0], _NATIVE.get(call.formula.name)
-    if engine == "auto" and native is not None and _shares_memory(x) and x.dtype == call.result:
+    if engine not in FORCED and native is not None and _shares_memory(x) and x.dtype == call.result:
         axis = call.options["axis"]
         y = native(call.options, *operands) if _admits(call.formula.name, x, axis) else None
         if y is not None:
@@ -194,13 +221,18 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 def _shares_memory(x: Array) -> bool:
     """Whether NumPy can be given the memory of ``x`` as it is."""
+    return x.is_cpu and _is_plain(x)
+
+
+def _on_gpu(x: Array) -> bool:
+    """Whether a CUDA kernel can be given the memory of ``x`` as it is."""
+    return x.is_cuda and _is_plain(x)
+
+
+def _is_plain(x: Array) -> bool:
     kind = type(x)
-    return (
-        (kind is torch.Tensor or kind is torch.nn.Parameter)
-        and x.is_cpu
-        and x.layout is torch.strided
-        and not x.is_neg()
-    )
+    plain = kind is torch.Tensor or kind is torch.nn.Parameter
+    return plain and x.layout is torch.strided and not x.is_neg()
 
 
 def _run_as_numpy(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -264,21 +296,59 @@ class _Pullback:
     composed = False
 
     def __init__(self, formula: RowFormula, wanted: tuple[bool, ...]) -> None:
-        self.rule = formula.vjp
+        self.formula = formula
         self.wanted = wanted
         self.name = f"pullback of {formula.name}" + (" for all operands" if any(wanted[1:]) else "")
 
     def function(self, *arrays: Array, **options: Any) -> Any:
         *operands, y, cotangent = arrays
-        assert self.rule is not None
-        gradients = self.rule(tuple(operands), y, cotangent, self.wanted, **options)
+        assert self.formula.vjp is not None
+        y = self.formula.function(*operands, **options) if y is None else y
+        gradients = self.formula.vjp(tuple(operands), y, cotangent, self.wanted, **options)
         asked = tuple(gradients[i] for i, wanted in enumerate(self.wanted) if wanted)
         return asked if len(asked) > 1 else asked[0]
 
 
 @functools.cache
-def _pullback(formula: RowFormula, wanted: tuple[bool, ...]) -> _Pullback:
+def pullback_of(formula: RowFormula, wanted: tuple[bool, ...]) -> _Pullback:
+    """Return the derivative rule of a formula as a formula, for the operands that are ``wanted``."""
     return _Pullback(formula, wanted)
+
+
+def gradients(
+    call: Call,
+    operands: tuple[Array, ...],
+    y: Array | None,
+    cotangent: Array,
+    wanted: tuple[bool, ...],
+    run_formula: Callable[[Call, tuple[Array, ...]], Any],
+) -> tuple[Array | None, ...]:
+    """Return the gradients for the operands of a call that answered ``y``, None where they are not ``wanted``.
+
+    Without ``y`` they follow from the operands alone.
+    """
+    if call.squeeze:
+        axis = call.options["axis"]
+        y, cotangent = None if y is None else y.unsqueeze(axis), cotangent.unsqueeze(axis)
+    result = operands[0].dtype if y is None and not any(wanted[1:]) else call.compute
+    pullback: Any = pullback_of(call.formula, wanted)
+    found = run_formula(Call(pullback, call.options, call.compute, result), (*operands, y, cotangent))
+    given = iter(found if isinstance(found, tuple) else (found,))
+    answers: list[Array | None] = []
+    for operand, is_wanted in zip(operands, wanted, strict=True):
+        gradient = next(given) if is_wanted else None
+        if gradient is not None:
+            if gradient.shape != operand.shape:
+                gradient = gradient.sum_to_size(operand.shape)
+            if gradient.dtype != operand.dtype:
+                gradient = gradient.to(operand.dtype)
+        answers.append(gradient)
+    return tuple(answers)
+
+
+def known_to_kernels(call: Call, y: Array) -> Array | None:
+    """Return an answer from which a kernel can tell the gradient; None where that follows from the rows."""
+    return y if call.formula.from_output and y.dtype == call.compute else None
 
 
 class _Formula(torch.autograd.Function):  # type: ignore[misc]
@@ -288,6 +358,7 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
         if call.formula.from_output and y.dtype == call.compute and not any(ctx.needs_input_grad[2:]):
             operands = (y, *operands[1:])  # the rule does not look at the rows, so they need not be kept
         ctx.call = call
+        ctx.engine = chosen()
         ctx.constants = [None if isinstance(one, torch.Tensor) else one for one in operands]
         ctx.places = [i for i, one in enumerate(operands) if isinstance(one, torch.Tensor)]
         ctx.save_for_backward(y, *[operands[i] for i in ctx.places])
@@ -300,23 +371,11 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
         operands = ctx.constants.copy()
         for i, one in zip(ctx.places, tensors, strict=True):
             operands[i] = one
-        if y.dtype != call.compute:
-            # The answer was rounded to 16 bits; its gradient is to be rounded once, too, and not twice.
-            y = run(call._replace(result=call.compute), tuple(operands))
-        if call.squeeze:
-            axis = call.options["axis"]
-            y, cotangent = y.unsqueeze(axis), cotangent.unsqueeze(axis)
-        wanted = ctx.needs_input_grad[1:]
-        pullback: Any = _pullback(call.formula, wanted)
-        gradients = run(Call(pullback, call.options, call.compute, call.compute), (*operands, y, cotangent))
-        given = iter(gradients if isinstance(gradients, tuple) else (gradients,))
-        answers: list[Array | None] = [None]
-        for operand, is_wanted in zip(operands, wanted, strict=True):
-            gradient = next(given) if is_wanted else None
-            if gradient is not None:
-                if gradient.shape != operand.shape:
-                    gradient = gradient.sum_to_size(operand.shape)
-                if gradient.dtype != operand.dtype:
-                    gradient = gradient.to(operand.dtype)
-            answers.append(gradient)
-        return tuple(answers)
+        # PyTorch differentiates on threads of its own, where the caller's choice is not seen.
+        with chosen_before(ctx.engine):
+            if ctx.engine == "cuda":
+                y = known_to_kernels(call, y)
+            elif y.dtype != call.compute:
+                # The answer was rounded to 16 bits; its gradient is to be rounded once, too, and not twice.
+                y = run(call._replace(result=call.compute), tuple(operands))
+            return None, *gradients(call, tuple(operands), y, cotangent, ctx.needs_input_grad[1:], run)

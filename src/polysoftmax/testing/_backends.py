@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
 
+from polysoftmax.engines import has_cuda_core
+
 _FLOATS = ("float32", "float64")
 _ALL = ("float16", "bfloat16", "float32", "float64")
 _NARROW = ("float16", "bfloat16", "float32")
@@ -136,16 +138,17 @@ CAPABILITIES = {
         ("int8", "int32", "int64", "uint8"),
         "float64",
         "int64",
+        ("portable", "cuda"),
         gpu=True,
         mutable=True,
     ),
-    Backend.TORCH_CUDA: _torch("eager, on CUDA", gpu=True),
+    Backend.TORCH_CUDA: _torch("eager, on CUDA", engines=("portable", "cuda"), gpu=True),
     Backend.JAX_CUDA: _jax("eager, on CUDA", gpu=True),
 }
 
 
-def missing(backend: Backend) -> str | None:
-    """Say why a backend cannot be opened here; None if it can."""
+def missing(backend: Backend, engine: str = "auto") -> str | None:
+    """Say why a backend cannot be opened here in an engine; None if it can."""
     if find_spec(backend.library) is None:
         return f"{backend.library} is not installed"
     if backend is Backend.CUPY:
@@ -160,6 +163,8 @@ def missing(backend: Backend) -> str | None:
 
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
+        if engine == "cuda" and not has_cuda_core():
+            return "cuda.core is not installed"
     if backend is Backend.JAX_CUDA:
         import jax
 

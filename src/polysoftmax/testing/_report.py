@@ -158,6 +158,9 @@ def report(backends: list[str] | None = None, *, peers: bool = False, json: Path
     lines: list[Line] = []
     for backend in chosen:
         for engine in backend.capability.engines:
+            if absent := missing(backend, engine):
+                print(f"{backend.value}, engine {engine}: left out, since {absent}", flush=True)
+                continue
             print(f"{backend.value}, engine {engine}", flush=True)
             found = list(measure(backend, engine))
             _show(found, beside)

@@ -1,0 +1,400 @@
+"""Calls of row formulas as launches: which of them the kernels cover, and the numbers that a kernel gets."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from polysoftmax._arrays import rows
+from polysoftmax._sampling import block_length
+from polysoftmax.engines import FORMULAS, Call
+from polysoftmax.engines.cuda import _devices
+from polysoftmax.engines.cuda._plan import (
+    MOST_LEADING,
+    REDUCTIONS,
+    SIZES,
+    Plan,
+    plan_draw,
+    plan_draw_leading,
+    plan_filter,
+    plan_masses,
+    plan_rows,
+)
+
+if TYPE_CHECKING:
+    from polysoftmax._arrays import Array
+    from polysoftmax.engines.cuda._devices import Device, View
+
+Map = tuple[int, int, int]
+"""Where the entry for a row stands: at ``row // inner % period * stride``."""
+
+_ONE: Map = (1, 1, 0)
+_MOST_ROWS = (1 << 31) - 1
+
+
+class _Uncovered(Exception):  # noqa: N818 - control flow within this file
+    """The reason why no kernel covers a call."""
+
+
+class _Roles(NamedTuple):
+    """Which operand of a formula is what to its kernel; the kernel's name may be another."""
+
+    kernel: str
+    x: int = 0
+    second: int | None = None
+    temperature: int | None = None
+    where: int | None = None
+    targets: int | None = None
+    weight: int | None = None
+    cotangent: int | None = None
+
+
+_ROLES = {
+    "softmax": _Roles("softmax", temperature=1, where=2),
+    "log_softmax": _Roles("log_softmax", temperature=1, where=2),
+    "logsumexp": _Roles("logsumexp", where=2),
+    "softmax_vjp": _Roles("softmax_vjp", second=1, temperature=2, where=3),
+    "log_softmax_vjp": _Roles("log_softmax_vjp", second=1, temperature=2, where=3),
+    "pullback of softmax": _Roles("softmax_pullback", x=3, second=4, temperature=1, where=2),
+    "pullback of log_softmax": _Roles("log_softmax_pullback", x=3, second=4, temperature=1, where=2),
+    "cross_entropy": _Roles("cross_entropy", targets=1, weight=2),
+    "pullback of cross_entropy": _Roles("cross_entropy_slope", targets=1, weight=2, cotangent=4),
+}
+
+
+class Launch(NamedTuple):
+    """A kernel and its arguments, but for the answers, which are made when it runs."""
+
+    device: Device
+    plan: Plan
+    before: tuple[int | float, ...]
+    answers: tuple[tuple[tuple[int, ...], Any] | None, ...]
+    after: tuple[int | float, ...]
+    keeps: tuple[Array, ...]
+
+    def run(self) -> Any:
+        """Make the answers, launch, and return them."""
+        made = [None if one is None else self.device.empty(*one) for one in self.answers]
+        pointers = tuple(0 if one is None else self.device.view(one).pointer for one in made)
+        self.device.launch(self.plan, (*self.before, *pointers, *self.after))
+        found = tuple(one for one in made if one is not None)
+        return found if answers_several(self.plan.kernel.formula) else found[0]
+
+
+def answers_several(name: str) -> bool:
+    """Whether a formula answers a tuple, of one array or more."""
+    return name.startswith("sample")
+
+
+def prepare(call: Call, operands: tuple[Array, ...]) -> Launch | str:
+    """Return the launch that answers a call, or why there is none."""
+    name = call.formula.name
+    prepare_it = _prepare_rows if name in _ROLES else _SAMPLING.get(name)
+    if prepare_it is None:
+        return f"there is no CUDA kernel for {name}"
+    device = _devices.device_of(operands[0])
+    if isinstance(device, str):
+        return device
+    try:
+        return prepare_it(call, operands, device)
+    except _Uncovered as reason:
+        return str(reason)
+
+
+def example(x: Array, name: str) -> Launch | str:
+    """Return the launch of a formula along the last axis of ``x`` with nothing beside it, or why there is none."""
+    # A draw is from what another formula answers.
+    name = {"sample": "sample_masses", "sample_draw": "sample_masses", "sample_draw_leading": "sample_leading"}.get(
+        name, name
+    )
+    roles, dtype = _ROLES.get(name, _Roles(name)), _devices.dtype_name(x.dtype)
+    if dtype not in SIZES:
+        return f"the kernels take floats of 16, 32 and 64 bits, not {dtype}"
+    r = rows(x, -1)
+    options = {"axis": r.axis, "ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0, "top_k": 1}
+    operands = tuple(r.x if i in (roles.x, roles.second) else None for i in range(7))
+    return prepare(Call(FORMULAS[name], options, r.compute, r.result), operands)
+
+
+class _Batch:
+    """The rows of a call: their number and length, and where each operand keeps what belongs to a row."""
+
+    def __init__(self, call: Call, x: Array, device: Device) -> None:
+        self.device = device
+        self.x = device.view(x)
+        self.compute = _devices.dtype_name(call.compute)
+        shape = self.x.shape
+        if call.options["axis"] != len(shape) - 1:
+            raise _Uncovered("the kernels reduce the last axis")
+        if self.x.dtype not in SIZES:
+            raise _Uncovered(f"the kernels take floats of 16, 32 and 64 bits, not {self.x.dtype}")
+        if self.compute != ("float64" if self.x.dtype == "float64" else "float32"):
+            raise _Uncovered(f"the kernels do not compute {self.x.dtype} in {self.compute}")
+        self.batch, self.n = shape[:-1], shape[-1]
+        self.rows = math.prod(self.batch)
+        if self.rows * self.n == 0 or self.rows > _MOST_ROWS:
+            raise _Uncovered(f"there are {self.rows} rows of {self.n}")
+
+    def row_stride(self, view: View) -> int:
+        """Return the distance between rows whose entries lie side by side."""
+        if self.n > 1 and view.strides[-1] != 1:
+            raise _Uncovered("the entries of a row do not lie side by side")
+        found = row_map(view.shape[:-1], view.strides[:-1], self.batch)
+        if found is None or (found != _ONE and found[:2] != (1, self.rows)):
+            raise _Uncovered("the rows do not lie at one distance")
+        return found[2]
+
+    def starts_aligned(self, view: View, stride: int) -> bool:
+        """Whether every row starts at 16 bytes."""
+        return view.pointer % 16 == 0 and (self.rows == 1 or stride * SIZES[view.dtype] % 16 == 0)
+
+    def map(self, view: View) -> Map:
+        """Return where the rows of an operand stand that may be repeated or broadcast."""
+        found = row_map(view.shape[:-1], view.strides[:-1], self.batch)
+        if found is None:
+            raise _Uncovered("an operand's strides have no pattern that the kernels know")
+        return found
+
+    def per_row(self, x: Array | None, dtype: str, name: str) -> tuple[int, *Map]:
+        """Return the arguments for an operand with one entry a row; ``x`` may be None or 0-d."""
+        if x is None:
+            return (0, *_ONE)
+        view = self.device.view(x)
+        if view.dtype != dtype:
+            raise _Uncovered(f"{name} has dtype {view.dtype} and not {dtype}")
+        return (view.pointer, *(self.map(view) if view.shape else _ONE))
+
+    def parameter(self, value: Array | float | None, absent: float = 1.0) -> tuple[float, ...]:
+        """Return the arguments for a parameter that is a number, an array, or ``absent``."""
+        if value is None or isinstance(value, float):
+            return (0, absent if value is None else value, *_ONE)
+        pointer, *where = self.per_row(value, self.compute, "a parameter")
+        return (pointer, absent, *where)
+
+    def mask(self, where: Array | None) -> tuple[int, ...]:
+        """Return the arguments for the mask."""
+        if where is None:
+            return (0, *_ONE, 0)
+        view = self.device.view(where)
+        pointer, *rows = self.per_row(where, "bool", "the mask")
+        along = view.strides[-1] if view.shape and view.shape[-1] > 1 else 0
+        return (pointer, *rows, along)
+
+
+def _prepare_rows(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+    roles = _ROLES[call.formula.name]
+    if roles.kernel.endswith("pullback") and operands[roles.x] is None:
+        roles = roles._replace(kernel=roles.kernel.replace("pullback", "vjp"), x=0)
+    if roles.kernel == "logsumexp" and operands[1] is not None:
+        raise _Uncovered("the kernel of logsumexp takes no weights")
+    if call.options.get("label_smoothing"):
+        raise _Uncovered("the kernel of cross_entropy takes no smoothing")
+    batch = _Batch(call, operands[roles.x], device)
+    x = batch.x
+    stride = batch.row_stride(x)
+    second, second_stride = 0, 0
+    aligned = roles.kernel in REDUCTIONS or _shares_alignment(batch, x, stride)
+    if roles.second is not None:
+        view = device.view(operands[roles.second])
+        if view.dtype != x.dtype:
+            raise _Uncovered(f"the rows are {x.dtype} and the cotangent is {view.dtype}")
+        second, second_stride = view.pointer, batch.row_stride(view)
+        aligned = aligned and _shares_alignment(batch, view, second_stride)
+    temperature = None if roles.temperature is None else operands[roles.temperature]
+    where = None if roles.where is None else operands[roles.where]
+    result = _devices.dtype_name(call.result)
+    if result not in (x.dtype, batch.compute):
+        raise _Uncovered(f"the kernels do not answer {x.dtype} in {result}")
+    plan = plan_rows(
+        roles.kernel,
+        x.dtype,
+        result,
+        batch.rows,
+        batch.n,
+        aligned=aligned,
+        general=temperature is not None or where is not None,
+        machine=device.machine,
+    )
+    after = (
+        *(batch.n, batch.rows, stride, second_stride),
+        *batch.parameter(temperature),
+        *batch.mask(where),
+        *_loss_arguments(batch, call, operands, roles),
+    )
+    length = () if call.squeeze else (1 if roles.kernel in REDUCTIONS else batch.n,)
+    shape = (*batch.batch, *length)
+    return Launch(device, plan, (x.pointer, second), ((shape, call.result),), after, operands)
+
+
+def _shares_alignment(batch: _Batch, view: View, stride: int) -> bool:
+    """Whether the rows of an operand share the alignment of the answer's, which starts at 16 bytes and has no gaps."""
+    width = 16 // SIZES[view.dtype]
+    at_start = view.pointer % 16 == 0
+    return at_start and (batch.rows == 1 or (stride - batch.n) % width == 0)
+
+
+def _loss_arguments(batch: _Batch, call: Call, operands: tuple[Array, ...], roles: _Roles) -> tuple[int | float, ...]:
+    if roles.targets is None:
+        return (0, *_ONE, 0, 0, *_ONE, 0, 0, 0, 0.0)
+    pointer, along = 0, 0
+    weight = None if roles.weight is None else operands[roles.weight]
+    if weight is not None:
+        view = batch.device.view(weight)
+        pointer, *rows = batch.per_row(weight, batch.compute, "weight")
+        if rows[2] != 0:
+            raise _Uncovered("the class weights differ from row to row")
+        along = view.strides[-1]
+    cotangent = None if roles.cotangent is None else operands[roles.cotangent]
+    ignore_index = call.options["ignore_index"]
+    return (
+        *batch.per_row(operands[roles.targets], "int64", "targets"),
+        pointer,
+        *batch.per_row(cotangent, batch.compute, "the cotangent"),
+        along,
+        int(ignore_index is not None),
+        ignore_index or 0,
+        float(call.options["z_loss"]),
+    )
+
+
+def _prepare_masses(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+    x, temperature, *_ = operands
+    batch = _Batch(call, x, device)
+    stride = batch.row_stride(batch.x)
+    plan = plan_masses(
+        batch.x.dtype,
+        batch.rows,
+        batch.n,
+        aligned=batch.starts_aligned(batch.x, stride),
+        general=temperature is not None,
+        machine=device.machine,
+    )
+    if isinstance(plan, str):
+        raise _Uncovered(plan)
+    after = (batch.n, batch.rows, stride, *batch.parameter(temperature))
+    blocks = -(-batch.n // block_length(batch.n))
+    answers = tuple(((*batch.batch, length), call.compute) for length in (1, blocks))
+    return Launch(device, plan, (batch.x.pointer,), answers, after, operands)
+
+
+def _prepare_draw(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+    mass, x, top, keys, temperature = operands
+    batch = _Batch(call, mass, device)
+    view = device.view(x)
+    if view.dtype not in SIZES or batch.x.dtype != batch.compute:
+        raise _Uncovered(f"the kernels do not draw from {view.dtype} with masses in {batch.x.dtype}")
+    n = view.shape[-1]
+    for one in (batch.x, view):
+        if one.shape[-1] > 1 and one.strides[-1] != 1:
+            raise _Uncovered("the entries of a row do not lie side by side")
+    after = (
+        *(batch.x.pointer, *batch.map(batch.x), view.pointer, *batch.map(view)),
+        *(n, batch.rows, call.options["size"]),
+        *batch.per_row(top, batch.compute, "the maximum"),
+        *batch.per_row(keys, "int32", "the key"),
+        device.view(keys).strides[-1],
+        *batch.parameter(temperature),
+    )
+    plan = plan_draw(view.dtype, batch.rows, n, general=temperature is not None)
+    return Launch(device, plan, (), _drawn(batch, call), after, operands)
+
+
+def _prepare_truncate(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+    x, temperature, where, k, p, min_p, *_ = operands
+    batch = _Batch(call, x, device)
+    if _devices.dtype_name(call.result) != batch.x.dtype:
+        raise _Uncovered(f"the kernels do not answer {batch.x.dtype} in {_devices.dtype_name(call.result)}")
+    top_k = call.options["top_k"]
+    parameters = (temperature, 1.0), (k if top_k is None else float(top_k), 0.0), (p, 1.0), (min_p, 0.0)
+    answers = (None, ((*batch.batch, batch.n), call.result), None)
+    return _filter(batch, call, where, parameters, answers, operands)
+
+
+def _prepare_leading(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+    x, where, *_ = operands
+    batch = _Batch(call, x, device)
+    top_k = call.options["top_k"]
+    if top_k > MOST_LEADING:
+        raise _Uncovered(f"the kernels find up to {MOST_LEADING} leading tokens, not {top_k}")
+    parameters = (None, 1.0), (float(top_k), 0.0), (None, 1.0), (None, 0.0)
+    kept = (*batch.batch, top_k)
+    answers = (((*batch.batch, 1), call.compute), (kept, call.compute), (kept, "int32"))
+    return _filter(batch, call, where, parameters, answers, operands)
+
+
+def _filter(
+    batch: _Batch,
+    call: Call,
+    where: Array | None,
+    parameters: tuple[tuple[Array | float | None, float], ...],
+    answers: tuple[tuple[tuple[int, ...], Any] | None, ...],
+    operands: tuple[Array, ...],
+) -> Launch:
+    stride = batch.row_stride(batch.x)
+    # The answer has no gaps: its rows start at 16 bytes if their length is a whole number of those.
+    aligned = batch.starts_aligned(batch.x, stride) and (batch.rows == 1 or batch.starts_aligned(batch.x, batch.n))
+    plan = plan_filter(call.formula.name, batch.x.dtype, batch.rows, batch.n, aligned=aligned)
+    numbers = [number for one in parameters for number in batch.parameter(*one)]
+    after = (batch.n, batch.rows, stride, *numbers)
+    return Launch(batch.device, plan, (batch.x.pointer, *batch.mask(where)), answers, after, operands)
+
+
+def _prepare_draw_leading(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+    x, index, top, keys, temperature, p, min_p = operands
+    batch = _Batch(call, x, device)
+    view = device.view(index)
+    for one in (batch.x, view):
+        if one.shape[-1] > 1 and one.strides[-1] != 1:
+            raise _Uncovered("the entries of a row do not lie side by side")
+    if batch.x.dtype != batch.compute or batch.n > MOST_LEADING:
+        raise _Uncovered(f"the kernels do not draw from {batch.n} leading tokens in {batch.x.dtype}")
+    after = (
+        *(batch.x.pointer, *batch.map(batch.x), *batch.per_row(index, "int32", "the index")),
+        *(batch.n, batch.rows, call.options["size"]),
+        *batch.per_row(top, batch.compute, "the maximum"),
+        *batch.per_row(keys, "int32", "the key"),
+        device.view(keys).strides[-1],
+        *(*batch.parameter(temperature), *batch.parameter(p), *batch.parameter(min_p, 0.0)),
+    )
+    return Launch(
+        device, plan_draw_leading(batch.compute, batch.rows, batch.n), (), _drawn(batch, call), after, operands
+    )
+
+
+def _drawn(batch: _Batch, call: Call) -> tuple[tuple[tuple[int, ...], Any] | None, ...]:
+    """Return what the answers of a draw are: tokens, and their log-probabilities if asked for."""
+    shape = (*batch.batch, 1)
+    return (shape, "int64"), (shape, call.compute) if call.options["logprobs"] else None
+
+
+_SAMPLING = {
+    "truncate": _prepare_truncate,
+    "sample_masses": _prepare_masses,
+    "sample_draw": _prepare_draw,
+    "sample_leading": _prepare_leading,
+    "sample_draw_leading": _prepare_draw_leading,
+}
+
+
+NAMES = frozenset({*_ROLES, *_SAMPLING})
+"""Names of the formulas that have a kernel."""
+
+
+def row_map(shape: tuple[int, ...], strides: tuple[int, ...], batch: tuple[int, ...]) -> Map | None:
+    """Return where an operand's row stands for each row of the batch, in C order; None if there is no such rule."""
+    missing = len(batch) - len(shape)
+    merged: list[tuple[int, int]] = []
+    for size, own, stride in zip(batch, (1,) * missing + shape, (0,) * missing + strides, strict=True):
+        step = 0 if own == 1 else stride
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * step:
+            merged[-1] = (merged[-1][0] * size, step)
+        else:
+            merged.append((size, step))
+    inner = merged.pop()[0] if merged and merged[-1][1] == 0 else 1
+    if merged and merged[0][1] == 0:
+        merged.pop(0)  # repeated from the start, which the period says
+    if not merged:
+        return _ONE
+    return (inner, *merged[0]) if len(merged) == 1 else None

@@ -1,0 +1,53 @@
+"""Every kernel that a plan can choose, found by planning for every kind of call."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING
+
+from polysoftmax.engines.cuda._plan import (
+    FILTERS,
+    ROW_FORMULAS,
+    SIZES,
+    Kernel,
+    Machine,
+    plan_draw,
+    plan_draw_leading,
+    plan_filter,
+    plan_masses,
+    plan_rows,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LENGTHS = sorted({m for i in range(21) for m in (1 << i, 3 << i) if m <= 3 << 19})
+_ROWS = (1, 8, 30, 10_000)
+_MACHINES = (Machine(132, clusters=True), Machine(108, clusters=False))
+
+
+def every_kernel() -> dict[Kernel, bool]:
+    """Return every kernel; the value says whether it also runs on devices without clusters."""
+    found: dict[Kernel, bool] = {}
+    for machine in _MACHINES:
+        for kernel in _chosen(machine):
+            found[kernel] = found.get(kernel, False) or not machine.clusters
+    return found
+
+
+def _chosen(machine: Machine) -> Iterator[Kernel]:
+    for x, n, rows, aligned, general in product(SIZES, _LENGTHS, _ROWS, (True, False), (False, True)):
+        compute = "float64" if x == "float64" else "float32"
+        for formula in ROW_FORMULAS:
+            if general and formula.startswith("cross_entropy"):
+                continue
+            for y in sorted({x, compute}):
+                plan = plan_rows(formula, x, y, rows, n, aligned=aligned, general=general, machine=machine)
+                yield plan.kernel
+        masses = plan_masses(x, rows, n, aligned=aligned, general=general, machine=machine)
+        if not isinstance(masses, str):
+            yield masses.kernel
+        yield plan_draw(x, rows, n, general=general).kernel
+        yield plan_draw_leading(compute, rows, 1).kernel
+        for formula in FILTERS:
+            yield plan_filter(formula, x, rows, n, aligned=aligned).kernel

@@ -1,0 +1,230 @@
+"""Which kernel runs a call: the types, the formula and the layout, from shapes and alignment alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from polysoftmax._sampling import block_length
+
+SIZES: Final = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+ROW_FORMULAS: Final = (
+    "softmax",
+    "log_softmax",
+    "logsumexp",
+    "softmax_vjp",
+    "log_softmax_vjp",
+    "softmax_pullback",
+    "log_softmax_pullback",
+    "cross_entropy",
+    "cross_entropy_slope",
+)
+TWO_INPUTS: Final = frozenset({"softmax_vjp", "log_softmax_vjp", "softmax_pullback", "log_softmax_pullback"})
+FILTERS: Final = ("truncate", "sample_leading")
+REDUCTIONS: Final = frozenset({"logsumexp", "cross_entropy"})
+
+_C_TYPES: Final = {
+    "float16": "polysoftmax::Half",
+    "bfloat16": "polysoftmax::BFloat",
+    "float32": "float",
+    "float64": "double",
+}
+
+_SCRATCH = 2304
+"""Bytes of shared memory for merging, as rows.cuh says."""
+
+_BINS = 2048 * 8
+MOST_LEADING: Final = 1024
+"""Bytes of shared memory in which a filter adds up, and tokens that fit there, as truncate.cuh says."""
+
+_FILTER_PACKS = 4
+"""Single entries that a thread of a filter has under way; a whole access is enough."""
+
+_SHARED = 48 << 10
+"""Bytes of shared memory that a block may have without asking."""
+
+_LARGEST_CLUSTER = 8
+"""Blocks of a cluster that every device with clusters can hold."""
+
+_SMALL_BLOCK = 128
+"""Threads of a block that several short rows share."""
+
+_MOST_THREADS = 512
+"""Threads of a block: more would have fewer than 128 registers each."""
+
+_FEW_PACKS = 4
+"""Accesses under way that hide the latency of memory."""
+
+
+class Machine(NamedTuple):
+    """What a layout depends on: multiprocessors, and whether blocks can be launched in clusters."""
+
+    processors: int
+    clusters: bool
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A specialisation: everything that is fixed when a kernel is compiled. See rows.cuh for the words."""
+
+    formula: str
+    x: str
+    y: str
+    compute: str
+    width: int
+    threads: int
+    block: int
+    packs: int
+    cluster: int = 1
+    held: bool = True
+    general: bool = False
+    lanes: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel, and of its file in the cache."""
+        how = f"l{self.lanes}" if self.lanes else ("held" if self.held else "streamed")
+        layout = f"w{self.width}_t{self.threads}_b{self.block}_p{self.packs}_c{self.cluster}_{how}{'_g' * self.general}"
+        return f"{self.formula}_{self.x}_{self.y}_{self.compute}_{layout}"
+
+    @property
+    def layout(self) -> str:
+        """The layout in words."""
+        if self.cluster > 1:
+            team = f"a cluster of {self.cluster} blocks of {self.threads} threads"
+        elif self.threads > 32 or self.lanes:
+            team = f"a block of {self.threads} threads"
+        else:
+            team = f"{self.threads} lane{'s' * (self.threads > 1)} of a warp"
+        kept = "" if self.held or self.formula in REDUCTIONS else ", read twice"
+        return f"{team} a row, {self.width} entries an access{kept}"
+
+    def declaration(self) -> str:
+        """Return the C++ type that tells a kernel what it is."""
+        numbers = {"WIDTH": self.width, "THREADS": self.threads, "BLOCK": self.block, "PACKS": self.packs}
+        numbers |= {"CLUSTER": self.cluster, "LANES": self.lanes}
+        lines = [
+            f"using X = {_C_TYPES[self.x]};",
+            f"using Y = {_C_TYPES[self.y]};",
+            f"using C = {_C_TYPES[self.compute]};",
+            *(f"static constexpr int {name} = {value};" for name, value in numbers.items()),
+            f"static constexpr bool HELD = {str(self.held).lower()}, GENERAL = {str(self.general).lower()};",
+        ]
+        if self.formula in (*ROW_FORMULAS, *FILTERS):
+            lines.append(f"static constexpr polysoftmax::Formula FORMULA = polysoftmax::{self.formula.upper()};")
+        return f"struct S_{self.name} {{\n    " + "\n    ".join(lines) + "\n};\n"
+
+
+class Plan(NamedTuple):
+    """A kernel, and how many clusters of it to launch with how much shared memory."""
+
+    kernel: Kernel
+    grid: int
+    shared: int
+
+
+def plan_rows(
+    formula: str, x: str, y: str, rows: int, n: int, *, aligned: bool, general: bool, machine: Machine
+) -> Plan:
+    """Choose the layout of a row formula.
+
+    ``aligned`` says that the arrays of a row share an alignment, so that whole accesses of one are those of the other.
+    """
+    compute = "float64" if x == "float64" else "float32"
+    width = 16 // SIZES[x] if aligned and n > 4 * 32 else 1
+    units = _over(n, width)
+    # What a thread holds has to leave room in its 128 registers for the arithmetic.
+    most = 16 >> (formula in TWO_INPUTS or formula == "cross_entropy_slope") >> general
+    most >>= compute == "float64" and (general or formula in TWO_INPUTS)
+    if units <= 32 * _FEW_PACKS:
+        threads = min(32, _power(units))
+        kernel = Kernel(
+            formula, x, y, compute, width, threads, _SMALL_BLOCK, _power(_over(units, threads)), general=general
+        )
+        return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), _SCRATCH)
+    threads = min(_MOST_THREADS, max(64, _power(_over(units, min(_FEW_PACKS, most)))))
+    cluster, packs = 1, _power(_over(units, threads))
+    held = formula not in REDUCTIONS
+    if held and packs > most:
+        cluster = _power(_over(units, threads * most))
+        held = machine.clusters and cluster <= _LARGEST_CLUSTER
+        cluster = cluster if held else 1
+    busy = machine.processors if held else 4 * machine.processors
+    while machine.clusters and cluster < _LARGEST_CLUSTER and 2 * cluster * rows <= busy:
+        if units < 2 * cluster * threads * _FEW_PACKS:
+            break
+        cluster *= 2
+    again = _FEW_PACKS if formula in REDUCTIONS or not general else _FEW_PACKS // 2
+    packs = min(most, _power(_over(units, threads * cluster))) if held else again
+    kernel = Kernel(formula, x, y, compute, width, threads, threads, packs, cluster, held, general)
+    return Plan(kernel, rows, _SCRATCH)
+
+
+def plan_masses(x: str, rows: int, n: int, *, aligned: bool, general: bool, machine: Machine) -> Plan | str:
+    """Choose the layout of the masses of blocks of tokens, or say why there is none.
+
+    ``aligned`` says that every row starts at 16 bytes.
+    """
+    compute = "float64" if x == "float64" else "float32"
+    size = block_length(n)
+    width = 16 // SIZES[x]
+    if not aligned or size < width:
+        width = 1
+    lanes = min(size // width, 32 if width == 1 else 16 if compute == "float64" else 8)
+    packs = size // (lanes * width)
+    count = _over(n, size)
+    threads = min(_MOST_THREADS, max(32, _power(count * lanes)))
+    groups = threads // lanes
+    cluster = 1
+    while machine.clusters and cluster < _LARGEST_CLUSTER and count >= 2 * cluster * groups:
+        if 2 * cluster * rows > 4 * machine.processors and _slots(count, cluster, groups, compute) <= _SHARED:
+            break
+        cluster *= 2
+    shared = _slots(count, cluster, groups, compute)
+    if shared > _SHARED:
+        return f"rows of {n} have more blocks of tokens than fit shared memory"
+    kernel = Kernel("sample_masses", x, compute, compute, width, threads, threads, packs, cluster, True, general, lanes)
+    return Plan(kernel, rows, shared)
+
+
+def plan_draw(x: str, rows: int, n: int, *, general: bool) -> Plan:
+    """Choose the layout of a draw from given masses."""
+    compute = "float64" if x == "float64" else "float32"
+    size = block_length(n)
+    threads = 32 if max(size, _over(n, size)) <= 2 * 32 else _SMALL_BLOCK
+    kernel = Kernel("sample_draw", x, compute, compute, 1, threads, _SMALL_BLOCK, 1, general=general)
+    return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), _SCRATCH)
+
+
+def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Plan:
+    """Choose the layout of a search for the tokens that filters leave.
+
+    ``aligned`` says that every row starts at 16 bytes.
+    """
+    compute = "float64" if x == "float64" else "float32"
+    width = 16 // SIZES[x] if aligned else 1
+    packs = 1 if width > 1 else _FILTER_PACKS
+    threads = min(_MOST_THREADS, max(64, _power(_over(n, width * packs))))
+    y = compute if formula == "sample_leading" else x
+    kernel = Kernel(formula, x, y, compute, width, threads, threads, packs)
+    return Plan(kernel, rows, _SCRATCH + _BINS)
+
+
+def plan_draw_leading(compute: str, rows: int, k: int) -> Plan:
+    """Choose the layout of a draw from few tokens."""
+    kernel = Kernel("sample_draw_leading", compute, compute, compute, 1, _SMALL_BLOCK, _SMALL_BLOCK, 1)
+    return Plan(kernel, rows, _SCRATCH + 2 * k * SIZES[compute])
+
+
+def _slots(count: int, cluster: int, groups: int, compute: str) -> int:
+    return _SCRATCH + _over(count, cluster * groups) * groups * 2 * SIZES[compute]
+
+
+def _over(m: int, n: int) -> int:
+    return -(-m // n)
+
+
+def _power(n: int) -> int:
+    """Return the least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,44 @@
+"""The CUDA C++ source of a kernel, put together from the files beside this one."""
+
+from __future__ import annotations
+
+import functools
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from polysoftmax.engines.cuda._plan import Kernel
+
+
+PARTS = ("arithmetic.cuh", "machine.cuh", "rows.cuh", "sample.cuh", "truncate.cuh")
+
+_FAMILIES = {
+    "sample_masses": ("MASS", "run_masses"),
+    "sample_draw": ("DRAW", "run_draw"),
+    "sample_draw_leading": ("LEADING", "run_leading"),
+    "sample_leading": ("FILTER", "run_filter"),
+    "truncate": ("FILTER", "run_filter"),
+}
+
+
+@functools.cache
+def part(name: str) -> str:
+    """Return the text of a file of the source."""
+    return files(__package__).joinpath(name).read_text("utf-8")
+
+
+def body(kernel: Kernel) -> tuple[str, str]:
+    """Return the parameters of a kernel and what it does, in C++."""
+    family, function = _FAMILIES.get(kernel.formula, ("ROW", "run_rows"))
+    return f"{family}_PARAMETERS", f"polysoftmax::{function}<S_{kernel.name}>({family}_ARGUMENTS, shared);"
+
+
+def source(kernel: Kernel) -> str:
+    """Return the whole source of one kernel, which is called by its name."""
+    parameters, call = body(kernel)
+    entry = (
+        f'using polysoftmax::Index;\nextern "C" __global__ void __launch_bounds__({kernel.block}, 1) '
+        f"{kernel.name}({parameters}) {{\n"
+        f"    extern __shared__ __align__(16) char shared[];\n    {call}\n}}\n"
+    )
+    return "\n".join([*map(part, PARTS), kernel.declaration(), entry])

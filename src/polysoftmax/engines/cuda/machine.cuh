@@ -1,0 +1,80 @@
+// What the kernels ask of the machine: who a thread is, barriers, and words from other threads. The tests give the same
+// functions on the host, so that the kernels themselves run there.
+#define DEVICE __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+
+namespace polysoftmax {
+
+DEVICE int thread_index() { return threadIdx.x; }
+DEVICE Index block_index() { return blockIdx.x; }
+DEVICE void block_barrier() { __syncthreads(); }
+DEVICE Word word_across(Word word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); }
+
+// Clusters are older than none of the architectures that the launcher gives them to: sm_90 and newer.
+DEVICE int cluster_rank() {
+    Word rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
+}
+
+DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// A word of another block's shared memory, at the place where `own` stands in this one's.
+DEVICE Word word_of_rank(const Word* own, int rank) {
+    Word word = 0;
+#if __CUDA_ARCH__ >= 900
+    Word here = (Word)__cvta_generic_to_shared(own), there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(there) : "memory");
+#endif
+    return word;
+}
+
+// Add to a number in shared memory, whatever the other threads of the block do; the answer is what it was.
+DEVICE Amount add_in_block(Amount* to, Amount more) { return atomicAdd(to, more); }
+
+// W entries in accesses of up to 16 bytes.
+template <int BYTES>
+struct Access;
+template <>
+struct Access<1> {
+    using Type = unsigned char;
+};
+template <>
+struct Access<2> {
+    using Type = unsigned short;
+};
+template <>
+struct Access<4> {
+    using Type = unsigned int;
+};
+template <>
+struct Access<8> {
+    using Type = uint2;
+};
+template <>
+struct Access<16> {
+    using Type = uint4;
+};
+
+template <class T, int W>
+struct Pack {
+    static constexpr int SIZE = W * sizeof(T), STEP = SIZE < 16 ? SIZE : 16;
+    using Unit = typename Access<STEP>::Type;
+    alignas(STEP) T at[W];
+
+    DEVICE void load(const T* from) {
+        UNROLL for (int i = 0; i < SIZE / STEP; i++) ((Unit*)at)[i] = ((const Unit*)from)[i];
+    }
+    DEVICE void store(T* to) const {
+        UNROLL for (int i = 0; i < SIZE / STEP; i++) ((Unit*)to)[i] = ((const Unit*)at)[i];
+    }
+};
+
+}  // namespace polysoftmax
