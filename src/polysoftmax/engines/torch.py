@@ -54,7 +54,11 @@ def describe(x: Array, name: str) -> tuple[str, str]:
 
 
 def _is_recorded(operands: tuple[Array, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in operands)
+    if torch.is_grad_enabled():
+        for one in operands:
+            if one is not None and isinstance(one, torch.Tensor) and one.requires_grad:
+                return True
+    return False
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
