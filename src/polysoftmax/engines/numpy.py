@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from polysoftmax.engines import FORCED, _blocks, chosen, fused
+from polysoftmax.engines import FORCED, FORMULAS, _blocks, chosen, fused
 from polysoftmax.engines._threads import num_threads
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from polysoftmax.engines import Call
 
 SMALL = 10_000
-"""Entries below which a formula runs as it stands."""
+SMALL_DRAW = 1000
+"""Entries below which a formula runs as it stands; the draw takes so many small steps that its kernel pays sooner."""
 
 _BLOCK_BYTES = 1 << 20
 _LEAST_BYTES = 1 << 17
@@ -60,7 +61,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula. NaN and inf are answers here, documented and tested, and no reason to warn."""
     x = operands[0]
     engine = chosen()
-    if (x.size < SMALL and engine not in FORCED) or engine == "portable" or type(x) is not np.ndarray:
+    is_small = x.size < (SMALL_DRAW if call.formula.composed else SMALL)
+    if (is_small and engine not in FORCED) or engine == "portable" or type(x) is not np.ndarray:
         return _evaluate(call, operands)
     axis = call.options["axis"]
     if not x.size or not _blocks.fits(x, axis, operands):
@@ -84,8 +86,9 @@ def describe(x: Array, name: str) -> tuple[str, str]:
     """Name the engine for a formula along the last axis of ``x``, and why it was chosen."""
     if type(x) is not np.ndarray:
         return "portable", "the array API formula as it stands: the array is not NumPy's own"
-    if not x.size or not x.ndim or (x.size < SMALL and chosen() not in FORCED):
-        return "portable", f"the array API formula as it stands: fewer than {SMALL} entries"
+    least = SMALL_DRAW if FORMULAS[name].composed else SMALL
+    if not x.size or not x.ndim or (x.size < least and chosen() not in FORCED):
+        return "portable", f"the array API formula as it stands: fewer than {least} entries"
     compute = np.dtype(np.float32 if x.dtype.itemsize == 2 and x.dtype.kind in "fV" else np.float64)
     if x.dtype.kind == "f" and x.dtype.itemsize > 2:
         compute = x.dtype

@@ -215,8 +215,8 @@ def _admits(name: str, x: Array, axis: int) -> bool:
 _SEVERAL_KERNELS = ("logsumexp", "cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
 """Formulas that take several of torch's kernels, each a pass: that only saves the overhead of tiny calls."""
 
-_SLOW_UP_TO = 16
-"""Row length up to which torch's kernels are slower than ours."""
+_SLOW_UP_TO = 15
+"""Row length up to which torch's kernels are slower than ours: they make vectors of 16."""
 
 _LARGE = 10_000
 
