@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.progress import track
 
 import polysoftmax
 from polysoftmax import random
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 VOCABULARY = 50_257
 ROWS, KEYS = 1000, 1000
@@ -24,14 +24,6 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0, "top_p": 0.9},
     {"temperature": 1.0, "min_p": 0.02},
 )
-
-
-def progress(items: list[Any], label: str) -> Iterator[Any]:
-    start = time.perf_counter()
-    for i, item in enumerate(items):
-        yield item
-        print(f"\r{label}: {i + 1} of {len(items)}, {time.perf_counter() - start:.0f} s", end="", file=sys.stderr)
-    print(file=sys.stderr)
 
 
 def logits(rows: int, seed: int) -> np.ndarray:
@@ -58,7 +50,7 @@ def agreement() -> None:
     step = 20
     for options in SETTINGS:
         differences = dict.fromkeys(others, 0)
-        for start in progress(list(range(0, ROWS, step)), str(options or "plain")):
+        for start in track(range(0, ROWS, step), str(options or "plain")):
             x = logits(step, start)
             keys = random.split(random.fold_in(2026, start), KEYS * step).reshape(KEYS, step, 2)
             expected = polysoftmax.sample(x, keys, **options)
@@ -73,7 +65,7 @@ def rare() -> None:
     p = np.asarray([0.6, 1e-6, 0.4 - 2e-6, *[1e-8] * 100])
     x, step, total = np.log(p), 500_000, 100_000_000
     counts = np.zeros(len(p), np.int64)
-    for start in progress(list(range(0, total, step)), "rare tokens"):
+    for start in track(range(0, total, step), "rare tokens"):
         seeds = np.arange(start, start + step)
         counts += np.bincount(polysoftmax.sample(x, random.key(seeds)), minlength=len(p))
     for label, chosen in (("0.6", slice(0, 1)), ("1e-6", slice(1, 2)), ("a hundred times 1e-8", slice(3, None))):
@@ -92,7 +84,7 @@ def gone() -> None:
     rows[80:, 5] = 0.0
     allowed = np.isfinite(rows) & ~((rows == -69.0) & (np.arange(100)[:, None] >= 80))
     wrong = 0
-    for start in progress(list(range(0, repeats, 10_000)), "removed tokens"):
+    for start in track(range(0, repeats, 10_000), "removed tokens"):
         keys = random.split(random.fold_in(5, start), 10_000 * 100).reshape(10_000, 100, 2)
         tokens = polysoftmax.sample(rows, keys)
         wrong += int((~allowed[np.arange(100), tokens]).sum() + (tokens < 0).sum())

@@ -66,8 +66,7 @@ def _draw(
     inside, index = block_of(x, block, size)
     z = over_temperature(inside - top, temperature)
     position = _best(xp.exp(z), z, keys, index, TOKENS, temperature)
-    drawn = _has_token(top, temperature)
-    return _answer(drawn, accurate_sum(mass, mass.ndim - 1), z, index, position, logprobs)
+    return _answer(top, temperature, accurate_sum(mass, mass.ndim - 1), z, index, position, logprobs)
 
 
 def _draw_leading(
@@ -94,21 +93,25 @@ def _draw_leading(
     won = _indices(x) == _best(mass, xp.log(mass), keys, block, BLOCKS, temperature)
     z = xp.where(block == xp.max(xp.where(won, block, -1), axis=-1, keepdims=True), z, -math.inf)
     position = _best(xp.exp(z), z, keys, index, TOKENS, temperature)
-    drawn = _has_token(top, temperature)
-    return _answer(drawn, accurate_sum(terms, z.ndim - 1), z, index, position, logprobs)
+    return _answer(top, temperature, accurate_sum(terms, z.ndim - 1), z, index, position, logprobs)
 
 
-def _has_token(top: Array, temperature: Array | float | None) -> Array:
-    """Return whether rows have a token to draw, by their maxima: XLA loses NaN in some sums of exponentials."""
-    drawn = (top > -math.inf) & (top < math.inf)
-    return drawn if temperature is None or isinstance(temperature, float) else drawn & (temperature >= 0)
-
-
-def _answer(drawn: Array, total: Array, z: Array, index: Array, position: Array, logprobs: bool) -> tuple[Array, ...]:
+def _answer(
+    top: Array,
+    temperature: Array | float | None,
+    total: Array,
+    z: Array,
+    index: Array,
+    position: Array,
+    logprobs: bool,
+) -> tuple[Array, ...]:
     xp = namespace(z)
     won = _indices(z) == position
     token = xp.max(xp.where(won, index, -1), axis=-1, keepdims=True)
-    drawn = drawn & (total > 0)  # NaN where a logit or a filter is
+    # A bad logit, filter or temperature makes the total NaN, but XLA loses NaN in some sums of exponentials.
+    drawn = (top > -math.inf) & (top < math.inf) & (total > 0)
+    if temperature is not None and not isinstance(temperature, float):
+        drawn = drawn & (temperature >= 0)
     tokens = xp.where(drawn, xp.astype(token, default_index(xp)), -1)
     if not logprobs:
         return (tokens,)
@@ -204,20 +207,6 @@ def sample(
     top_p: Array | Number | None = ...,
     min_p: Array | Number | None = ...,
     where: Array | None = ...,
-    return_logprobs: Literal[False] = ...,
-) -> Array: ...
-@overload
-def sample(
-    logits: Array,
-    key: Array | int | object,
-    /,
-    *,
-    axis: Axis = ...,
-    temperature: Array | Number = ...,
-    top_k: Array | int | None = ...,
-    top_p: Array | Number | None = ...,
-    min_p: Array | Number | None = ...,
-    where: Array | None = ...,
     return_logprobs: Literal[True],
 ) -> tuple[Array, Array]: ...
 @overload
@@ -232,7 +221,7 @@ def sample(
     top_p: Array | Number | None = ...,
     min_p: Array | Number | None = ...,
     where: Array | None = ...,
-    return_logprobs: bool,
+    return_logprobs: bool = ...,
 ) -> Any: ...
 def sample(
     logits: Array,

@@ -22,8 +22,8 @@ __all__ = ["bits", "fold_in", "gumbel", "key", "split", "threefry2x32", "uniform
 BITS, BLOCKS, TOKENS, KEYS = range(4)
 """The domains: public bits, block variates, token variates, and new keys. They are frozen, as all of this is."""
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
 
 
 def _rotate(x: Array, by: int) -> Array:
@@ -36,10 +36,10 @@ def _threefry(k0: Array, k1: Array, c0: Array, c1: Array) -> tuple[Array, Array]
 
 
 def _rounds(k0: Array, k1: Array, c0: Array, c1: Array) -> tuple[Array, Array]:
-    schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
+    schedule = (k0, k1, k0 ^ k1 ^ PARITY)
     a, b = c0 + k0, c1 + k1
     for group in range(5):
-        for by in _ROTATIONS[group % 2]:
+        for by in ROTATIONS[group % 2]:
             a = a + b
             b = _rotate(b, by) ^ a
         a = a + schedule[(group + 1) % 3]

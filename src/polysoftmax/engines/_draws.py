@@ -14,13 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polysoftmax.engines._kernels import _entry, _for_dtypes, _kernel, _part, _shifted, _sum, exp
-from polysoftmax.random import BLOCKS, KEYS, TOKENS
+from polysoftmax.engines._kernels import (
+    _CHUNK,
+    _entry,
+    _for_dtypes,
+    _kernel,
+    _part,
+    _shifted,
+    _sum,
+    exp,
+    number,
+    place,
+)
+from polysoftmax.random import BLOCKS, KEYS, PARITY, ROTATIONS, TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polysoftmax._arrays import Array, DType
+    from polysoftmax._arrays import Array
 
 # Random words, uniform numbers and Gumbel variates
 
@@ -29,17 +40,17 @@ if TYPE_CHECKING:
 def _threefry(k0: Any, k1: Any, index: Any, domain: int) -> tuple[Any, Any]:
     """Return both words of the block of an index in a domain, as uint32."""
     first, second = np.uint32(k0), np.uint32(k1)
-    third = np.uint32(first ^ second ^ np.uint32(0x1BD11BDA))
+    third = np.uint32(first ^ second ^ np.uint32(PARITY))
     a, b = np.uint32(np.uint32(index) + first), np.uint32(np.uint32(domain) + second)
-    a, b = _four_rounds(a, b, (13, 15, 26, 6))
+    a, b = _four_rounds(a, b, ROTATIONS[0])
     a, b = np.uint32(a + second), np.uint32(b + third + np.uint32(1))
-    a, b = _four_rounds(a, b, (17, 29, 16, 24))
+    a, b = _four_rounds(a, b, ROTATIONS[1])
     a, b = np.uint32(a + third), np.uint32(b + first + np.uint32(2))
-    a, b = _four_rounds(a, b, (13, 15, 26, 6))
+    a, b = _four_rounds(a, b, ROTATIONS[0])
     a, b = np.uint32(a + first), np.uint32(b + second + np.uint32(3))
-    a, b = _four_rounds(a, b, (17, 29, 16, 24))
+    a, b = _four_rounds(a, b, ROTATIONS[1])
     a, b = np.uint32(a + second), np.uint32(b + third + np.uint32(4))
-    a, b = _four_rounds(a, b, (13, 15, 26, 6))
+    a, b = _four_rounds(a, b, ROTATIONS[0])
     return np.uint32(a + third), np.uint32(b + first + np.uint32(5))
 
 
@@ -113,47 +124,10 @@ def _gumbels(k0: Any, k1: Any, index: Array, domain: int, count: int, words: Arr
         out[i] = -log(-(log(left) + lost / left))
 
 
-# Integers that stand in the order of the numbers whose bits they are
-
-
-def _orders(real: DType, whole: DType) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    sign, magnitude = whole(8 * np.dtype(real).itemsize - 1), whole(np.iinfo(whole).max)
-    zero = real(0)
-
-    def place(v: Any) -> Any:
-        bits = real(v + zero).view(whole)  # -0 becomes 0
-        return whole(bits ^ whole(whole(bits >> sign) & magnitude))
-
-    def number(at: Any) -> Any:
-        return whole(at ^ whole(whole(at >> sign) & magnitude)).view(real)
-
-    return place, number
-
-
-_ORDERS = {
-    "float32": (_orders(np.float32, np.int32), "int32"),
-    "float64": (_orders(np.float64, np.int64), "int64"),
-}
-
-
-def place(v: Any) -> Any:
-    """Return the integer for a number: negative NaN, then -inf and the numbers in their order, inf, and NaN."""
-    raise NotImplementedError
-
-
-@_for_dtypes(place)
-def _(v: Any) -> Callable[..., Any] | None:
-    return _ORDERS[str(v)][0][0] if str(v) in _ORDERS else None
-
-
-def number(at: Any) -> Any:
-    """Return the number for an integer."""
-    raise NotImplementedError
-
-
-@_for_dtypes(number)
-def _(at: Any) -> Callable[..., Any] | None:
-    return next((pair[1] for pair, whole in _ORDERS.values() if whole == str(at)), None)
+@_part
+def _place(v: Any) -> Any:
+    """Return the integer for a number, where -0 stands with 0."""
+    return place(v + np.float32(0))
 
 
 # The filters: each keeps a prefix of the entries in order, that is those above an end, and the first few at it
@@ -163,15 +137,15 @@ def _(at: Any) -> Callable[..., Any] | None:
 def _weight_from(places: Array, weights: Array | None, least: Any) -> float:
     """Return the weight of all entries at ``least`` or above; each weighs 1 where there are no weights."""
     whole = 0.0
-    for start in range(0, places.size, 1024):
-        chunk = places[start : start + 1024]
+    for start in range(0, places.size, _CHUNK):
+        chunk = places[start : start + _CHUNK]
         if weights is None:
             count = np.int32(0)
             for j in range(chunk.size):
                 count = np.int32(count + np.int32(chunk[j] >= least))
             whole += count
         else:
-            each = weights[start : start + 1024]
+            each = weights[start : start + _CHUNK]
             total = weights.dtype.type(0)
             for j in range(chunk.size):
                 total += each[j] if chunk[j] >= least else weights.dtype.type(0)
@@ -186,7 +160,7 @@ def _middle(low: Any, high: Any, whole: Any, of_numbers: bool) -> Any:
     The one is reached soon where the numbers are alike, the other in a bounded number of steps always.
     """
     if of_numbers:
-        middle = place((number(low) + number(high)) / 2)
+        middle = _place((number(low) + number(high)) / 2)
         if low < middle <= high:
             return middle
     distance = np.uint64(high) - np.uint64(low)
@@ -259,12 +233,12 @@ _GROUP = 64
 @_part
 def _maxima(x: Array, out: Array) -> Any:
     """Write the greatest place in each group of entries, and return the least of all."""
-    least = place(x[0])
+    least = _place(x[0])
     for group in range(out.size):
         chunk = x[group * _GROUP : (group + 1) * _GROUP]
-        most = place(chunk[0])
+        most = _place(chunk[0])
         for j in range(_GROUP):
-            at = place(chunk[j])
+            at = _place(chunk[j])
             most, least = max(most, at), min(least, at)
         out[group] = most
     return least
@@ -276,9 +250,9 @@ def _candidates(x: Array, k: int, maxima: Array, places: Array, index: Array, sp
     n = x.size
     groups = n // _GROUP
     if k == 0 or groups < 2 * k:
-        least = place(x[0])
+        least = _place(x[0])
         for j in range(n):
-            places[j] = place(x[j])
+            places[j] = _place(x[j])
             least = min(least, places[j])
             index[j] = j
         return n, least
@@ -289,11 +263,11 @@ def _candidates(x: Array, k: int, maxima: Array, places: Array, index: Array, sp
     for group in range(groups):
         if maxima[group] >= bound:
             for j in range(group * _GROUP, (group + 1) * _GROUP):
-                places[count] = place(x[j])
+                places[count] = _place(x[j])
                 index[count] = j
                 count += places[count] >= bound
     for j in range(groups * _GROUP, n):
-        at = place(x[j])
+        at = _place(x[j])
         least = min(least, at)
         places[count] = at
         index[count] = j
@@ -467,7 +441,7 @@ def draw_filtered(
     n = x.shape[1]
     # Two arrays and not five: what a few large ones give back is kept for the next call, many small ones would be
     # returned to the system, which takes several times longer to give the pages anew than the draw takes.
-    whole, real = np.empty((3, n + 1), np.full(1, place(x[0, 0])).dtype), np.empty((2, n + 1), x.dtype)
+    whole, real = np.empty((3, n + 1), np.full(1, _place(x[0, 0])).dtype), np.empty((2, n + 1), x.dtype)
     places, index, space, z, terms = whole[0], whole[1], whole[2], real[0], real[1]
     maxima = np.empty(n // _GROUP, whole.dtype)
     blocks, shift = (n + size - 1) // size, int(math.log2(size))
@@ -475,7 +449,7 @@ def draw_filtered(
     mass, score = np.empty(blocks, x.dtype), np.empty(blocks, x.dtype)
     longest = max(blocks, size)
     random = np.empty(longest, np.uint32), np.empty(longest, np.float32)
-    bottom, ceiling = place(x.dtype.type(-math.inf)), place(x.dtype.type(math.inf))
+    bottom, ceiling = _place(x.dtype.type(-math.inf)), _place(x.dtype.type(math.inf))
     for i in range(x.shape[0]):
         t, k, p, least_p = temperature[i], count[i], share[i], least_share[i]
         greedy, runs, total = t == 0, 0, math.nan

@@ -140,37 +140,53 @@ def _(z: Any) -> Callable[..., Any] | None:
     return _LOGARITHM.get(str(z))
 
 
-def _greatest(real: DType, whole: DType) -> Callable[..., Any]:
-    """Return the maximum of a row for one dtype, by the integers that the bits of floats stand in the order of.
+def _order(real: DType, whole: DType) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    sign, magnitude = whole(8 * np.dtype(real).itemsize - 1), whole(np.iinfo(whole).max)
+
+    def place(v: Any) -> Any:
+        bits = real(v).view(whole)
+        return whole(bits ^ whole(whole(bits >> sign) & magnitude))
+
+    def number(at: Any) -> Any:
+        return whole(at ^ whole(whole(at >> sign) & magnitude)).view(real)
+
+    return place, number
+
+
+_OF_FLOAT32, _OF_FLOAT64 = _order(np.float32, np.int32), _order(np.float64, np.int64)
+
+
+def place(v: Any) -> Any:
+    """Return the integer for a number, so that they stand in order: negative NaN, -inf, the numbers, inf, and NaN."""
+    raise NotImplementedError
+
+
+@_for_dtypes(place)
+def _(v: Any) -> Callable[..., Any] | None:
+    return {"float32": _OF_FLOAT32[0], "float64": _OF_FLOAT64[0]}.get(str(v))
+
+
+def number(at: Any) -> Any:
+    """Return the number for an integer."""
+    raise NotImplementedError
+
+
+@_for_dtypes(number)
+def _(at: Any) -> Callable[..., Any] | None:
+    return {"int32": _OF_FLOAT32[1], "int64": _OF_FLOAT64[1]}.get(str(at))
+
+
+@_part
+def greatest(x: Array) -> Any:
+    """Return the maximum of a row.
 
     Comparing floats cannot be done on vectors without promising that there is no NaN. Here a NaN is either greater
     than all, or goes unseen and is met in the sum.
     """
-    sign, magnitude = whole(8 * np.dtype(real).itemsize - 1), whole(np.iinfo(whole).max)
-    least = whole(real(-math.inf).view(whole) ^ magnitude)
-
-    def greatest(x: Any) -> Any:
-        top = least
-        for j in range(x.size):
-            bits = real(x[j]).view(whole)
-            ordered = whole(bits ^ whole(whole(bits >> sign) & magnitude))
-            top = max(ordered, top)
-        return whole(top ^ whole(whole(top >> sign) & magnitude)).view(real)
-
-    return greatest
-
-
-_GREATEST = {"float32": _greatest(np.float32, np.int32), "float64": _greatest(np.float64, np.int64)}
-
-
-def greatest(x: Any) -> Any:
-    """Return the maximum of a row."""
-    raise NotImplementedError
-
-
-@_for_dtypes(greatest)
-def _(x: Any) -> Callable[..., Any] | None:
-    return _GREATEST.get(str(x.dtype))
+    top = place(x.dtype.type(-math.inf))
+    for j in range(x.size):
+        top = max(place(x[j]), top)
+    return number(top)
 
 
 # float16 and bfloat16 are taken and given as their bits, uint16 for the one and int16 for the other: Numba has neither,
@@ -694,72 +710,14 @@ def _add_exactly(total: Array, lost: Array, part: Array) -> None:
         total[c] = s
 
 
-@_kernel
-def softmax_across(x: Array, outer: int, first: int, last: int, logarithm: bool, out: Array) -> None:
-    """Write the softmax, or its logarithm, along the middle of three axes, for some of the columns."""
-    n, width, one = x.shape[1], last - first, x.dtype.type(1)
-    top = x[outer, 0, first:last].copy()
-    total, lost, part = np.zeros(width, x.dtype), np.zeros(width, x.dtype), np.zeros(width, x.dtype)
-    for j in range(1, n):
-        line = x[outer, j, first:last]
-        for c in range(line.size):
-            v, t = line[c], top[c]
-            top[c] = v if v > t else t  # noqa: FURB136  # as above
-    for start in range(0, n, 8):
-        part[:] = 0
-        for j in range(start, min(start + 8, n)):
-            line, row = x[outer, j, first:last], out[outer, j, first:last]
-            if logarithm:
-                for c in range(line.size):
-                    part[c] += exp(line[c] - top[c])
-            else:
-                for c in range(line.size):
-                    e = exp(line[c] - top[c])
-                    row[c] = e
-                    part[c] += e
-        _add_exactly(total, lost, part)
-    if logarithm:
-        for c in range(width):
-            total[c] = log1p((total[c] - one) + lost[c])
-    else:
-        for c in range(width):
-            total[c] = one / (total[c] + lost[c])
-    for j in range(n):
-        line, row = x[outer, j, first:last], out[outer, j, first:last]
-        if logarithm:
-            for c in range(line.size):
-                row[c] = (line[c] - top[c]) - total[c]
-        else:
-            for c in range(line.size):
-                row[c] *= total[c]
-
-
-@_kernel
-def apart_across(x: Array, first: int, last: int, top: Array, most: Array, rest: Array) -> None:
-    """Write what ``apart_of_piece`` returns, along the first of two axes, for some of the columns."""
-    zero, one = x.dtype.type(0), x.dtype.type(1)
-    lost, part = np.zeros(last - first, x.dtype), np.zeros(last - first, x.dtype)
+@_part
+def _tops_across(x: Array, first: int, last: int, top: Array) -> None:
     top[:] = x[0, first:last]
-    most[:] = zero
-    rest[:] = zero
     for j in range(1, x.shape[0]):
         line = x[j, first:last]
         for c in range(line.size):
             v, t = line[c], top[c]
             top[c] = v if v > t else t  # noqa: FURB136  # as above
-    for start in range(0, x.shape[0], 8):
-        part[:] = zero
-        for j in range(start, min(start + 8, x.shape[0])):
-            line = x[j, first:last]
-            for c in range(line.size):
-                v, t = line[c], top[c]
-                e = exp(v - t)
-                part[c] += zero if v == t else e
-            for c in range(line.size):  # as in _apart
-                most[c] += one if line[c] == top[c] else zero
-        _add_exactly(rest, lost, part)
-    for c in range(rest.size):
-        rest[c] += lost[c]
 
 
 @_kernel
@@ -773,6 +731,62 @@ def finish_across(x: Array, first: int, last: int, logarithm: bool, top: Array, 
         else:
             for c in range(line.size):
                 row[c] = exp(line[c] - top[c]) / total[c]
+
+
+@_kernel
+def softmax_across(x: Array, first: int, last: int, logarithm: bool, out: Array) -> None:
+    """Write the softmax, or its logarithm, along the first of two axes, for some of the columns."""
+    n, width, one = x.shape[0], last - first, x.dtype.type(1)
+    top = np.empty(width, x.dtype)
+    total, lost, part = np.zeros(width, x.dtype), np.zeros(width, x.dtype), np.zeros(width, x.dtype)
+    _tops_across(x, first, last, top)
+    for start in range(0, n, 8):
+        part[:] = 0
+        for j in range(start, min(start + 8, n)):
+            line, row = x[j, first:last], out[j, first:last]
+            if logarithm:
+                for c in range(line.size):
+                    part[c] += exp(line[c] - top[c])
+            else:
+                for c in range(line.size):
+                    e = exp(line[c] - top[c])
+                    row[c] = e
+                    part[c] += e
+        _add_exactly(total, lost, part)
+    if logarithm:
+        for c in range(width):
+            total[c] = log1p((total[c] - one) + lost[c])
+        finish_across(x, first, last, True, top, total, out)
+        return
+    for c in range(width):
+        total[c] = one / (total[c] + lost[c])
+    for j in range(n):
+        row = out[j, first:last]
+        for c in range(row.size):
+            row[c] *= total[c]
+
+
+@_kernel
+def apart_across(x: Array, first: int, last: int, top: Array, most: Array, rest: Array) -> None:
+    """Write what ``apart_of_piece`` returns, along the first of two axes, for some of the columns."""
+    zero, one = x.dtype.type(0), x.dtype.type(1)
+    lost, part = np.zeros(last - first, x.dtype), np.zeros(last - first, x.dtype)
+    _tops_across(x, first, last, top)
+    most[:] = zero
+    rest[:] = zero
+    for start in range(0, x.shape[0], 8):
+        part[:] = zero
+        for j in range(start, min(start + 8, x.shape[0])):
+            line = x[j, first:last]
+            for c in range(line.size):
+                v, t = line[c], top[c]
+                e = exp(v - t)
+                part[c] += zero if v == t else e
+            for c in range(line.size):  # as in _apart
+                most[c] += one if line[c] == top[c] else zero
+        _add_exactly(rest, lost, part)
+    for c in range(rest.size):
+        rest[c] += lost[c]
 
 
 @_kernel

@@ -106,7 +106,8 @@ def _run_across(call: Call, x: Array, threads: int) -> Array:
         out, whole = answer.reshape(rows.shape), [(i, *column) for i in range(outer) for column in columns]
 
         def work(k: int) -> None:
-            kernels.softmax_across(rows, *whole[k], name == "log_softmax", out)
+            i, first, last = whole[k]
+            kernels.softmax_across(rows[i], first, last, name == "log_softmax", out[i])
 
         parallel(work, len(whole), threads)
         return answer
@@ -164,7 +165,7 @@ def _is_long(call: Call, operands: tuple[Array, ...]) -> bool:
     if name == "cross_entropy":
         return x.dtype == call.compute or bool(_narrow_name(x.dtype))
     scaled = isinstance(operands[1], float) and name != "logsumexp"
-    same = x.dtype == call.compute if x.dtype == call.result else False
+    same = x.dtype == call.compute == call.result
     return (operands[1] is None or scaled) and operands[2] is None and (same or _stays_narrow(call, x))
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 _GROUP = 64
 """Entries that NumPy looks at together: they are passed over unless their maximum may be among the greatest."""
 
-
 _BLOCK = 256
 """Entries that are summed together before a running sum."""
 
@@ -147,14 +146,10 @@ def first(flags: Array, room: Array) -> Array:
     found = library(flags)
     xp = found.xp
     if found.name != "numpy":
-        # The last one to keep is found by the number of them in each block, and then inside its block.
         numbers = xp.astype(flags, room.dtype)
         reached = _running_sum(block_sums(numbers, _BLOCK), room.dtype)
-        block = _count(reached[..., :-1] < room)
-        before = take_along(reached, xp.maximum(block, xp.ones_like(block)) - 1, flags.ndim - 1)
-        inside, _ = block_of(numbers, block, _BLOCK)
-        reached = xp.where(block > 0, before, 0.0) + _running_sum(xp.astype(inside > 0, room.dtype), room.dtype)
-        last = block * _BLOCK + _count(reached[..., :-1] < room)
+        block, _, inside = _reaching(numbers, reached, lambda entries: xp.astype(entries > 0, room.dtype), room)
+        last = block * _BLOCK + inside
         return flags & (xp.arange(flags.shape[-1], dtype=last.dtype, device=device_for(flags)) <= last)
     # Few entries are True, as a rule: they are numbered by themselves.
     place = xp.flatnonzero(flags)
@@ -185,16 +180,23 @@ def end_of_prefix(
     ordered = xp.sort(x, axis=-1, descending=True, stable=False)
     if found.name == "numpy":
         ordered = xp.ascontiguousarray(ordered)  # a view with a negative step
-    # A running sum over blocks, and one inside the block that reaches the target.
     reached = _running_sum(block_sums(mass_of(ordered), _BLOCK), xp.float64)
-    target = target_of(reached[..., -1:])
+    block, entries, last = _reaching(ordered, reached, mass_of, target_of(reached[..., -1:]))
+    end = take_along(entries, last, x.ndim - 1)
+    return end, xp.astype(block * _BLOCK + last + 1 - _count(ordered > end), x.dtype)
+
+
+def _reaching(x: Array, reached: Array, mass_of: Callable[[Array], Array], target: Array) -> tuple[Array, Array, Array]:
+    """Return where the running sum of masses reaches a target: number of the block, its entries, and the place in it.
+
+    ``reached`` is the running sum over whole blocks, which is enough for all blocks but that one.
+    """
+    xp = library(x).xp
     block = _count(reached[..., :-1] < target)
     before = take_along(reached, xp.maximum(block, xp.ones_like(block)) - 1, x.ndim - 1)
-    inside, _ = block_of(ordered, block, _BLOCK)
-    reached = xp.where(block > 0, before, 0.0) + _running_sum(mass_of(inside), xp.float64)
-    last = _count(reached[..., :-1] < target)
-    end = take_along(inside, last, x.ndim - 1)
-    return end, xp.astype(block * _BLOCK + last + 1 - _count(ordered > end), x.dtype)
+    entries, _ = block_of(x, block, _BLOCK)
+    inside = xp.where(block > 0, before, 0.0) + _running_sum(mass_of(entries), reached.dtype)
+    return block, entries, _count(inside[..., :-1] < target)
 
 
 def _count(flags: Array) -> Array:
