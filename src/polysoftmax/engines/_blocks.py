@@ -48,12 +48,16 @@ def fits(x: Array, axis: int, operands: tuple[Array, ...]) -> bool:
 
 def cut(operands: tuple[Array, ...], piece: Piece) -> tuple[Array, ...]:
     """Return the parts of the operands that belong to a block."""
-    return tuple(
-        one[tuple(s if n > 1 else slice(None) for s, n in zip(piece, one.shape, strict=True))]
-        if isinstance(one, np.ndarray) and one.ndim
-        else one
-        for one in operands
-    )
+    shape = operands[0].shape
+
+    def part(one: Array) -> Array:
+        if not isinstance(one, np.ndarray) or not one.ndim:
+            return one
+        if one.shape == shape:
+            return one[piece]
+        return one[tuple(s if n > 1 else slice(None) for s, n in zip(piece, one.shape, strict=True))]
+
+    return tuple(map(part, operands))
 
 
 def like(x: Array, axis: int, length: int, dtype: Any) -> Array:

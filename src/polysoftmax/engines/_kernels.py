@@ -48,41 +48,52 @@ def _sum(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(**_SUMMING)(function)  # type: ignore[no-any-return]
 
 
-def _exponential(real: DType, whole: DType, degree: int, ln2: tuple[float, float], least: float) -> Callable[..., Any]:
+def _exponential(
+    real: DType, whole: DType, series: tuple[float, ...], ln2: tuple[float, float], least: float
+) -> Callable[..., Any]:
     """Return exp for z ≤ 0 in one dtype, within 1 ulp, in operations that the compiler can do on vectors.
 
-    z = k·ln 2 + r with ln 2 in two parts (Cody and Waite), the Taylor series of exp(r), and 2^k in two factors, so
-    that what is subnormal is rounded once. Below ``least`` the answer is 0. NaN passes through.
+    z = k·ln 2 + r with ln 2 in two parts (Cody and Waite), a series for exp(r), and k added to its exponent. The series
+    is lifted by a power of two, so that this ends above the subnormal numbers, and what is subnormal is rounded once,
+    when it is taken down again. Below ``least`` the answer is 0. NaN passes through.
     """
     info = np.finfo(real)
-    series = tuple(real(1.0 / math.factorial(i)) for i in range(degree + 1))
+    lift = 2.0**64
+    lifted = tuple(real(c * lift) for c in series)
     per_ln2, high, low, least = real(1.0 / math.log(2.0)), real(ln2[0]), real(ln2[1]), real(least)
-    rounding = real(1.5 * 2.0**info.nmant)  # what is added to it loses its fraction
-    rounding_bits = rounding.view(whole)
-    shift, bias, zero = whole(info.nmant), whole(1 - info.minexp), real(0.0)
+    rounding = real(1.5 * 2.0**info.nmant)  # what is added to it loses its fraction, and ends on k in its bits
+    shift, down, zero = whole(info.nmant), real(1.0 / lift), real(0.0)
 
     def exponential(z: Any) -> Any:
-        gone = z < least
-        z = zero if gone else z  # a product that underflows costs many times one that does not
         rounded = real(z * per_ln2 + rounding)
-        k = whole(rounded.view(whole) - rounding_bits)
         f = rounded - rounding
         r = (z - f * high) - f * low
-        p = series[degree]
-        for i in range(degree - 1, -1, -1):
-            p = p * r + series[i]
-        half = whole(k >> 1)
-        first = whole(whole(half + bias) << shift)
-        second = whole(whole(whole(k - half) + bias) << shift)
-        p = p * first.view(real) * second.view(real)
-        return zero if gone else p
+        p = lifted[-1]
+        for c in lifted[-2::-1]:
+            p = p * r + c
+        scaled = whole(real(p).view(whole) + whole(rounded.view(whole) << shift)).view(real) * down
+        # NaN is not what its bits may have become among the integers.
+        other = zero if z < zero else z  # noqa: FURB136  # max of Numba minds NaN, in branches
+        return scaled if z >= least else other
 
     return exponential
 
 
 _EXPONENTIAL = {
-    "float32": _exponential(np.float32, np.int32, 7, (0.693359375, -2.1219444005469057e-4), -105.0),
-    "float64": _exponential(np.float64, np.int64, 13, (0.6931471803691238, 1.9082149292705877e-10), -746.0),
+    "float32": _exponential(
+        np.float32,
+        np.int32,
+        (1.0, 1.0, 0.5, 0.1666658, 0.04166655, 0.008363173, 0.001392618),  # Chebyshev's points of |r| ≤ ½ ln 2
+        (0.693359375, -2.1219444005469057e-4),
+        -105.0,
+    ),
+    "float64": _exponential(
+        np.float64,
+        np.int64,
+        tuple(1.0 / math.factorial(i) for i in range(14)),
+        (0.6931471803691238, 1.9082149292705877e-10),
+        -746.0,
+    ),
 }
 
 
@@ -721,16 +732,16 @@ def _tops_across(x: Array, first: int, last: int, top: Array) -> None:
 
 
 @_kernel
-def finish_across(x: Array, first: int, last: int, logarithm: bool, top: Array, total: Array, out: Array) -> None:
-    """Write the softmax, or its logarithm, along the first of two axes; ``total`` is then a logarithm, too."""
+def finish_across(x: Array, first: int, last: int, logarithm: bool, top: Array, scale: Array, out: Array) -> None:
+    """Write the softmax along the first of two axes from one over the totals, or its logarithm from theirs."""
     for j in range(x.shape[0]):
         line, row = x[j, first:last], out[j, first:last]
         if logarithm:
             for c in range(line.size):
-                row[c] = (line[c] - top[c]) - total[c]
+                row[c] = (line[c] - top[c]) - scale[c]
         else:
             for c in range(line.size):
-                row[c] = exp(line[c] - top[c]) / total[c]
+                row[c] = exp(line[c] - top[c]) * scale[c]
 
 
 @_kernel
@@ -764,6 +775,26 @@ def softmax_across(x: Array, first: int, last: int, logarithm: bool, out: Array)
         row = out[j, first:last]
         for c in range(row.size):
             row[c] *= total[c]
+
+
+@_kernel
+def total_across(x: Array, first: int, last: int, top: Array, total: Array) -> None:
+    """Write what ``total_of_piece`` returns, along the first of two axes, for some of the columns."""
+    width, zero = last - first, x.dtype.type(0)
+    lost, part, finite = np.zeros(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
+    _tops_across(x, first, last, top)
+    for c in range(width):
+        finite[c] = zero if top[c] == -math.inf else top[c]
+    total[:] = zero
+    for start in range(0, x.shape[0], 8):
+        part[:] = zero
+        for j in range(start, min(start + 8, x.shape[0])):
+            line = x[j, first:last]
+            for c in range(line.size):
+                part[c] += exp(line[c] - finite[c])
+        _add_exactly(total, lost, part)
+    for c in range(total.size):
+        total[c] += lost[c]
 
 
 @_kernel

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polysoftmax._arrays import accurate_sum
 from polysoftmax.engines import FORCED, _blocks, chosen
 from polysoftmax.engines._threads import parallel
 
@@ -73,11 +74,14 @@ def obstacle(call: Call, operands: tuple[Array, ...]) -> str:
 _ACROSS = ("softmax", "log_softmax", "logsumexp")
 """Formulas with a kernel along other axes than the last."""
 
-_ACROSS_BYTES = 4096
-"""Least length of the lines that it works on: shorter ones cost a miss in the translation of addresses each."""
+_ACROSS_BYTES = 1 << 14
+"""Least length of the lines that it works on: memory is read ahead to the end of a page, and each line has a cost."""
 
 _ACROSS_CACHED = 1 << 18
-"""Size up to which lines are longer than that: each has a cost of its own."""
+"""Size up to which lines are longer than that."""
+
+_ACROSS_PIECE = 1 << 18
+"""Entries that a thread does at a time: they are read for the maximum, and again for the total."""
 
 
 def _is_across(call: Call, operands: tuple[Array, ...]) -> bool:
@@ -98,11 +102,10 @@ def _run_across(call: Call, x: Array, threads: int) -> Array:
     rows = x.reshape(outer, n, inner)
     step = max(_ACROSS_BYTES // x.itemsize, _ACROSS_CACHED // (n * x.itemsize))
     columns = [(first, min(first + step, inner)) for first in range(0, inner, step)]
-    # Where there are few columns, the rows are cut as well.
-    length = max(_PIECE // min(step, inner), -(-n // _ACROSS_PIECES))
+    length = max(_ACROSS_PIECE // min(step, inner), 1)
     starts = range(0, n, length)
     answer = _blocks.like(x, axis, n if name != "logsumexp" else 1, call.result)
-    if name != "logsumexp" and (len(starts) == 1 or outer * len(columns) >= _ACROSS_PIECES):
+    if name != "logsumexp" and len(starts) == 1:
         out, whole = answer.reshape(rows.shape), [(i, *column) for i in range(outer) for column in columns]
 
         def work(k: int) -> None:
@@ -112,33 +115,32 @@ def _run_across(call: Call, x: Array, threads: int) -> Array:
         parallel(work, len(whole), threads)
         return answer
     pieces = [(i, j, first, last) for i in range(outer) for j in range(len(starts)) for first, last in columns]
-    found = np.empty((3, outer, len(starts), inner), x.dtype)
+    found = np.empty((3 if name == "logsumexp" else 2, outer, len(starts), inner), x.dtype)
+    look_at = kernels.apart_across if name == "logsumexp" else kernels.total_across
 
     def look(k: int) -> None:
         i, j, first, last = pieces[k]
-        kernels.apart_across(rows[i, starts[j] : starts[j] + length], first, last, *found[:, i, j, first:last])
+        look_at(rows[i, starts[j] : starts[j] + length], first, last, *found[:, i, j, first:last])
 
     parallel(look, len(pieces), threads)
     with np.errstate(all="ignore"):
-        top, most, rest = _together(found)
-        total = most + rest if name == "softmax" else np.log(most) + np.log1p(rest / most)
         if name == "logsumexp":
-            answer[...] = (top + total).reshape(answer.shape)
+            top, most, rest = _together(found)
+            answer[...] = (top + np.log(most) + np.log1p(rest / most)).reshape(answer.shape)
             return answer
+        top = np.max(found[0], axis=1)
+        total = accurate_sum(found[1] * np.exp(found[0] - top[:, None]), 1)[:, 0]
+        scale = np.log(total) if name == "log_softmax" else 1.0 / total
     out = answer.reshape(rows.shape)
 
     def finish(k: int) -> None:
         i, j, first, last = pieces[k]
         part, column = slice(starts[j], starts[j] + length), slice(first, last)
         logarithm = name == "log_softmax"
-        kernels.finish_across(rows[i, part], first, last, logarithm, top[i, column], total[i, column], out[i, part])
+        kernels.finish_across(rows[i, part], first, last, logarithm, top[i, column], scale[i, column], out[i, part])
 
     parallel(finish, len(pieces), threads)
     return answer
-
-
-_ACROSS_PIECES = 8
-"""Pieces that there should be, so that all threads have work; of the rows no more, for they are summed one by one."""
 
 
 def _together(found: Array) -> tuple[Array, Array, Array]:
@@ -147,7 +149,7 @@ def _together(found: Array) -> tuple[Array, Array, Array]:
     top = np.max(tops, axis=1)
     at_top = tops == top[:, None]
     factor = np.where(at_top, 1.0, np.exp(tops - top[:, None]))
-    rest = np.sum(rest * factor + np.where(at_top, 0.0, most * factor), axis=1)
+    rest = accurate_sum(rest * factor + np.where(at_top, 0.0, most * factor), 1)[:, 0]
     return top, np.sum(np.where(at_top, most, 0.0), axis=1), rest
 
 
@@ -257,9 +259,9 @@ BFLOAT16_BITS = np.dtype("V2")
 
 
 def _narrow_name(dtype: np.dtype[Any]) -> str:
-    if dtype == np.float16:
-        return "float16"
-    return "bfloat16" if dtype.kind == "V" and dtype.itemsize == 2 else ""
+    if dtype.itemsize != 2:
+        return ""
+    return {"f": "float16", "V": "bfloat16"}.get(dtype.kind, "")
 
 
 def _as_bits(x: Array) -> Array:
@@ -276,6 +278,8 @@ def _stays_narrow(call: Call, x: Array) -> bool:
 
 def _converted(kernels: Any, x: Array, dtype: np.dtype[Any]) -> Array:
     """Return ``x``, C-contiguous, in ``dtype``; NumPy's own conversions from and to 16 bits are slow."""
+    if x.dtype == dtype and x.flags.c_contiguous:
+        return x
     if dtype == np.float32 and (name := _narrow_name(x.dtype)):
         out = np.empty(x.shape, dtype)
         getattr(kernels, f"widen_{name}")(_as_bits(np.ascontiguousarray(x)).reshape(-1), out.reshape(-1))
@@ -313,7 +317,7 @@ class _Block:
     def raw(self) -> Array:
         """The rows for a kernel that takes 16 bits as they are."""
         x = self.operands[0]
-        if self.dtype != np.float32 or not _narrow_name(x.dtype):
+        if not _narrow_name(x.dtype) or self.dtype != np.float32:
             return self.x
         x = _last(x, self.axis)
         return _as_bits(np.ascontiguousarray(x.reshape(-1, x.shape[-1])))
@@ -338,7 +342,10 @@ class _Block:
         kept = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
         if isinstance(one, float):
             return np.full(math.prod(kept), one, dtype or self.dtype)
-        one = np.broadcast_to(np.asarray(one), kept).reshape(-1)
+        one = np.asarray(one)
+        if one.shape != kept:
+            one = np.broadcast_to(one, kept)
+        one = one.reshape(-1)
         return _converted(self.kernels, one, dtype or self._dtype_of(one))
 
     def per_class(self, i: int) -> Array:

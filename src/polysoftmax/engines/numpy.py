@@ -33,6 +33,10 @@ Blocks of 256 KB fit a second-level cache with all temporaries, but two threads 
 the interpreter lock between the steps: softmax of 64 × 50257 took 4.0 ms instead of 1.9.
 """
 
+_MOST_PIECES = 32
+_PER_PIECES = 1 << 19
+"""Most pieces where nothing has to fit the cache, and the entries that double their number."""
+
 _SHORT = 32
 """Rows up to this length are run transposed."""
 
@@ -42,7 +46,7 @@ _ACROSS = 1024
 _MANY_STEPS = 16
 """Rows that a formula of many small steps is given at least, so that the steps are worth their calls."""
 
-_PARALLEL = 1 << 15
+_PARALLEL = 1 << 19
 _PARALLEL_FUSED = 1 << 17
 """Entries below which waking another thread costs more than it saves."""
 
@@ -123,9 +127,11 @@ def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any])
     block = max(1, size // (n * compute.itemsize))
     along = abs(x.strides[axis]) <= min(map(abs, x.strides))
     if not obstacle:
-        if x.flags.c_contiguous and axis == x.ndim - 1 and x.dtype == compute and not name.endswith("_vjp"):
-            block = max(block, math.ceil(rows / 32))  # nothing is copied, so nothing has to fit the cache
         threads = num_threads() if x.size >= _PARALLEL_FUSED else 1
+        if x.flags.c_contiguous and axis == x.ndim - 1 and x.dtype == compute and not name.endswith("_vjp"):
+            # Nothing is copied, so nothing has to fit the cache: pieces only serve the threads, and cost Python's time.
+            pieces = 1 if x.size < _PARALLEL_FUSED else 2 << (x.size // _PER_PIECES).bit_length()
+            block = math.ceil(rows / min(pieces, _MOST_PIECES))
         return Plan("fused", "a fused kernel does a row in two or three passes", "row by row", block, threads)
     threads = num_threads() if x.size >= _PARALLEL else 1
     if along and n <= _SHORT:
