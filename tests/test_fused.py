@@ -16,6 +16,7 @@ import polysoftmax
 numba = pytest.importorskip("numba", reason="the fused kernels need polysoftmax[fast]")
 
 from polysoftmax.engines import _kernels, fused  # noqa: E402  # needs Numba
+from polysoftmax.engines import numpy as numpy_engine  # noqa: E402
 
 INF, NAN = np.inf, np.nan
 FLOATS = [np.float32, np.float64]
@@ -363,9 +364,17 @@ def test_16_bits_are_the_float32_answer_rounded_once(n: int) -> None:
     np.testing.assert_array_equal(losses, wide.astype(np.float16))
 
 
+@pytest.fixture(params=["fused", "blocks"])
+def cutting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An engine that cuts long rows into pieces; blocks, which do so later, are told to cut them sooner."""
+    monkeypatch.setattr(numpy_engine, "_BLOCK_BYTES", 1 << 18)
+    monkeypatch.setattr(numpy_engine, "_LONG_BYTES", 1 << 20)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_long_rows_in_pieces(dtype: Float, temperature: float) -> None:
+def test_long_rows_in_pieces(cutting: str, dtype: Float, temperature: float) -> None:
     n = 3 * fused._PIECE + 5
     x = 3 * np.random.default_rng(2).standard_normal((3, n)).astype(dtype)
     x[1] = -2.3  # a rounding error that never changes sign
@@ -374,7 +383,7 @@ def test_long_rows_in_pieces(dtype: Float, temperature: float) -> None:
     want, total = exact_softmax(exact)
     with np.errstate(divide="ignore"):
         log_want = np.log(want)
-    with polysoftmax.engine("fused"), np.errstate(all="raise"):
+    with polysoftmax.engine(cutting), np.errstate(all="raise"):
         y = polysoftmax.softmax(x, temperature=temperature)
         log_y = polysoftmax.log_softmax(x, temperature=temperature)
         lse, losses = polysoftmax.logsumexp(x), polysoftmax.cross_entropy(x, np.full(3, n - 1), reduction="none")
@@ -391,9 +400,9 @@ def test_long_rows_in_pieces(dtype: Float, temperature: float) -> None:
         np.testing.assert_allclose(losses, -log_want[:, -1].astype(dtype), rtol=64 * U[dtype])
 
 
-def test_nan_and_inf_in_pieces_of_long_rows() -> None:
+def test_nan_and_inf_in_pieces_of_long_rows(cutting: str) -> None:
     x = nan_and_inf(fused._LONG, np.float32)
-    with polysoftmax.engine("fused"), np.errstate(all="raise"):
+    with polysoftmax.engine(cutting), np.errstate(all="raise"):
         y, log_y, lse = polysoftmax.softmax(x), polysoftmax.log_softmax(x), polysoftmax.logsumexp(x)
     assert np.isnan(y[:4]).all()
     assert np.isnan(log_y[:4]).all()

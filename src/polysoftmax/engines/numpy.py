@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from polysoftmax.engines import FORCED, FORMULAS, _blocks, chosen, fused
-from polysoftmax.engines._threads import num_threads
+from polysoftmax.engines._threads import num_threads, parallel
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -25,8 +25,8 @@ SMALL_DRAW = 1000
 """Entries below which a formula runs as it stands; the draw takes so many small steps that its kernel pays sooner."""
 
 _BLOCK_BYTES = 1 << 20
-_LEAST_BYTES = 1 << 17
-_PIECES = 8
+_LEAST_BYTES = 1 << 19
+_PIECES = 4
 """Greatest and least size of a block, and how many there should be in between.
 
 Blocks of 256 KB fit a second-level cache with all temporaries, but two threads then spend what they save on waiting for
@@ -34,21 +34,19 @@ the interpreter lock between the steps: softmax of 64 × 50257 took 4.0 ms inste
 """
 
 _MOST_PIECES = 32
-_PER_PIECES = 1 << 19
-"""Most pieces where nothing has to fit the cache, and the entries that double their number."""
+"""Pieces that the threads share at most where nothing has to fit the cache."""
 
 _SHORT = 32
 """Rows up to this length are run transposed."""
 
-_ACROSS = 1024
+_ACROSS = 512
 """Rows that are given together at least where the axis is not the contiguous one: shorter lines miss too often."""
 
 _MANY_STEPS = 16
 """Rows that a formula of many small steps is given at least, so that the steps are worth their calls."""
 
 _PARALLEL = 1 << 19
-_PARALLEL_FUSED = 1 << 17
-"""Entries below which waking another thread costs more than it saves."""
+"""Entries below which waking another thread, and waiting for it, costs more than it saves."""
 
 
 class Plan(NamedTuple):
@@ -72,6 +70,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     if not x.size or not _blocks.fits(x, axis, operands):
         return _evaluate(call, operands)
     plan = _plan(x, axis, call.formula.name, fused.obstacle(call, operands), np.dtype(call.compute))
+    if plan.layout == "in pieces" and not _is_plain(call, operands):
+        plan = plan._replace(layout="as they stand", block=1)
     if call.formula.many_steps:
         plan = plan._replace(layout="as they stand", block=max(plan.block, _MANY_STEPS))
     if plan.engine == "portable" or (call.formula.composed and plan.engine == "blocks"):
@@ -80,6 +80,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     rows = call._replace(squeeze=False)
     if plan.engine == "fused":
         y = fused.run(rows, operands, blocks, plan.threads)
+    elif plan.layout == "in pieces":
+        y = _evaluate_in_pieces(rows, x, operands[1], plan)
     else:
         evaluate = _evaluate_transposed if plan.layout == "transposed" else _evaluate
         y = _blocks.run_in_blocks(partial(evaluate, rows), operands, axis, blocks, plan.threads)
@@ -100,6 +102,8 @@ def describe(x: Array, name: str) -> tuple[str, str]:
     if plan.engine == "portable":
         return plan.engine, plan.reason
     rows = f"blocks of {plan.block} rows of {x.shape[-1]}, {plan.layout}"
+    if plan.layout == "in pieces":
+        rows = f"rows of {x.shape[-1]} in pieces of {plan.block}"
     return plan.engine, f"{rows}, {plan.threads} thread{'s' * (plan.threads > 1)}: {plan.reason}"
 
 
@@ -119,6 +123,69 @@ def _evaluate_transposed(call: Call, operands: tuple[Array, ...]) -> Any:
     return tuple(np.moveaxis(one, 0, axis) for one in y) if isinstance(y, tuple) else np.moveaxis(y, 0, axis)
 
 
+_IN_PIECES = ("softmax", "log_softmax", "logsumexp")
+"""Formulas whose answers for the pieces of a row tell that for the row."""
+
+_LONG_BYTES = 8 * _BLOCK_BYTES
+"""Size from which rows are cut: that takes two more passes than a row as it stands."""
+
+
+def _is_plain(call: Call, operands: tuple[Array, ...]) -> bool:
+    """Whether a formula in ``_IN_PIECES`` has rows alone, at one temperature, and nothing to convert."""
+    x, temperature, *others = operands
+    is_one = temperature is None or (isinstance(temperature, float) and call.formula.name != "logsumexp")
+    return x.dtype == call.compute == call.result and is_one and all(one is None for one in others)
+
+
+@np.errstate(all="ignore")
+def _evaluate_in_pieces(call: Call, x: Array, temperature: float | None, plan: Plan) -> Array:
+    """Run a formula on the pieces of long rows as if they were rows, and correct each answer for the other pieces."""
+    name, axis = call.formula.name, call.options["axis"]
+    rows = x.reshape(-1, x.shape[axis])
+    starts = range(0, rows.shape[1], plan.block)
+    pieces = [(i, j, slice(start, start + plan.block)) for i in range(len(rows)) for j, start in enumerate(starts)]
+    alone = call._replace(options={**call.options, "axis": 1})
+    if name == "logsumexp":
+        values = np.empty((len(rows), len(starts)), x.dtype)
+
+        def value(k: int) -> None:
+            i, j, part = pieces[k]
+            values[i, j] = _evaluate(alone, (rows[i : i + 1, part], None, None))[0, 0]
+
+        parallel(value, len(pieces), plan.threads)
+        return alone.evaluate((values, None, None)).reshape(*x.shape[:axis], 1)
+    answer = np.empty_like(rows)
+    tops, greatest = np.empty((2, len(rows), len(starts)), x.dtype)
+
+    def begin(k: int) -> None:
+        i, j, part = pieces[k]
+        y = answer[i, part]
+        y[...] = _evaluate(alone, (rows[i : i + 1, part], temperature, None))[0]
+        tops[i, j], greatest[i, j] = np.max(rows[i, part]), np.max(y)
+
+    parallel(begin, len(pieces), plan.threads)
+    top = np.max(tops, axis=1, keepdims=True)
+    distance = tops - top if temperature is None else (tops - top) / temperature
+    # The greatest answer of a piece is 1 over the total of its exponentials, or the logarithm of that.
+    log_totals = distance - (greatest if name == "log_softmax" else np.log(greatest))
+    is_gone = (tops == -math.inf) & (top > -math.inf)
+    log_totals[is_gone] = -math.inf
+    shift = np.max(log_totals, axis=1, keepdims=True)
+    log_total = shift + np.log(np.sum(np.exp(log_totals - shift), axis=1, keepdims=True))
+
+    def finish(k: int) -> None:
+        i, j, part = pieces[k]
+        if is_gone[i, j]:
+            answer[i, part] = -math.inf if name == "log_softmax" else 0.0
+        elif name == "log_softmax":
+            answer[i, part] += log_totals[i, j] - log_total[i, 0]
+        else:
+            answer[i, part] *= np.exp(log_totals[i, j] - log_total[i, 0])
+
+    parallel(finish, len(pieces), plan.threads)
+    return answer.reshape(x.shape)
+
+
 def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any]) -> Plan:
     """Decide how to run a formula; the size of a block follows from the array alone, never from the threads."""
     n = x.shape[axis]
@@ -126,16 +193,17 @@ def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any])
     size = min(_BLOCK_BYTES, max(_LEAST_BYTES, x.size * compute.itemsize // _PIECES))
     block = max(1, size // (n * compute.itemsize))
     along = abs(x.strides[axis]) <= min(map(abs, x.strides))
+    threads = num_threads() if x.size >= _PARALLEL else 1
     if not obstacle:
-        threads = num_threads() if x.size >= _PARALLEL_FUSED else 1
         if x.flags.c_contiguous and axis == x.ndim - 1 and x.dtype == compute and not name.endswith("_vjp"):
             # Nothing is copied, so nothing has to fit the cache: pieces only serve the threads, and cost Python's time.
-            pieces = 1 if x.size < _PARALLEL_FUSED else 2 << (x.size // _PER_PIECES).bit_length()
+            pieces = 2 << (x.size // _PARALLEL).bit_length() if x.size >= _PARALLEL else 1
             block = math.ceil(rows / min(pieces, _MOST_PIECES))
         return Plan("fused", "a fused kernel does a row in two or three passes", "row by row", block, threads)
-    threads = num_threads() if x.size >= _PARALLEL else 1
     if along and n <= _SHORT:
         return Plan("blocks", obstacle, "transposed", block, threads)
+    if name in _IN_PIECES and n * compute.itemsize >= _LONG_BYTES and axis == x.ndim - 1 and x.flags.c_contiguous:
+        return Plan("blocks", obstacle, "in pieces", _BLOCK_BYTES // compute.itemsize, threads)
     block = block if along else max(block, _ACROSS)
     if rows <= block or (x.size < _PARALLEL and chosen() not in FORCED):
         return Plan("portable", f"{obstacle}, and too little to share out: the array API formula as it stands")
