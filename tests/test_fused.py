@@ -99,7 +99,7 @@ def rows(n: int, kind: str, dtype: Float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("n", [1, 2, 7, 24, 25, 48, 49, 64, 100, 1023, 1025, 5000, 300_001])
+@pytest.mark.parametrize("n", [1, 2, 7, 24, 25, 64, 160, 161, 257, 511, 1023, 1025, 5000, 300_001])
 @pytest.mark.parametrize("kind", ["normal", "constant", "equal"])
 def test_errors_are_within_the_bounds(dtype: Float, n: int, kind: str) -> None:
     x = rows(n, kind, dtype)
@@ -118,6 +118,11 @@ def test_errors_are_within_the_bounds(dtype: Float, n: int, kind: str) -> None:
     assert (np.abs(log_y - log_p) <= (base + spread + d + np.abs(log_p)) * u + tiny).all()
     value = top + log_total
     assert (np.abs(lse - value) <= (base + spread + np.abs(value)) * u + tiny).all()
+    targets = [[0], [n // 2]]
+    with polysoftmax.engine("fused"):
+        losses = polysoftmax.cross_entropy(x, np.ravel(targets), reduction="none")
+    want, slack = (np.take_along_axis(one, np.asarray(targets), 1)[:, 0] for one in (-log_p, d + spread))
+    assert (np.abs(losses - want) <= (base + slack + np.abs(want)) * u + tiny).all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -150,12 +155,14 @@ def test_nan_and_inf_stay_in_their_rows_along_other_axes(dtype: Float) -> None:
     assert (y[15, 4], log_y[15, 4]) == (0, -INF)
 
 
-def test_logsumexp_close_to_zero_keeps_its_digits() -> None:
+@pytest.mark.parametrize("n", [2, 100, 300, 600, fused._LONG])
+def test_what_is_close_to_zero_keeps_its_digits(n: int) -> None:
+    x = np.full((3, n), -40.0)
+    tops = [0, n // 2, n - 1]
+    x[[0, 1, 2], tops] = 0
     with polysoftmax.engine("fused"):
-        got = polysoftmax.logsumexp(np.asarray([[0.0, -40.0], [-40.0, 0.0]]))
-        losses = polysoftmax.cross_entropy(np.asarray([[0.0, -40.0]]), np.asarray([0]), reduction="none")
-    want = float(mpmath.log1p(mpmath.exp(-40)))
-    np.testing.assert_allclose([*got, *losses], want, rtol=1e-15)
+        got = [*polysoftmax.logsumexp(x), *polysoftmax.cross_entropy(x, np.asarray(tops), reduction="none")]
+    np.testing.assert_allclose(got, float(mpmath.log1p((n - 1) * mpmath.exp(-40))), rtol=1e-14)
 
 
 def nan_and_inf(n: int, dtype: Float) -> np.ndarray:
@@ -328,7 +335,7 @@ def exact_softmax(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("n", [1, 3, 7, 8, 9, 15, 33, 96, 97])
+@pytest.mark.parametrize("n", [1, 3, 7, 8, 9, 15, 33, 160])
 @pytest.mark.parametrize("m", [1, 7, 8, 9, 127, 128, 129, 300])
 def test_short_rows_of_any_number_and_length(m: int, n: int, dtype: Float) -> None:
     x = 3 * np.random.default_rng(m * n).standard_normal((m, n)).astype(dtype)

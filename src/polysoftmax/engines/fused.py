@@ -203,7 +203,8 @@ def _run_long(call: Call, operands: tuple[Array, ...], threads: int) -> Array:
             if name == "logsumexp":
                 answer[...] = _converted(kernels, top + log_total, answer.dtype).reshape(answer.shape)
             else:
-                _losses(kernels, _Block(kernels, call, operands), rows, top, log_total, answer.reshape(-1))
+                of_loss = _of_loss(_Block(kernels, call, operands))
+                kernels.cross_entropy_from_totals(rows, *of_loss, top, log_total, answer.reshape(-1))
             return answer
         distance = found[0] - top[:, None]
         factor = np.exp(distance if temperature is None else distance / temperature)
@@ -357,8 +358,9 @@ class _Block:
         return one.dtype if one.dtype.kind in "biu" else self.dtype
 
 
-_SHORT = 96
-"""Length of rows up to which many are done at a time, each on its own lane."""
+_SHORT = 160
+_SHORT_FOR_TOTALS = 256
+"""Length of rows up to which many are done at a time, each on its own lane, for answers as long as they and for one."""
 
 
 def _is_short(x: Array) -> bool:
@@ -390,7 +392,7 @@ def _weighted(kernels: Any, x: Array, where: Array | None, factor: Array, out: A
 def _log_total(kernels: Any, x: Array, where: Array | None, dtype: Any) -> tuple[Array, Array]:
     """Return the maximum of every row, and log Σ exp(x - maximum); NaN for a row with NaN."""
     top, log_total = np.empty((2, len(x)), dtype)
-    if where is None and _is_short(x):
+    if where is None and x.shape[1] <= _SHORT_FOR_TOTALS:
         kernels.log_total_short(x, top, log_total)
     else:
         kernels.log_total(x, where, top, log_total)
@@ -427,12 +429,14 @@ def _logsumexp(kernels: Any, block: _Block, out: Array) -> None:
 
 def _cross_entropy(kernels: Any, block: _Block, out: Array) -> None:
     x = block.raw
-    _losses(kernels, block, x, *_log_total(kernels, x, None, block.dtype), out[:, 0])
+    kernel = kernels.cross_entropy_short if _is_short(x) else kernels.cross_entropy
+    kernel(x, *_of_loss(block), out[:, 0])
 
 
-def _losses(kernels: Any, block: _Block, x: Array, top: Array, log_total: Array, out: Array) -> None:
-    ignored, z_loss = block.options["ignore_index"], block.dtype.type(block.options["z_loss"])
-    kernels.cross_entropy(x, block.per_row(1), block.per_class(2), ignored, z_loss, top, log_total, out)
+def _of_loss(block: _Block) -> tuple[Array, Array | None, int | None, Any]:
+    """Return the targets, the weights of the classes, the target that does not count, and z_loss."""
+    z_loss = block.dtype.type(block.options["z_loss"])
+    return block.per_row(1), block.per_class(2), block.options["ignore_index"], z_loss
 
 
 def _softmax_pullback(kernels: Any, block: _Block, out: Array) -> None:
@@ -455,15 +459,15 @@ def _logsumexp_pullback(kernels: Any, block: _Block, out: Array) -> None:
 
 
 def _cross_entropy_pullback(kernels: Any, block: _Block, out: Array) -> None:
-    x, targets, g = block.x, block.per_row(1), block.per_row(4)
-    ignored, z_loss = block.options["ignore_index"], block.dtype.type(block.options["z_loss"])
+    x, g = block.x, block.per_row(4)
+    targets, weight, ignored, z_loss = _of_loss(block)
     value = None
     if z_loss:
         top, log_total = _log_total(kernels, x, None, block.dtype)
         with np.errstate(all="ignore"):
             value = top + log_total
     at_target, factor = np.empty((2, len(x)), block.dtype)
-    kernels.slopes_of_loss(targets, block.per_class(2), z_loss, value, g, at_target, factor)
+    kernels.slopes_of_loss(targets, weight, z_loss, value, g, at_target, factor)
     _weighted(kernels, x, None, factor, out)
     kernels.subtract_at_targets(targets, at_target, ignored, out)
 
