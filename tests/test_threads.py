@@ -220,6 +220,92 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert done.stdout == "[0, 0, 0]\n", done.stderr
 
 
+WITH_A_TEAM = """
+import contextlib, os, threading, time, warnings
+import numpy as np
+import torch
+import polysoftmax
+from polysoftmax.engines import _threads, chosen
+warnings.simplefilter("ignore", DeprecationWarning)  # Python's general warning about forking beside threads
+torch.set_num_threads(3)
+x = torch.randn(2000, 600, dtype=torch.float64)
+_threads.set_num_threads(1)
+with polysoftmax.engine("blocks"):
+    alone = polysoftmax.softmax(x)
+_threads.set_num_threads(3)
+
+def works():
+    with polysoftmax.engine("blocks"):
+        return torch.equal(polysoftmax.softmax(x), alone) and bool(torch.mm(x.T, x).isfinite().all())
+"""
+
+
+def _with_a_team(code: str) -> str:
+    pytest.importorskip("torch")
+    return _python(WITH_A_TEAM + code).stdout
+
+
+@pytest.fixture(scope="module")
+def _openmp() -> None:
+    if _with_a_team("print(works(), _threads._team is not None)") != "True True\n":
+        pytest.skip("PyTorch brings no GNU OpenMP here")
+
+
+@pytest.mark.usefixtures("_openmp")
+def test_openmp_threads_do_the_work_beside_pytorch() -> None:
+    code = """
+seen = set()
+def work(i):
+    seen.add((threading.get_ident(), chosen()))
+    time.sleep(0.002)
+with polysoftmax.engine("blocks"):
+    _threads.parallel(work, 40, 3)
+print(len(seen), {engine for _, engine in seen}, _threads._pool.started, works())
+_threads.parallel(work, 40, 2)
+print(_threads._pool.started)
+"""
+    assert _with_a_team(code) == "3 {'blocks'} 0 True\n1\n"
+
+
+@pytest.mark.usefixtures("_openmp")
+@pytest.mark.parametrize("error", ["ArithmeticError", "KeyboardInterrupt"])
+@pytest.mark.parametrize("thrower", ["caller", "helper"])
+def test_an_error_leaves_the_team_whole(error: str, thrower: str) -> None:
+    code = f"""
+caller, done = threading.get_ident(), []
+def work(i):
+    time.sleep(0.01)
+    if (threading.get_ident() == caller) == {thrower == "caller"}:
+        raise {error}
+    done.append(i)
+try:
+    _threads.parallel(work, 100, 3)
+except {error}:
+    print(len(done) < 10, works())
+"""
+    assert _with_a_team(code) == "True True\n"
+
+
+@pytest.mark.usefixtures("_openmp")
+def test_nested_calls_other_threads_and_children_beside_a_team() -> None:
+    code = """
+done = []
+_threads.parallel(lambda i: _threads.parallel(lambda j: done.append((i, j)), 5, 3), 8, 3)
+print(sorted(done) == [(i, j) for i in range(8) for j in range(5)])
+others = [threading.Thread(target=lambda: print(works())) for _ in range(2)]
+for other in others:
+    other.start()
+    other.join()
+child = os.fork()
+if not child:
+    with polysoftmax.engine("blocks"):
+        same = polysoftmax.softmax(x.numpy()).tobytes() == alone.numpy().tobytes()
+    os._exit(0 if same and _threads._team is None else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), works())
+"""
+    assert _with_a_team(code) == "True\nTrue\nTrue\n0 True\n"
+
+
 def test_calls_while_the_interpreter_shuts_down() -> None:
     code = """
 import atexit

@@ -1,7 +1,8 @@
-"""A pool of helper threads for work that releases the interpreter lock."""
+"""Helper threads for work that releases the interpreter lock: a pool of our own, or PyTorch's OpenMP threads."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from contextvars import copy_context
@@ -133,12 +134,19 @@ class _Pool:
         self.started = 0
         self.lock = threading.Lock()
 
-    def ask(self, task: Callable[[], object], helpers: int) -> None:
+    def run(self, job: _Job, helpers: int) -> None:
         if self.started < helpers:
             with self.lock:
                 while self.started < helpers and self._start():
                     self.started += 1
-        self.queue.put(task)
+        try:
+            for _ in range(helpers):
+                # A context of its own for each: the engine chosen, and NumPy's errstate.
+                self.queue.put(partial(copy_context().run, job.help))
+            job.take_all()
+        finally:
+            job.cancel()
+            job.wait()
 
     def _start(self) -> bool:
         # Daemons: a call made while the interpreter shuts down must find them alive, or else do without.
@@ -154,13 +162,54 @@ class _Pool:
             self.queue.get()()
 
 
+class _Team:
+    """The OpenMP threads of another library as helpers.
+
+    For some milliseconds after their work they wait in a loop for more, and a thread of our own would have to share
+    its CPU with one of them. The caller starts the team and leaves it as code does that GCC compiled, so that in between
+    it is in Python as ever, and can be interrupted.
+    """
+
+    _entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    def __init__(self, library: ctypes.CDLL, size: Callable[[], int]) -> None:
+        self.start, self.end = library.GOMP_parallel_start, library.GOMP_parallel_end
+        self.start.argtypes, self.start.restype = (self._entry, ctypes.c_void_p, ctypes.c_uint), None
+        self.end.argtypes, self.end.restype = (), None
+        self.size = size
+        self.leader = threading.main_thread().ident
+
+    def fits(self, threads: int) -> bool:
+        """Whether the calling thread leads a team of so many: another thread or number would start threads anew."""
+        return self.size() == threads and threading.get_ident() == self.leader
+
+    def run(self, job: _Job, helpers: int) -> None:
+        contexts = [copy_context() for _ in range(helpers)]
+        entry = self._entry(lambda _: contexts.pop().run(job.help))
+        try:
+            self.start(entry, None, helpers + 1)
+            job.take_all()
+        finally:
+            try:
+                job.cancel()
+            finally:
+                self.end()
+
+
 _pool = _Pool()
+_team: _Team | None = None
+
+
+def borrow(library: ctypes.CDLL, size: Callable[[], int]) -> None:
+    """Take helpers from a GNU OpenMP library, whose teams another library keeps at ``size()`` threads."""
+    global _team
+    _team = _Team(library, size)
 
 
 def _forget() -> None:
     """Start afresh in a forked child, where the helpers do not exist and locks may be held for ever."""
-    global _pool
-    _pool = _Pool()
+    global _pool, _team
+    _pool, _team = _Pool(), None
 
 
 if hasattr(os, "register_at_fork"):
@@ -174,19 +223,14 @@ def parallel(work: Callable[[int], None], count: int, threads: int) -> None:
     there are helpers, cannot lock up. After an error or an interrupt no new piece is begun, and the pieces that run
     are waited for: nobody writes into an array that the caller has been given back.
     """
-    helpers = min(threads, count) - 1
-    if helpers < 1:
+    if min(threads, count) < 2:
         for piece in range(count):
             work(piece)
         return
     job = _Job(work, count)
-    try:
-        for _ in range(helpers):
-            # A context of its own for each: the engine chosen, and NumPy's errstate.
-            _pool.ask(partial(copy_context().run, job.help), helpers)
-        job.take_all()
-    finally:
-        job.cancel()
-        job.wait()
+    if _team is not None and _team.fits(threads):
+        _team.run(job, threads - 1)
+    else:
+        _pool.run(job, min(threads, count) - 1)
     if job.error is not None:
         raise job.error

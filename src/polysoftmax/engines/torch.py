@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -263,9 +265,11 @@ def _tensors(y: Any, result: DType) -> Any:
 
 @functools.cache
 def _numpy_engines() -> tuple[ModuleType, ModuleType]:
-    from polysoftmax.engines import fused
+    from polysoftmax.engines import _threads, fused
     from polysoftmax.engines import numpy as numpy_engine
 
+    for openmp in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):  # on Linux; it is loaded already
+        _threads.borrow(ctypes.CDLL(str(openmp)), torch.get_num_threads)
     return numpy_engine, fused
 
 
