@@ -166,8 +166,8 @@ class _Team:
     """The OpenMP threads of another library as helpers.
 
     For some milliseconds after their work they wait in a loop for more, and a thread of our own would have to share
-    its CPU with one of them. The caller starts the team and leaves it as code does that GCC compiled, so that in between
-    it is in Python as ever, and can be interrupted.
+    its CPU with one of them. The caller enters and leaves the team as compiled code does; in between it is in Python as
+    ever, and can be interrupted.
     """
 
     _entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
