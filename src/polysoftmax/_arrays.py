@@ -438,6 +438,18 @@ def formulas_are_differentiated(x: Array) -> bool:
     return torch.is_grad_enabled()  # type: ignore[no-any-return]
 
 
+def quotient(x: Array, by: Array) -> Array:
+    """Return ``x / by`` for a positive ``by``, so that differentiation never meets x / by², which may overflow.
+
+    The second factor is 1. Its derivative multiplies by the quotient and then divides by ``by``, as the rules do.
+    """
+    found = library(x)
+    if not (found.name == "jax" or formulas_are_differentiated(x)):
+        return x / by
+    xp, constant = found.xp, stop_gradient(by)
+    return x / constant * xp.exp(xp.log(constant) - xp.log(by))
+
+
 def row_maximum(x: Array, axis: int) -> Array:
     """Return the maximum of every row, kept with length 1, as a constant for automatic differentiation."""
     found = library(x)

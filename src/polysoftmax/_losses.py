@@ -27,7 +27,7 @@ from polysoftmax._arrays import (
     take_along,
     values_are_free,
 )
-from polysoftmax._softmax import LOG_SOFTMAX, cotangents, log_of_sum, over_total, shifted, tangent_of_z
+from polysoftmax._softmax import LOG_SOFTMAX, cotangents, exponentials, log_of_sum, over_total, shifted, tangent_of_z
 from polysoftmax.engines import RowFormula
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ CROSS_ENTROPY = RowFormula("cross_entropy", _cross_entropy, jvp=_cross_entropy_j
 def _entropy(x: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
     xp = namespace(x)
     z = shifted(x, temperature, where, axis)
-    terms = xp.exp(z)
+    terms = exponentials(z)
     p = over_total(terms, axis)
     # Both terms are at least 0, so nothing cancels.
     y = log_of_sum(terms, z == 0, None, axis) - accurate_sum(p * xp.where(p != 0, z, 0.0), axis)
@@ -207,9 +207,9 @@ def _kl_terms(
     xp = namespace(x)
     log_p = LOG_SOFTMAX.function(x, temperature, where, axis=axis)
     log_q = LOG_SOFTMAX.function(other, temperature, where, axis=axis)
-    p = xp.exp(log_p)
+    p = exponentials(log_p)
     ratio = xp.where(p != 0, log_p, 0.0) - xp.where(p != 0, log_q, 0.0)
-    return p, xp.exp(log_q), ratio
+    return p, exponentials(log_q), ratio
 
 
 def _kl_divergence(

@@ -18,6 +18,7 @@ from polysoftmax._arrays import (
     below_maximum,
     formulas_are_differentiated,
     namespace,
+    quotient,
     row_maximum,
     rows,
     stop_gradient,
@@ -53,7 +54,7 @@ def over_temperature(distance: Array, temperature: Array | float | None) -> Arra
     gone = (distance == -math.inf) | ((temperature == 0) & (distance < 0))
     regular = (temperature > 0) & (temperature < math.inf)
     # Division sees finite numbers alone: the derivative of -inf / T would be 0·inf.
-    z = xp.where(gone, 0.0, distance) / xp.where(regular, temperature, 1.0)
+    z = quotient(xp.where(gone, 0.0, distance), xp.where(regular, temperature, 1.0))
     z = xp.where(regular, z, 0.0 * z)  # NaN stays NaN
     z = xp.where(gone, -math.inf, z)
     if formulas_are_differentiated(distance):
@@ -61,6 +62,19 @@ def over_temperature(distance: Array, temperature: Array | float | None) -> Arra
         limit = distance / stop_gradient(xp.where(regular, temperature, 1.0))
         z = xp.where(regular & (distance == -math.inf), limit, z)
     return xp.where(temperature >= 0, z, math.nan)
+
+
+_VANISHED = -1000.0
+"""A score whose exponential is 0 in every dtype that is computed in."""
+
+
+def exponentials(z: Array) -> Array:
+    """Return exp(z), whose derivative is 0 where it vanishes: that of z may have overflowed there."""
+    xp = namespace(z)
+    if not formulas_are_differentiated(z):
+        return xp.exp(z)
+    vanished = z < _VANISHED
+    return xp.where(vanished, 0.0, xp.exp(xp.where(vanished, 0.0, z)))
 
 
 def over_regular_temperature(tangent: Array, temperature: Array | float | None) -> Array:
@@ -71,7 +85,7 @@ def over_regular_temperature(tangent: Array, temperature: Array | float | None) 
         return tangent / temperature
     xp = namespace(tangent)
     regular = (temperature > 0) & (temperature < math.inf)
-    return xp.where(regular, tangent / xp.where(regular, temperature, 1.0), 0.0)
+    return xp.where(regular, quotient(tangent, xp.where(regular, temperature, 1.0)), 0.0)
 
 
 def tangent_of_z(
@@ -82,14 +96,16 @@ def tangent_of_z(
     exists: Array,
     axis: int,
 ) -> Array:
-    """Return dz = (dx - z·dT) / T, up to a shift of the row, and 0 where nothing ``exists``."""
+    """Return dz = dx / T - z·(dT / T), up to a shift of the row, and 0 where nothing ``exists``."""
     xp = namespace(x)
     dx, dtemperature = tangents[0], tangents[1]
-    move = xp.zeros_like(x) if dx is None else xp.where(exists, dx, 0.0)
+    move = xp.zeros_like(x) if dx is None else over_regular_temperature(xp.where(exists, dx, 0.0), temperature)
     if dtemperature is not None:
         z = shifted(x, temperature, where, axis)
-        move = move - xp.where(exists & (z > -math.inf), z, 0.0) * dtemperature
-    return over_regular_temperature(move, temperature)
+        # Turned round for reverse mode, the product is added up before it is divided by a T that may be tiny.
+        change = over_regular_temperature(dtemperature, temperature)
+        move = move - xp.where(exists & (z > -math.inf), z, 0.0) * change
+    return move
 
 
 def cotangents(
@@ -119,7 +135,7 @@ def cotangents(
 
 def _softmax(x: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
     xp = namespace(x)
-    terms = xp.exp(shifted(x, temperature, where, axis))
+    terms = exponentials(shifted(x, temperature, where, axis))
     if where is None:
         return terms / accurate_sum(terms, axis)
     return xp.where(where, over_total(terms, axis), 0.0)
@@ -150,7 +166,7 @@ SOFTMAX = RowFormula("softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, fr
 def _log_softmax(x: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
     xp = namespace(x)
     z = shifted(x, temperature, where, axis)
-    total = accurate_sum(xp.exp(z), axis)
+    total = accurate_sum(exponentials(z), axis)
     if where is None:
         return z - xp.log(total)
     return xp.where(where, z - xp.log(xp.where(total == 0, 1.0, total)), -math.inf)
