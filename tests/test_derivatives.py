@@ -135,6 +135,56 @@ def test_products_with_the_jacobian(lib: Adapter, dtype: str, op: str) -> None:
     close(lib, lib.call(vjp, x, v, temperature=t), pulled, dtype, scale=16.0)
 
 
+def rows_of(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Bring the reduced axes to the end, and flatten them and the others: one line a row."""
+    kept = [i for i in range(x.ndim) if i not in axes]
+    return x.transpose(*kept, *axes).reshape(math.prod(x.shape[i] for i in kept), -1)
+
+
+GRID = np.asarray([(7 * i) % 24 / 8 - 1 for i in range(24)]).reshape(2, 3, 4)
+# The axes, the axes in order, and a temperature for each of the rows that are left.
+AXES = (
+    (0, (0,), np.asarray([[0.5, 1, 2, 1]] * 3)),
+    (-2, (1,), np.asarray([[0.5, 1, 2, 0.0]] * 2)),
+    ((2, 0), (0, 2), np.asarray([0.5, INF, 2])),
+    (None, (0, 1, 2), np.asarray(0.5)),
+    ((), (), np.ones((2, 3, 4))),
+)
+
+
+@pytest.mark.backends(lambda can: not can.traced)
+@pytest.mark.parametrize(("axis", "axes", "temperature"), AXES, ids=lambda one: str(one) if one is None else "")
+@pytest.mark.parametrize("op", OPS)
+def test_derivatives_along_axes(
+    lib: Adapter, op: str, axis: int | tuple[int, ...] | None, axes: tuple[int, ...], temperature: np.ndarray
+) -> None:
+    """The remaining axes in order, then (n, n) for a Jacobian; the products have the shape of the input."""
+    dtype = lib.can.default_float
+    rows, vector = rows_of(GRID, axes), rows_of(np.roll(GRID, 1), axes)
+    heats, everything = temperature.ravel(), [(True,) * rows.shape[1]] * len(rows)
+    x, v, t = lib.asarray(GRID, dtype), lib.asarray(np.roll(GRID, 1), dtype), lib.asarray(temperature, dtype)
+    n = rows.shape[1]
+    matrices = np.asarray(exact(jacobian, op, rows, heats, everything), dtype=np.float64)
+    y = lib.call(getattr(polysoftmax, f"{op}_jacobian"), x, axis=axis, temperature=t)
+    close(lib, y, matrices.reshape(*temperature.shape, n, n), dtype, scale=2.0)
+    moved = np.asarray(exact(forward, op, rows, vector, heats, everything), dtype=np.float64)
+    pulled = np.asarray([one for one, _ in exact(backward, op, rows, vector, heats, everything)], dtype=np.float64)
+    for way, want in (("jvp", moved), ("vjp", pulled)):
+        y = lib.call(getattr(polysoftmax, f"{op}_{way}"), x, v, axis=axis, temperature=t)
+        lib.require(y, GRID.shape, dtype)
+        close(lib, lib.asarray(rows_of(lib.values(y), axes), dtype), want, dtype, scale=8.0)
+
+
+@pytest.mark.backends(lambda can: not can.compiles)
+@pytest.mark.parametrize("op", OPS)
+def test_derivatives_of_nothing(lib: Adapter, op: str) -> None:
+    dtype = lib.can.default_float
+    x = lib.asarray(np.zeros((2, 0)), dtype)
+    lib.require(lib.call(getattr(polysoftmax, f"{op}_jacobian"), x), (2, 0, 0), dtype)
+    for way in ("jvp", "vjp"):
+        lib.require(lib.call(getattr(polysoftmax, f"{op}_{way}"), x, x), (2, 0), dtype)
+
+
 def pullback(lib: Adapter, function: Callable[..., Any], cotangent: Any, *primals: Any) -> tuple[Any, ...]:
     """Return the gradients for all primals by the library's own reverse mode."""
     if lib.backend.library == "jax":
@@ -239,6 +289,63 @@ def test_products_at_every_line_of_the_contract(lib: Adapter, op: str) -> None:
     options = {"temperature": lib.asarray(t, dtype), "where": lib.asarray(exists, "bool")}
     close(lib, lib.call(getattr(polysoftmax, f"{op}_jvp"), x, v, **options), moved, dtype, scale)
     close(lib, lib.call(getattr(polysoftmax, f"{op}_vjp"), x, v, **options), pulled, dtype, scale)
+
+
+TARGET = (1.0, 0.0, -1.0, 2.0)
+
+
+def of_entropy(row: Any, t: float, exists: Any) -> tuple[list[Any], Any]:
+    """Return the gradients of the entropy for logits and temperature: with g = -p·(log p + H), g / T and -Σ g·z / T."""
+    z = scores(row, t, exists)
+    p = shares(z)
+    logs = [mpmath.log(one) if one else mpmath.mpf(0) for one in p]
+    y = -mpmath.fsum(a * b for a, b in zip(p, logs, strict=True))
+    return over_temperature([-a * (b + y) for a, b in zip(p, logs, strict=True)], z, t)
+
+
+def of_divergence(row: Any, t: float, exists: Any) -> tuple[list[Any], Any]:
+    """Return the gradients of D(row ‖ TARGET): for z_p it is p·(log p - log q - D), for z_q it is q - p."""
+    z, w = scores(row, t, exists), scores(TARGET, t, exists)
+    p, q = shares(z), shares(w)
+    ratio = [mpmath.log(a / b) if a else mpmath.mpf(0) for a, b in zip(p, q, strict=True)]
+    y = mpmath.fsum(a * b for a, b in zip(p, ratio, strict=True))
+    gradient, by_t = over_temperature([a * (b - y) for a, b in zip(p, ratio, strict=True)], z, t)
+    return gradient, by_t + over_temperature([b - a for a, b in zip(p, q, strict=True)], w, t)[1]
+
+
+def over_temperature(g: list[Any], z: list[Any], t: float) -> tuple[list[Any], Any]:
+    if t in (0, INF):
+        return [mpmath.mpf(0)] * len(g), mpmath.mpf(0)
+    moment = mpmath.fsum(a * b for a, b in zip(g, z, strict=True) if a)
+    return [one / mpmath.mpf(t) for one in g], -moment / mpmath.mpf(t)
+
+
+@differentiable
+@pytest.mark.parametrize("name", ["entropy", "kl_divergence"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_gradients_of_losses_at_every_line_of_the_contract(lib: Adapter, name: str, *, masked: bool) -> None:
+    dtype = lib.can.default_float
+    # Where the divergence is inf, or its gradient overflows, nothing is promised.
+    beyond = ("T = 0", "tie at T = 0", "tiny T") if name == "kl_divergence" else ()
+    rows, exists, t = zip(*[LINES[one] for one in (LINES if masked else UNMASKED) if one not in beyond], strict=True)
+    t = [float(one) for one in rounded(t, dtype)]
+    finite = np.where(np.asarray(exists), rounded(rows, dtype), 0.0)
+    rule = of_entropy if name == "entropy" else of_divergence
+    with mpmath.workprec(200):
+        found = [rule(*one) for one in zip(finite, t, exists, strict=True)]
+    mask = lib.asarray(exists, "bool") if masked else None
+    other = lib.asarray(np.broadcast_to(TARGET, (len(rows), 4)), dtype)
+
+    def function(x: Any, t: Any) -> Any:
+        if name == "entropy":
+            return polysoftmax.entropy(x, temperature=t, where=mask)
+        return polysoftmax.kl_divergence(x, other, temperature=t, where=mask)
+
+    ones = lib.asarray(np.ones(len(rows)), dtype)
+    gradient, by_t = pullback(lib, function, ones, lib.asarray(rows, dtype), lib.asarray(t, dtype))
+    scale = np.asarray([8 / one if 0 < one < INF else 0 for one in t])
+    close(lib, gradient, [one for one, _ in found], dtype, scale[:, None] * np.asarray(exists))
+    close(lib, by_t, [one for _, one in found], dtype, 8 * scale)
 
 
 @differentiable

@@ -165,6 +165,36 @@ def test_every_target_ignored_is_0(lib: Adapter, options: dict[str, float]) -> N
         close(lib, gradient(lib, loss, x), np.zeros((2, 2)), dtype, units=0)
 
 
+def test_classes_without_weight_count_for_nothing(lib: Adapter) -> None:
+    """The mean over no weight is 0, and so is its gradient."""
+    dtype = lib.can.default_float
+    x, targets = lib.asarray(LOGITS[:1], dtype), lib.asarray((1,), index_dtype(lib))
+    weight = lib.asarray((1.0, 0.0, 1.0, 1.0), dtype)
+    close(lib, lib.call(polysoftmax.cross_entropy, x, targets, weight=weight), 0.0, dtype, units=0)
+    if lib.can.autodiff:
+        slope_ = gradient(lib, lambda x: polysoftmax.cross_entropy(x, targets, weight=weight), x)
+        close(lib, slope_, np.zeros((1, 4)), dtype, units=0)
+
+
+@pytest.mark.backends(lambda can: not can.compiles)
+def test_entropy_and_divergence_along_other_axes(lib: Adapter) -> None:
+    dtype = lib.can.default_float
+    grid = np.asarray([(7 * i) % 24 / 8 for i in range(24)]).reshape(2, 3, 4)
+    x, other = lib.asarray(grid, dtype), lib.asarray(grid[::-1, :, ::-1], dtype)
+    for axis, axes, shape in ((0, (0,), (3, 4)), ((2, 0), (0, 2), (3,)), (None, (0, 1, 2), ())):
+        kept = [i for i in range(3) if i not in axes]
+        rows, others = (
+            one.transpose(*kept, *axes).reshape(math.prod(shape), -1) for one in (grid, grid[::-1, :, ::-1])
+        )
+        with mpmath.workprec(200):
+            entropies = [row_entropy(row) for row in exact(rows)]
+            divergences = [row_divergence(a, b) for a, b in zip(exact(rows), exact(others), strict=True)]
+        y = lib.call(polysoftmax.entropy, x, axis=axis)
+        close(lib, y, np.asarray(entropies, dtype=np.float64).reshape(shape), dtype)
+        y = lib.call(polysoftmax.kl_divergence, x, other, axis=axis)
+        close(lib, y, np.asarray(divergences, dtype=np.float64).reshape(shape), dtype, units=256)
+
+
 def test_rows_without_an_answer_are_nan(lib: Adapter) -> None:
     rows = ((INF, 1.0), (-INF, -INF), (NAN, 0.0), (0.0, 0.0))
     x = lib.asarray(rows, lib.can.default_float)
@@ -331,25 +361,29 @@ def test_finite_gradient_at_an_impossible_class(lib: Adapter) -> None:
 
 @pytest.mark.parametrize("function", ["cross_entropy", "entropy", "kl_divergence"])
 def test_second_order(function: str) -> None:
-    """Hessians of JAX, forward over forward and reverse over reverse, and of torch, against mpmath."""
+    """Hessians of JAX, forward over forward and reverse over reverse, and of torch, against mpmath.
+
+    The last of the four numbers is the temperature, or the part of the target that is given to another class.
+    """
     jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
-    row, b = [0.5, -1.0, 2.0], [1.0, 0.0, -0.5]
+    row, b = [0.5, -1.0, 2.0, 0.75], [1.0, 0.0, -0.5]
     with mpmath.workprec(200):
         of_row = {
-            "cross_entropy": lambda r: row_loss(r, 1, label_smoothing=0.25, z_loss=0.5),
-            "entropy": row_entropy,
-            "kl_divergence": lambda r: row_divergence(r, b),
+            "cross_entropy": lambda r: row_loss(r[:3], (r[3], 1 - r[3], 0.0), label_smoothing=0.25, z_loss=0.5),
+            "entropy": lambda r: row_entropy(r[:3], r[3]),
+            "kl_divergence": lambda r: row_divergence(r[:3], b, r[3]),
         }[function]
         point = [mpmath.mpf(one) for one in row]
-        want = [slope(lambda r, i=i: mpmath.diff(_along(of_row, r, i), r[i]), point) for i in range(3)]
+        want = [slope(lambda r, i=i: mpmath.diff(_along(of_row, r, i), r[i]), point) for i in range(4)]
 
     def ours(x: Any) -> Any:
         xp = lib_of(x)
         if function == "cross_entropy":
-            return polysoftmax.cross_entropy(x, xp.asarray(1), label_smoothing=0.25, z_loss=0.5)
+            q = xp.stack([x[3], 1 - x[3], xp.zeros_like(x[3])])
+            return polysoftmax.cross_entropy(x[:3], q, label_smoothing=0.25, z_loss=0.5)
         if function == "entropy":
-            return polysoftmax.entropy(x)
-        return polysoftmax.kl_divergence(x, xp.asarray(b, dtype=x.dtype))
+            return polysoftmax.entropy(x[:3], temperature=x[3])
+        return polysoftmax.kl_divergence(x[:3], xp.asarray(b, dtype=x.dtype), temperature=x[3])
 
     def lib_of(x: Any) -> Any:
         return torch if isinstance(x, torch.Tensor) else jax.numpy
@@ -367,6 +401,47 @@ def test_second_order(function: str) -> None:
 
 def _along(function: Callable[[Any], Any], row: list[Any], i: int) -> Callable[[Any], Any]:
     return lambda value: function([*row[:i], value, *row[i + 1 :]])
+
+
+def of_each(xp: Any) -> dict[str, Callable[[Any], Any]]:
+    """Return each loss as a function of its logits, for a row and for a batch of rows of three."""
+    q, other = xp.asarray([0.5, 0.25, 0.25]), xp.asarray([1.0, 0.0, -0.5])
+
+    def like(row: Any, x: Any) -> Any:
+        return xp.broadcast_to(xp.asarray(row, dtype=x.dtype), x.shape)
+
+    return {
+        "class": lambda x: polysoftmax.cross_entropy(x, xp.ones(x.shape[:-1], dtype=xp.int32), label_smoothing=0.25),
+        "probabilities": lambda x: polysoftmax.cross_entropy(x, like(q, x), z_loss=0.5, reduction="sum"),
+        "entropy": lambda x: polysoftmax.entropy(x, temperature=0.5).sum(),
+        "kl_divergence": lambda x: polysoftmax.kl_divergence(like(other, x), x, temperature=2.0).sum(),
+    }
+
+
+LOSSES = ("class", "probabilities", "entropy", "kl_divergence")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_vmap_is_the_loop(loss: str) -> None:
+    jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+    rows = np.asarray([[1.0, 2.0, 3.0], [1000.0, 1001.0, 999.0], [0.25, -1.5, 4.0]], dtype=np.float32)
+    ways = ((jax.numpy, jax.vmap, jax.grad, jax.jit), (torch, torch.func.vmap, torch.func.grad, lambda call: call))
+    for xp, vmap, grad, compiled in ways:
+        x, function = xp.asarray(rows), of_each(xp)[loss]
+        for call in (function, compiled(grad(function))):
+            loop = np.asarray([np.asarray(call(x[i])) for i in range(3)])
+            np.testing.assert_allclose(np.asarray(vmap(call)(x)), loop, rtol=4e-7, atol=4e-7)
+            np.testing.assert_allclose(np.asarray(vmap(call, 1)(x.T)), loop, rtol=4e-7, atol=4e-7)
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck(loss: str, engine: str) -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.tensor([[1.0, 2.0, 3.0], [0.25, -1.5, 4.0]], dtype=torch.float64, requires_grad=True)
+    with polysoftmax.engine(engine):
+        assert torch.autograd.gradcheck(of_each(torch)[loss], (x,), check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(of_each(torch)[loss], (x,))
 
 
 def test_backward_keeps_nothing_of_the_size_of_the_logits_but_them() -> None:
@@ -395,6 +470,19 @@ def test_backward_keeps_nothing_of_the_size_of_the_logits_but_them() -> None:
         (lambda x, t: polysoftmax.cross_entropy(x, t > 0), TypeError, "integers.*floating.*bool"),
         (lambda x, t: polysoftmax.cross_entropy(x, [0, 1]), TypeError, "targets must be an array of numpy.*list"),
         (lambda x, t: polysoftmax.cross_entropy(x, x, ignore_index=0), ValueError, "ignore_index=0.*integer targets"),
+        (lambda x, t: polysoftmax.cross_entropy(x, t, ignore_index=1.0), TypeError, "ignore_index.*int or None.*float"),
+        (lambda x, t: polysoftmax.cross_entropy(x, t, ignore_index=True), TypeError, "ignore_index.*got bool"),
+        (lambda x, t: polysoftmax.cross_entropy(x, t, ignore_index=t), TypeError, "ignore_index.*got ndarray"),
+        (
+            lambda x, t: polysoftmax.cross_entropy(x, t, weight=[1, 2, 3]),
+            TypeError,
+            "weight must be an array.*got list",
+        ),
+        (
+            lambda x, t: polysoftmax.cross_entropy(x, t, weight=x[0] > 0),
+            TypeError,
+            "weight must hold real numbers.*bool",
+        ),
         (lambda x, t: polysoftmax.cross_entropy(x, t, label_smoothing=1.5), ValueError, r"label_smoothing.*1\.5"),
         (
             lambda x, t: polysoftmax.cross_entropy(x, t, label_smoothing=x),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -25,6 +27,48 @@ def test_all_is_complete_and_works() -> None:
     assert public <= set(polysoftmax.__all__)
     for name in polysoftmax.__all__:
         assert getattr(polysoftmax, name) is not None
+
+
+PROBABILITIES = "x, /, *, axis=-1, temperature=1.0, where=None"
+FILTERS = "axis=-1, temperature=1.0, top_k=None, top_p=None, min_p=None"
+SIGNATURES = {
+    "softmax": f"{PROBABILITIES}, dtype=None",
+    "log_softmax": f"{PROBABILITIES}, dtype=None",
+    "logsumexp": "x, /, *, axis=-1, keepdims=False, weights=None, where=None, dtype=None",
+    "softmax_jacobian": "x, /, *, axis=-1, temperature=1.0",
+    "log_softmax_jacobian": "x, /, *, axis=-1, temperature=1.0",
+    "softmax_jvp": PROBABILITIES.replace("x", "x, tangent", 1),
+    "softmax_vjp": PROBABILITIES.replace("x", "x, cotangent", 1),
+    "log_softmax_jvp": PROBABILITIES.replace("x", "x, tangent", 1),
+    "log_softmax_vjp": PROBABILITIES.replace("x", "x, cotangent", 1),
+    "cross_entropy": "logits, targets, /, *, axis=-1, reduction='mean', ignore_index=None, label_smoothing=0.0, "
+    "weight=None, z_loss=0.0",
+    "entropy": PROBABILITIES,
+    "kl_divergence": PROBABILITIES.replace("x", "logits_p, logits_q", 1),
+    "truncate": f"logits, /, *, {FILTERS}",
+    "sample": f"logits, key, /, *, {FILTERS}, where=None, return_logprobs=False",
+    "random.key": "seed, *, xp=None, device=None",
+    "random.split": "key, num=2",
+    "random.fold_in": "key, data",
+    "random.bits": "key, shape, *, xp=None, device=None",
+    "random.uniform": "key, shape, *, xp=None, device=None",
+    "random.gumbel": "key, shape, *, xp=None, device=None",
+    "engine": "name",
+    "explain": "x, op",
+    "set_num_threads": "n",
+}
+
+
+def test_every_function_has_a_signature_on_record() -> None:
+    ours = {name for name in polysoftmax.__all__ if callable(getattr(polysoftmax, name))}
+    assert ours == {name for name in SIGNATURES if not name.startswith("random.")}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_frozen(name: str) -> None:
+    signature = inspect.signature(functools.reduce(getattr, name.split("."), polysoftmax))
+    bare = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+    assert str(inspect.Signature(bare)) == f"({SIGNATURES[name]})"
 
 
 def test_version() -> None:

@@ -217,6 +217,22 @@ def test_bad_rows_are_nan(lib: Adapter) -> None:
         assert y[3, 1] == 2.0
 
 
+@ordered
+@pytest.mark.parametrize("parameters", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+def test_bad_rows_have_no_probabilities(lib: Adapter, parameters: dict[str, float]) -> None:
+    """A program that goes on from the answer must see NaN, too."""
+
+    def probabilities(x: Any) -> Any:
+        return polysoftmax.softmax(polysoftmax.truncate(x, **parameters))
+
+    for n in (2, 4, 16):
+        rows = np.zeros((3, n))
+        rows[0, 0], rows[1, 1] = NAN, INF
+        y = lib.values(lib.call(probabilities, lib.asarray(rows, "float32")))
+        assert np.isnan(y[:2]).all()
+        np.testing.assert_allclose(y[2].sum(), 1.0, rtol=1e-6)
+
+
 @eager
 @pytest.mark.parametrize(
     ("name", "bad"),

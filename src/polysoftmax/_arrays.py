@@ -450,6 +450,19 @@ def quotient(x: Array, by: Array) -> Array:
     return x / constant * xp.exp(xp.log(constant) - xp.log(by))
 
 
+def or_nan(y: Array, answered: Array, row: Array) -> Array:
+    """Return ``y`` where it is an answer, and NaN elsewhere; ``row`` is any real array of each row's numbers.
+
+    XLA on the CPU may leave the exponential of a NaN unset that it knows when it compiles (seen with JAX 0.10.2), so
+    there the NaN is computed from ``row``.
+    """
+    found = library(y)
+    xp = found.xp
+    if found.name != "jax":
+        return xp.where(answered, y, math.nan)
+    return xp.where(answered, y, xp.sqrt(xp.where(answered, 1.0, -1.0 - stop_gradient(row * row))))
+
+
 def row_maximum(x: Array, axis: int) -> Array:
     """Return the maximum of every row, kept with length 1, as a constant for automatic differentiation."""
     found = library(x)

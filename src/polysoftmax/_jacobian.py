@@ -301,7 +301,7 @@ def softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Numbe
     """
     r = last_rows(x, axis)
     t = r.temperature(temperature)
-    y = SOFTMAX(r, r.x, t, None, result=r.compute)
+    y = _probabilities(r, t)
     matrix = y[..., :, None] * (_identity(r) - y[..., None, :])
     return cast(over_regular_temperature(matrix, _per_matrix(t)), r.result)
 
@@ -346,8 +346,12 @@ def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | N
     """
     r = last_rows(x, axis)
     t = r.temperature(temperature)
-    p = SOFTMAX(r, r.x, t, None, result=r.compute)
+    p = _probabilities(r, t)
     return cast(over_regular_temperature(_identity(r) - p[..., None, :], _per_matrix(t)), r.result)
+
+
+def _probabilities(r: Rows, temperature: Array | float | None) -> Array:
+    return SOFTMAX(r, r.x, temperature, None, result=r.compute) if r.length else cast(r.x, r.compute)
 
 
 def _identity(r: Rows) -> Array:

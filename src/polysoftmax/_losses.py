@@ -21,6 +21,7 @@ from polysoftmax._arrays import (
     float_bits,
     is_number,
     namespace,
+    or_nan,
     require_same_library,
     row_maximum,
     rows,
@@ -63,7 +64,7 @@ def _cross_entropy(
         index = xp.where(known, targets, 0)
         nll = log_total + (top - take_along(x, index, axis))
         y = nll if weight is None else _times(take_along(xp.broadcast_to(weight, x.shape), index, axis), nll)
-        y = xp.where(known, y, math.nan)
+        y = or_nan(y, known, log_total)
     else:
         c = _class_weights(x, targets, weight, label_smoothing, axis)
         y = accurate_sum(_times(c, log_total + (top - x)), axis)
@@ -92,7 +93,7 @@ def _smoothed(x: Array, targets: Array, label_smoothing: float, axis: int) -> Ar
         n = x.shape[axis]
         index = along_axis(xp.arange(n, dtype=targets.dtype, device=device_for(x)), x.ndim, axis)
         q = xp.where(index == targets, 1.0, xp.zeros_like(x))
-        q = xp.where((targets >= 0) & (targets < n), q, math.nan)
+        q = or_nan(q, (targets >= 0) & (targets < n), row_maximum(x, axis))
     if label_smoothing:
         possible = xp.where(x == -math.inf, 0.0, xp.ones_like(x))
         q = (1.0 - label_smoothing) * q + label_smoothing * possible / accurate_sum(possible, axis)
@@ -325,6 +326,8 @@ def cross_entropy(
     if r.length == 0:
         msg = f"cross_entropy needs at least one class, got logits of shape {r.shape} with axis={axis}"
         raise ValueError(msg)
+    if ignore_index is not None:
+        ignore_index = _index(ignore_index, "ignore_index")
     q, is_index = _row_targets(r, targets, ignore_index)
     w = None if weight is None else _row_weight(r, weight)
     losses = CROSS_ENTROPY(
@@ -389,6 +392,13 @@ def _row_weight(r: Rows, weight: Array) -> Array:
         msg = f"weight must have one entry a class, shape ({r.length},), got {tuple(weight.shape)}"
         raise ValueError(msg)
     return along_axis(r.real(weight, "weight"), r.x.ndim, r.axis)
+
+
+def _index(value: int, name: str) -> int:
+    if not (is_number(value) and hasattr(value, "__index__")):
+        msg = f"{name} must be an int or None, got {type(value).__name__}"
+        raise TypeError(msg)
+    return int(value)
 
 
 def _number(value: float, name: str, most: float) -> float:

@@ -21,6 +21,7 @@ from polysoftmax._arrays import (
     float_bits,
     last_rows,
     namespace,
+    or_nan,
     row_maximum,
     rows,
     stop_gradient,
@@ -116,7 +117,7 @@ def _answer(
     if not logprobs:
         return (tokens,)
     score = xp.max(xp.where(won, z, -math.inf), axis=-1, keepdims=True)
-    return tokens, xp.where(drawn, score - xp.log(total), math.nan)
+    return tokens, or_nan(score - xp.log(total), drawn, top)
 
 
 def _leading(x: Array, where: Array | None, *, top_k: int) -> tuple[Array, Array, Array]:

@@ -18,6 +18,7 @@ from polysoftmax._arrays import (
     below_maximum,
     formulas_are_differentiated,
     namespace,
+    or_nan,
     quotient,
     row_maximum,
     rows,
@@ -61,7 +62,7 @@ def over_temperature(distance: Array, temperature: Array | float | None) -> Arra
         # The derivative in x at a logit of -inf is the limit 1 / T, and that in T is 0.
         limit = distance / stop_gradient(xp.where(regular, temperature, 1.0))
         z = xp.where(regular & (distance == -math.inf), limit, z)
-    return xp.where(temperature >= 0, z, math.nan)
+    return or_nan(z, temperature >= 0, temperature)
 
 
 _VANISHED = -1000.0

@@ -16,6 +16,7 @@ from polysoftmax._arrays import (
     cast,
     is_number,
     namespace,
+    or_nan,
     row_maximum,
     rows,
 )
@@ -63,7 +64,7 @@ def truncated(
     for bound, most in ((k, math.inf), (p, 1.0), (min_p, 1.0), (temperature, math.inf)):
         if bound is not None and not isinstance(bound, float):
             answered = answered & (bound >= 0) & (bound <= most)  # False for NaN
-    return xp.where(answered, kept, math.nan)
+    return or_nan(kept, answered, top)
 
 
 def _first_k(x: Array, k: int) -> Array:
@@ -218,6 +219,7 @@ def truncate(
     if r.length == 0:
         return r.elementwise(cast(r.x, r.result))
     if kept.off and not is_spread(temperature):
-        answered = row_maximum(r.x, r.axis) < math.inf
-        return r.elementwise(cast(r.xp.where(answered, cast(r.x, r.result), math.nan), r.result))
+        x = cast(r.x, r.result)
+        top = row_maximum(x, r.axis)
+        return r.elementwise(or_nan(x, top < math.inf, top))
     return r.elementwise(TRUNCATE(r, r.x, temperature, None, kept.k, kept.p, kept.min_p, top_k=kept.top_k))

@@ -184,6 +184,17 @@ def _standard(xp: Any) -> Any:
     return xp if hasattr(xp, "__array_namespace_info__") else namespace(xp.empty(0))
 
 
+def _count(value: int, name: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        msg = f"{name} must be an int, got {type(value).__name__}"
+        raise TypeError(msg)
+    count = value.__index__()
+    if count < 0:
+        msg = f"{name} must be 0 or greater, got {count}"
+        raise ValueError(msg)
+    return count
+
+
 def split(key: Array | int, num: int = 2) -> Array:
     """Make new, independent keys from one.
 
@@ -202,7 +213,7 @@ def split(key: Array | int, num: int = 2) -> Array:
     Raises
     ------
     TypeError
-        If ``key`` is no key.
+        If ``key`` is no key, or ``num`` no int.
     ValueError
         If ``num`` is negative.
 
@@ -212,9 +223,7 @@ def split(key: Array | int, num: int = 2) -> Array:
     >>> random.split(random.key(7), 3).shape
     (3, 2)
     """
-    if num < 0:
-        msg = f"num must be 0 or greater, got {num}"
-        raise ValueError(msg)
+    num = _count(num, "num")
     k = as_key(key)
     xp = namespace(k)
     index = xp.arange(num, dtype=xp.int32, device=device_for(k))
@@ -302,7 +311,9 @@ def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, devi
     Raises
     ------
     TypeError
-        If ``key`` is no key.
+        If ``key`` is no key, or a length no int.
+    ValueError
+        If a length is negative.
 
     Examples
     --------
@@ -314,7 +325,8 @@ def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, devi
     if xp is not None:
         k = move(k, _standard(xp).empty(0, device=device))
     own = namespace(k)
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    lengths = shape if isinstance(shape, tuple | list) else (shape,)
+    shape = tuple(_count(one, "each length of shape") for one in lengths)
     count = math.prod(shape)
     word = words(k[..., 0:1], k[..., 1:2], own.arange(count, dtype=own.int32, device=device_for(k)), BITS)
     return own.reshape(word, (*k.shape[:-1], *shape))
