@@ -165,7 +165,7 @@ CROSS_ENTROPY = RowFormula("cross_entropy", _cross_entropy, jvp=_cross_entropy_j
 def _entropy(x: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
     xp = namespace(x)
     z = shifted(x, temperature, where, axis)
-    terms = exponentials(z)
+    terms = exponentials(z, temperature)
     p = over_total(terms, axis)
     # Both terms are at least 0, so nothing cancels.
     y = log_of_sum(terms, z == 0, None, axis) - accurate_sum(p * xp.where(p != 0, z, 0.0), axis)
@@ -208,9 +208,9 @@ def _kl_terms(
     xp = namespace(x)
     log_p = LOG_SOFTMAX.function(x, temperature, where, axis=axis)
     log_q = LOG_SOFTMAX.function(other, temperature, where, axis=axis)
-    p = exponentials(log_p)
+    p = exponentials(log_p, temperature)
     ratio = xp.where(p != 0, log_p, 0.0) - xp.where(p != 0, log_q, 0.0)
-    return p, exponentials(log_q), ratio
+    return p, exponentials(log_q, temperature), ratio
 
 
 def _kl_divergence(
