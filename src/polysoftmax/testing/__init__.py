@@ -1,7 +1,7 @@
 """The conformance kit: cases as data, expectations from mpmath, backends and ways of running, a report.
 
-It needs no test runner: ``polysoftmax.testing.report()`` prints the largest error of every function on every
-backend it finds. The extra ``polysoftmax[check]`` installs what it needs.
+It needs no test runner: ``polysoftmax.testing.report()`` prints the largest error of softmax, log_softmax
+and logsumexp on every backend it finds. The extra ``polysoftmax[check]`` installs what it needs.
 """
 
 from __future__ import annotations
