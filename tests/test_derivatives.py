@@ -542,3 +542,15 @@ def test_backward_keeps_the_answer_alone(op: str, length: int) -> None:
     assert large == {y.data_ptr()}
     y.backward(torch.ones_like(y))
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backward_keeps_the_answer_alone_on_jax(op: str) -> None:
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.asarray(np.random.default_rng(0).normal(size=(8, 50)))
+    function = getattr(polysoftmax, op)
+    for t in (1.0, 0.5, jax.numpy.full(8, 0.5)):
+        y, pull = jax.vjp(lambda x, t=t: function(x, temperature=t), x)
+        large = [one for one in jax.tree_util.tree_leaves(pull) if one.size >= x.size]
+        assert len(large) == 1
+        np.testing.assert_array_equal(large[0], y)

@@ -75,16 +75,14 @@ def _differentiable(key: Call, template: _Template) -> Callable[..., Array]:
 
     if formula.jvp is None:
         return evaluate
-    jvp = functools.partial(formula.jvp, **call.options)
-    # Otherwise what the rule computes from the rows would be kept for the backward pass.
-    lean_jvp = jax.checkpoint(jvp)
+    # Without a checkpoint what the rule computes, masks and zeros among it, would be kept for the backward pass.
+    jvp = jax.checkpoint(functools.partial(formula.jvp, **call.options))
     function = jax.custom_jvp(evaluate)
 
     def rule(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
         moved = _tangents(template, tangents, call.compute)
         y = _differentiable(key._replace(result=call.compute, squeeze=False), template)(*primals)
-        of_output = formula.from_output and not any(one is not None for one in moved[1:])
-        dy = (jvp if of_output else lean_jvp)(call.widen(_fill(template, primals)), moved, y)
+        dy = jvp(call.widen(_fill(template, primals)), moved, y)
         return call.answer(y), call.answer(dy)
 
     function.defjvp(rule, symbolic_zeros=True)
