@@ -70,7 +70,10 @@ _VANISHED = -1000.0
 
 
 def exponentials(z: Array, temperature: Array | float | None) -> Array:
-    """Return exp(z), whose derivative is 0 where it vanishes: that of z for the temperature may overflow there."""
+    """Return exp(z), whose derivative is 0 where it vanishes: that of z for the temperature may overflow there.
+
+    Without a temperature it is the exponential and no more, which tiny calls had better take at once.
+    """
     xp = namespace(z)
     if temperature is None or isinstance(temperature, float) or not formulas_are_differentiated(z):
         return xp.exp(z)
@@ -136,7 +139,8 @@ def cotangents(
 
 def _softmax(x: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
     xp = namespace(x)
-    terms = exponentials(shifted(x, temperature, where, axis), temperature)
+    z = shifted(x, temperature, where, axis)
+    terms = xp.exp(z) if temperature is None else exponentials(z, temperature)
     if where is None:
         return terms / accurate_sum(terms, axis)
     return xp.where(where, over_total(terms, axis), 0.0)
@@ -167,7 +171,7 @@ SOFTMAX = RowFormula("softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, fr
 def _log_softmax(x: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
     xp = namespace(x)
     z = shifted(x, temperature, where, axis)
-    total = accurate_sum(exponentials(z, temperature), axis)
+    total = accurate_sum(xp.exp(z) if temperature is None else exponentials(z, temperature), axis)
     if where is None:
         return z - xp.log(total)
     return xp.where(where, z - xp.log(xp.where(total == 0, 1.0, total)), -math.inf)
