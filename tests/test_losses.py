@@ -403,6 +403,38 @@ def _along(function: Callable[[Any], Any], row: list[Any], i: int) -> Callable[[
     return lambda value: function([*row[:i], value, *row[i + 1 :]])
 
 
+AT_REST: dict[str, Callable[[Any, Any], Any]] = {
+    "cross_entropy": lambda x, other: polysoftmax.cross_entropy(x, polysoftmax.softmax(other)),
+    "entropy": lambda x, other: -polysoftmax.entropy(x),
+    "divergence from": polysoftmax.kl_divergence,
+    "divergence of": lambda x, other: polysoftmax.kl_divergence(other, x),
+}
+
+
+@pytest.mark.parametrize("loss", AT_REST)
+def test_second_order_where_the_gradient_is_0(loss: str) -> None:
+    """At three equal logits every gradient is 0, and every Hessian that of the logsumexp: diag p - p·p."""
+    jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+    want = np.eye(3) / 3 - 1 / 9
+    with jax.enable_x64(True):
+        x = jax.numpy.zeros(3)
+
+        def of_jax(x: Any) -> Any:
+            return AT_REST[loss](x, jax.numpy.zeros(3))
+
+        assert np.abs(jax.grad(of_jax)(x)).max() < 1e-15
+        for hessian in (jax.jacfwd(jax.jacfwd(of_jax)), jax.jacrev(jax.jacrev(of_jax)), jax.jit(jax.hessian(of_jax))):
+            np.testing.assert_allclose(hessian(x), want, rtol=1e-13)
+
+    def of_torch(x: Any) -> Any:
+        return AT_REST[loss](x, torch.zeros(3, dtype=x.dtype))
+
+    x = torch.zeros(3, dtype=torch.float64)
+    for hessian in (torch.func.jacfwd(torch.func.jacfwd(of_torch)), torch.func.hessian(of_torch)):
+        np.testing.assert_allclose(hessian(x), want, rtol=1e-13)
+    np.testing.assert_allclose(torch.autograd.functional.hessian(of_torch, x), want, rtol=1e-13)
+
+
 def of_each(xp: Any) -> dict[str, Callable[[Any], Any]]:
     """Return each loss as a function of its logits, for a row and for a batch of rows of three."""
     q, other = xp.asarray([0.5, 0.25, 0.25]), xp.asarray([1.0, 0.0, -0.5])

@@ -140,8 +140,12 @@ def _cross_entropy_jvp(
 ) -> Array:
     del y
     slopes = _cross_entropy_slopes(operands, tuple(one is not None for one in tangents), **options)
+    # Not the slope alone tells: it is 0 where the loss is least, and its own derivative is not.
+    exists = operands[0] > -math.inf
+    if options["ignore_index"] is not None:
+        exists = exists & (operands[1] != options["ignore_index"])
     moves = [
-        slope * namespace(slope).where(slope != 0, tangent, 0.0)
+        slope * namespace(slope).where(exists | (slope != 0), tangent, 0.0)
         for slope, tangent in zip(slopes, tangents, strict=True)
         if tangent is not None
     ]
@@ -172,18 +176,20 @@ def _entropy(x: Array, temperature: Array | float | None, where: Array | None, *
     return y if where is None else xp.where(xp.any(where, axis=axis, keepdims=True), y, 0.0)
 
 
-def _entropy_slope(x: Array, temperature: Array | float | None, where: Array | None, y: Array, axis: int) -> Array:
-    """Return the gradient of the entropy for z."""
+def _entropy_slope(
+    x: Array, temperature: Array | float | None, where: Array | None, y: Array, axis: int
+) -> tuple[Array, Array]:
+    """Return the gradient of the entropy for z, and which entries it can move with."""
     xp = namespace(x)
     log_p = LOG_SOFTMAX.function(x, temperature, where, axis=axis)
     p = xp.exp(log_p)
-    return -p * (xp.where(p != 0, log_p, 0.0) + y)
+    return -p * (xp.where(p != 0, log_p, 0.0) + y), p != 0
 
 
 def _entropy_jvp(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int) -> Array:
     x, temperature, where = operands
-    slope = _entropy_slope(x, temperature, where, y, axis)
-    dz = tangent_of_z(x, temperature, where, tangents, slope != 0, axis)
+    slope, exists = _entropy_slope(x, temperature, where, y, axis)
+    dz = tangent_of_z(x, temperature, where, tangents, exists, axis)
     return accurate_sum(slope * dz, axis)
 
 
@@ -191,7 +197,7 @@ def _entropy_vjp(
     operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], *, axis: int
 ) -> tuple[Array | None, ...]:
     x, temperature, where = operands
-    gz = _entropy_slope(x, temperature, where, y, axis) * cotangent
+    gz = _entropy_slope(x, temperature, where, y, axis)[0] * cotangent
     return cotangents(gz, x, temperature, where, wanted, axis)
 
 
@@ -228,7 +234,7 @@ def _kl_divergence_jvp(
     p, q, ratio = _kl_terms(x, other, temperature, where, axis)
     slope_p, slope_q = p * (ratio - y), q - p
     dz_p = tangent_of_z(x, temperature, where, (dx, dtemperature), p != 0, axis)
-    dz_q = tangent_of_z(other, temperature, where, (dother, dtemperature), slope_q != 0, axis)
+    dz_q = tangent_of_z(other, temperature, where, (dother, dtemperature), (p != 0) | (q != 0), axis)
     return accurate_sum(slope_p * dz_p + slope_q * dz_q, axis)
 
 

@@ -128,7 +128,7 @@ def cotangents(
     gtemperature = None
     if wanted[1]:
         z = shifted(x, temperature, where, axis)
-        alive = (gz != 0) & (z > -math.inf)
+        alive = z > -math.inf
         moment = accurate_sum(xp.where(alive, gz, 0.0) * xp.where(alive, z, 0.0), axis)
         gtemperature = over_regular_temperature(-moment, temperature)
     return over_regular_temperature(gz, temperature), gtemperature
