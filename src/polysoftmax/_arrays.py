@@ -381,27 +381,26 @@ def _require_broadcast(value: Array, shape: tuple[int, ...], name: str) -> None:
 def require_same_library(x: Array, other: Array, name: str) -> None:
     """Raise ``TypeError`` unless ``other`` is an array of the library and device of ``x``."""
     mine = library(x)
-    if not is_array(other):
+    if type(other) not in _LIBRARIES and not is_array(other):
         msg = f"{name} must be an array of {mine.name}, as the input is, got {type(other).__name__}"
         raise TypeError(msg)
     theirs = library(other)
     if theirs.xp is not mine.xp:
         msg = f"the input is an array of {mine.name} and {name} one of {theirs.name}: convert one of them"
         raise TypeError(msg)
-    if mine.name not in _ONE_DEVICE and not _traced(x) and not _traced(other):
-        here, there = _device(x), _device(other)
-        if here != there:
-            msg = f"the input is on device {here} and {name} on {there}: move one of them"
-            raise TypeError(msg)
+    if mine.name in _ONE_DEVICE or (mine.name == "jax" and (_is_tracer(x) or _is_tracer(other))):
+        return
+    here, there = (x.device, other.device) if mine.name == "torch" else (device(x), device(other))
+    if here != there:
+        msg = f"the input is on device {here} and {name} on {there}: move one of them"
+        raise TypeError(msg)
 
 
 _ONE_DEVICE = frozenset({"numpy", "dask", "array_api_strict"})
 
 
-def _traced(x: Array) -> bool:
-    """Whether ``x`` stands for a value that is not known yet (JAX's tracers have no device)."""
-    if library(x).name != "jax":
-        return False
+def _is_tracer(x: Array) -> bool:
+    """Whether one of JAX's arrays stands for a value that is not known yet, and has no device."""
     import jax
 
     return isinstance(x, jax.core.Tracer)
@@ -505,8 +504,35 @@ def accurate_total(x: Array) -> Array:
     """Sum all entries as `accurate_sum` does, to an array without axes."""
     found = library(x)
     if found.name in _TREES:
-        return found.xp.sum(x)
+        return x.sum()
     return found.xp.squeeze(accurate_sum(found.xp.reshape(x, (-1,)), 0), axis=0)
+
+
+def accurate_mean(x: Array) -> Array:
+    """Average all entries as `accurate_total` sums them, none to 0."""
+    count = math.prod(x.shape)
+    if count < 2:
+        return accurate_total(x)
+    if library(x).name in _TREES:
+        return x.mean()  # one step to differentiate, not two
+    total = accurate_total(x)
+    total /= count  # in place, or NumPy would answer a scalar
+    return total
+
+
+def extremes(x: Array) -> tuple[int, int] | None:
+    """Return the least and the greatest of integers; None where a look at values is synchronisation or tracing."""
+    name = library(x).name
+    if name == "numpy":
+        return int(x.min()), int(x.max())
+    if name != "torch":
+        return None
+    import torch
+
+    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    least, most = x.aminmax()
+    return least.item(), most.item()
 
 
 _TREES = ("torch", "jax")
@@ -514,17 +540,6 @@ _TREES = ("torch", "jax")
 
 def _adds_in_a_tree(name: str, x: Array, axis: int) -> bool:
     return name in _TREES or (name == "numpy" and x.strides[axis] == min(x.strides, key=abs))
-
-
-def values_are_free(x: Array) -> bool:
-    """Whether looking at the values of ``x`` costs no synchronisation, tracing or computation."""
-    name = library(x).name
-    if name == "torch":
-        import torch
-
-        tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        return x.is_cpu and not tracing
-    return name == "numpy"
 
 
 def _slice(x: Array, axis: int, start: int, stop: int) -> Array:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from polysoftmax._arrays import (
     Rows,
+    accurate_mean,
     accurate_sum,
     accurate_total,
     along_axis,
     cast,
     default_index,
     device_for,
+    extremes,
     float_bits,
     is_number,
     namespace,
@@ -26,7 +28,6 @@ from polysoftmax._arrays import (
     row_maximum,
     rows,
     take_along,
-    values_are_free,
 )
 from polysoftmax._softmax import LOG_SOFTMAX, cotangents, exponentials, log_of_sum, over_total, shifted, tangent_of_z
 from polysoftmax.engines import RowFormula
@@ -342,17 +343,17 @@ def cross_entropy(
         q,
         w,
         result=r.compute,
-        squeeze=True,
+        squeeze=reduction == "none",
         ignore_index=ignore_index,
         label_smoothing=_number(label_smoothing, "label_smoothing", 1.0),
         z_loss=_number(z_loss, "z_loss", math.inf),
     )
     if reduction == "none":
         return cast(losses, r.result)
-    total = accurate_total(losses)
-    if reduction == "mean":
-        weighed = is_index and not (w is None and ignore_index is None)
-        total = _over(total, _total_weight(r, q, w, ignore_index) if weighed else math.prod(losses.shape))
+    if reduction == "mean" and is_index and not (w is None and ignore_index is None):
+        total = _over(accurate_total(losses), _total_weight(r, q, w, ignore_index))
+    else:
+        total = accurate_mean(losses) if reduction == "mean" else accurate_total(losses)
     return cast(total, r.result)
 
 
@@ -373,15 +374,18 @@ def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Arr
             f"got {tuple(targets.shape)}"
         )
         raise ValueError(msg)
-    targets = cast(targets, default_index(r.xp))
-    if values_are_free(targets):
-        _require_known(r, targets, ignore_index)
+    if targets.dtype != r.xp.int64:
+        targets = cast(targets, default_index(r.xp))
+    _require_known(r, targets, ignore_index)
     return r.from_reduced(targets), True
 
 
 def _require_known(r: Rows, targets: Array, ignore_index: int | None) -> None:
+    if 0 in targets.shape:
+        return
     # As a rule all are classes, which the two extremes tell without arrays between.
-    if 0 in targets.shape or (int(r.xp.min(targets)) >= 0 and int(r.xp.max(targets)) < r.length):
+    found = extremes(targets)
+    if found is None or (found[0] >= 0 and found[1] < r.length):
         return
     known = (targets >= 0) & (targets < r.length)
     if ignore_index is not None:
@@ -430,12 +434,8 @@ def _total_weight(r: Rows, targets: Array, weight: Array | None, ignore_index: i
     return accurate_total(each)
 
 
-def _over(total: Array, count: Array | int) -> Array:
+def _over(total: Array, count: Array) -> Array:
     """Return total / count, and 0 where there is nothing to count."""
-    if isinstance(count, int):
-        if count > 1:
-            total /= count  # in place, or NumPy would answer a scalar
-        return total
     xp = namespace(total)
     return xp.where(count == 0, 0.0, total / xp.where(count == 0, 1.0, count))
 

@@ -36,7 +36,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     if _transformed():
         return call.evaluate(operands)
     if _is_recorded(operands):
-        return call.evaluate(operands) if call.formula.vjp is None else _Formula.apply(call, *operands)
+        return call.evaluate(operands) if call.formula.vjp is None else _apply(call, *operands)
     return _run_constant(call, operands)
 
 
@@ -93,16 +93,22 @@ def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
         from polysoftmax.engines import cuda
 
         return cuda.run(call, operands)
-    x, native = operands[0], _NATIVE.get(call.formula.name)
-    if engine not in FORCED and native is not None and _shares_memory(x) and x.dtype == call.result:
-        axis = call.options["axis"]
-        y = native(call.options, *operands) if _admits(call.formula.name, x, axis) else None
+    if engine not in FORCED and _is_native(call, operands[0]):
+        y = _NATIVE[call.formula.name](call.options, *operands)
         if y is not None:
-            return y.squeeze(axis) if call.squeeze else y
+            return y.squeeze(call.options["axis"]) if call.squeeze else y
     for one in operands:
         if one is not None and isinstance(one, torch.Tensor) and not _shares_memory(one):
             return call.evaluate(operands)
     return _run_as_numpy(call, operands)
+
+
+def _is_native(call: Call, x: Array) -> bool:
+    """Whether one of torch's own kernels may stand for the formula."""
+    name = call.formula.name
+    return (
+        name in _NATIVE and x.dtype is call.result and _shares_memory(x) and _admits(name, x, call.options["axis"])
+    )
 
 
 def _plain(kernel: Callable[..., Array | None]) -> Native:
@@ -179,8 +185,7 @@ def _cross_entropy_pullback(
     if not _is_plain_loss(options, targets, weight):
         return None
     axis = options["axis"]
-    p = torch.softmax(x, axis)
-    return p.scatter_add_(axis, targets, p.new_full(targets.shape, -1.0)).mul_(cotangent)
+    return torch.softmax(x, axis).scatter_(axis, targets, -1.0, reduce="add").mul_(cotangent)
 
 
 _NATIVE: dict[str, Native] = {
@@ -338,19 +343,17 @@ def gradients(
     if call.squeeze:
         axis = call.options["axis"]
         y, cotangent = None if y is None else y.unsqueeze(axis), cotangent.unsqueeze(axis)
-    result = operands[0].dtype if y is None and not any(wanted[1:]) else call.compute
+    result = operands[0].dtype if y is None and True not in wanted[1:] else call.compute
     pullback: Any = pullback_of(call.formula, wanted)
     found = run_formula(Call(pullback, call.options, call.compute, result), (*operands, y, cotangent))
     given = iter(found if isinstance(found, tuple) else (found,))
-    answers: list[Array | None] = []
-    for operand, is_wanted in zip(operands, wanted, strict=True):
-        gradient = next(given) if is_wanted else None
+    answers: list[Array | None] = [None] * len(wanted)
+    for i, asked in enumerate(wanted):
+        gradient = next(given) if asked else None
         if gradient is not None:
-            if gradient.shape != operand.shape:
-                gradient = gradient.sum_to_size(operand.shape)
-            if gradient.dtype != operand.dtype:
-                gradient = gradient.to(operand.dtype)
-        answers.append(gradient)
+            if i and gradient.shape != operands[i].shape:  # what stands beside the rows may have been broadcast
+                gradient = gradient.sum_to_size(operands[i].shape)
+            answers[i] = gradient if gradient.dtype is operands[i].dtype else gradient.to(operands[i].dtype)
     return tuple(answers)
 
 
@@ -359,31 +362,41 @@ def known_to_kernels(call: Call, y: Array) -> Array | None:
     return y if call.formula.from_output and y.dtype == call.compute else None
 
 
+def _number(operand: Array | float | None) -> float | None:
+    return operand if isinstance(operand, float) else None
+
+
+def _tensor(operand: Array | float | None) -> Array | None:
+    return None if isinstance(operand, float) else operand
+
+
 class _Formula(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Array) -> Array:
         y = _run_constant(call, operands)
+        numbers = tuple(map(_number, operands)) if float in map(type, operands) else None
         if call.formula.from_output and y.dtype == call.compute and not any(ctx.needs_input_grad[2:]):
             operands = (y, *operands[1:])  # the rule does not look at the rows, so they need not be kept
-        ctx.call = call
-        ctx.engine = chosen()
-        ctx.constants = [None if isinstance(one, torch.Tensor) else one for one in operands]
-        ctx.places = [i for i, one in enumerate(operands) if isinstance(one, torch.Tensor)]
-        ctx.save_for_backward(y, *[operands[i] for i in ctx.places])
+        ctx.kept = call, chosen(), numbers
+        ctx.save_for_backward(y, *(operands if numbers is None else map(_tensor, operands)))
         return y
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Array | None, ...]:
-        call: Call = ctx.call
-        y, *tensors = ctx.saved_tensors
-        operands = ctx.constants.copy()
-        for i, one in zip(ctx.places, tensors, strict=True):
-            operands[i] = one
-        # PyTorch differentiates on threads of its own, where the caller's choice is not seen.
-        with chosen_before(ctx.engine):
-            if ctx.engine == "cuda":
-                y = known_to_kernels(call, y)
-            elif y.dtype != call.compute:
-                # The answer was rounded to 16 bits; its gradient is to be rounded once, too, and not twice.
-                y = run(call._replace(result=call.compute), tuple(operands))
-            return None, *gradients(call, tuple(operands), y, cotangent, ctx.needs_input_grad[1:], run)
+        call, engine, numbers = ctx.kept
+        if engine != chosen():
+            # PyTorch may differentiate on threads of its own, where the caller's choice is not seen.
+            with chosen_before(engine):
+                return _Formula.backward(ctx, cotangent)
+        y, *operands = ctx.saved_tensors
+        if numbers is not None:
+            operands = [one if number is None else number for one, number in zip(operands, numbers, strict=True)]
+        if engine == "cuda":
+            y = known_to_kernels(call, y)
+        elif y.dtype != call.compute:
+            # The answer was rounded to 16 bits; its gradient is to be rounded once, too, and not twice.
+            y = run(call._replace(result=call.compute), tuple(operands))
+        return None, *gradients(call, tuple(operands), y, cotangent, ctx.needs_input_grad[1:], run)
+
+
+_apply = super(torch.autograd.Function, _Formula).apply  # its own apply asks for transforms again, and at length
