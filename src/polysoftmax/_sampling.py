@@ -337,6 +337,8 @@ class _Draws(NamedTuple):
 
     @classmethod
     def of(cls, keys: tuple[int, ...], batch: tuple[int, ...]) -> _Draws:
+        if not keys or keys == batch:
+            return cls(batch, batch, tuple(range(len(batch))), 1)
         ndim = max(len(keys), len(batch))
         pairs = list(zip((1,) * (ndim - len(keys)) + keys, (1,) * (ndim - len(batch)) + batch, strict=True))
         shape = tuple(n if m == 1 else m for m, n in pairs)

@@ -195,7 +195,7 @@ def portable() -> bool:
     return chosen() == "portable"
 
 
-class chosen_before:
+class chosen_before:  # noqa: N801  # it stands in a ``with`` as a function would
     """Choose an engine again that has been chosen before, inside a ``with`` block."""
 
     __slots__ = ("name", "token")  # a generator would take twice as long, in every backward pass

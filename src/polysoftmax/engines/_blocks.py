@@ -39,11 +39,16 @@ def pieces(x: Array, axis: int, rows: int) -> list[Piece]:
 
 def fits(x: Array, axis: int, operands: tuple[Array, ...]) -> bool:
     """Whether every operand can be cut along with ``x``: of its number of dimensions, and no larger than it."""
-    return all(
-        one.ndim == x.ndim and all(d == axis or one.shape[d] in (1, x.shape[d]) for d in range(x.ndim))
-        for one in operands
-        if isinstance(one, np.ndarray) and one.ndim
-    )
+    shape, ndim = x.shape, x.ndim
+    for one in operands:  # loops and no generators: tiny calls come here
+        if one is x or not isinstance(one, np.ndarray) or not one.ndim:
+            continue
+        if one.ndim != ndim:
+            return False
+        for d, n in enumerate(one.shape):
+            if d != axis and n != 1 and n != shape[d]:
+                return False
+    return True
 
 
 def cut(operands: tuple[Array, ...], piece: Piece) -> tuple[Array, ...]:

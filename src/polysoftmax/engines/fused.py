@@ -279,8 +279,8 @@ def _stays_narrow(call: Call, x: Array) -> bool:
 
 def _converted(kernels: Any, x: Array, dtype: np.dtype[Any]) -> Array:
     """Return ``x``, C-contiguous, in ``dtype``; NumPy's own conversions from and to 16 bits are slow."""
-    if x.dtype == dtype and x.flags.c_contiguous:
-        return x
+    if x.dtype == dtype:
+        return np.ascontiguousarray(x)
     if dtype == np.float32 and (name := _narrow_name(x.dtype)):
         out = np.empty(x.shape, dtype)
         getattr(kernels, f"widen_{name}")(_as_bits(np.ascontiguousarray(x)).reshape(-1), out.reshape(-1))
@@ -496,11 +496,14 @@ def _run_draws(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Pie
     answers = [_blocks.like(x, axis, keys.shape[axis] // 2, dtype) for dtype in (np.int64, call.compute)]
 
     def work(i: int) -> None:
-        block = _Block(_kernels(), call, _blocks.cut(operands, blocks[i]))
+        parts, targets = operands, answers
+        if len(blocks) > 1:
+            parts, targets = _blocks.cut(operands, blocks[i]), [answer[blocks[i]] for answer in answers]
+        block = _Block(_kernels(), call, parts)
         keys, temperature = np.ascontiguousarray(block.operands[1]), block.per_row(2)
         keys = keys.reshape(-1, keys.shape[-1])
         rows = block.x if where is None else np.where(block.rows(3), block.x, -math.inf)
-        tokens, logprobs = (np.empty((len(rows), keys.shape[1] // 2), one.dtype) for one in answers)
+        tokens, logprobs = [np.empty((len(rows), keys.shape[1] // 2), one.dtype) for one in answers]
         size = call.options["size"]
         if is_filtered:
             # The target of top_p is a number of float64 in the formula, too.
@@ -508,8 +511,7 @@ def _run_draws(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Pie
             _draws.draw_filtered(rows, keys, temperature, k, p, min_p, size, tokens, logprobs)
         else:
             _draws.draw(rows, keys, temperature, size, tokens, logprobs)
-        for answer, one in zip(answers, (tokens, logprobs), strict=True):
-            target = answer[blocks[i]]
+        for target, one in zip(targets, (tokens, logprobs), strict=True):
             target[...] = one.reshape(target.shape)
 
     parallel(work, len(blocks), threads)

@@ -106,9 +106,7 @@ def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
 def _is_native(call: Call, x: Array) -> bool:
     """Whether one of torch's own kernels may stand for the formula."""
     name = call.formula.name
-    return (
-        name in _NATIVE and x.dtype is call.result and _shares_memory(x) and _admits(name, x, call.options["axis"])
-    )
+    return name in _NATIVE and x.dtype is call.result and _shares_memory(x) and _admits(name, x, call.options["axis"])
 
 
 def _plain(kernel: Callable[..., Array | None]) -> Native:
@@ -135,17 +133,20 @@ def _log_softmax_pullback(x: Array, axis: int, y: Array, cotangent: Array) -> Ar
     return torch._log_softmax_backward_data(cotangent, y, axis, y.dtype)
 
 
-def _surprise(x: Array, axis: int, at: Array) -> Array | None:
-    """Return -log p of one entry in each row; None where a row has no answer, or there is no row."""
-    log_p = torch.log_softmax(x, axis)
-    y = log_p.gather(axis, at).neg_()
+def _surprise(log_p: Array, axis: int, entry: Array) -> Array | None:
+    """Return -log p of one ``entry`` of each row of ``log_p``, which is overwritten.
+
+    It is None where a row has no answer, or there is no row.
+    """
+    y = entry.neg_()
     least = y.min().item() if y.numel() else math.nan
     if least >= _NEAR_0:
         return y
     if math.isnan(least):
         return None
-    rest = log_p.exp_().scatter_(axis, at, 0.0).sum(axis, keepdim=True)
-    return torch.where(y < _NEAR_0, rest.neg_().log1p_().neg_(), y)
+    # Where it is near 0, no other entry has a probability above 1/2.
+    others = torch.threshold_(log_p.exp_().neg_(), -0.5, 0.0).sum(axis, keepdim=True)
+    return torch.where(y < _NEAR_0, others.log1p_().neg_(), y)
 
 
 _NEAR_0 = 0.25
@@ -153,9 +154,9 @@ _NEAR_0 = 0.25
 
 
 def _logsumexp(x: Array, axis: int) -> Array | None:
-    top, at = x.max(axis, keepdim=True)
-    log_total = _surprise(x, axis, at)
-    return None if log_total is None else log_total.add_(top)
+    log_p = torch.log_softmax(x, axis)
+    log_total = _surprise(log_p, axis, log_p.amax(axis, True))
+    return None if log_total is None else log_total.add_(x.amax(axis, True))
 
 
 def _logsumexp_pullback(x: Array, axis: int, y: Array, cotangent: Array) -> Array | None:
@@ -175,7 +176,11 @@ def _is_plain_loss(options: dict[str, Any], targets: Array, weight: Array | None
 
 
 def _cross_entropy(options: dict[str, Any], x: Array, targets: Array, weight: Array | None) -> Array | None:
-    return _surprise(x, options["axis"], targets) if _is_plain_loss(options, targets, weight) else None
+    if not _is_plain_loss(options, targets, weight):
+        return None
+    axis = options["axis"]
+    log_p = torch.log_softmax(x, axis)
+    return _surprise(log_p, axis, log_p.gather(axis, targets))
 
 
 def _cross_entropy_pullback(
@@ -216,16 +221,17 @@ def _admits(name: str, x: Array, axis: int) -> bool:
         return False
     if x.dtype in _NARROW and (name != "softmax" or axis != x.ndim - 1):
         return False  # only that one is computed in float32 and rounded once
-    return x.numel() < _LARGE or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS)
+    return x.numel() < _MANY * n or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS)
 
 
 _SEVERAL_KERNELS = ("logsumexp", "cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
-"""Formulas that take several of torch's kernels, each a pass: that only saves the overhead of tiny calls."""
+"""Formulas that take several of torch's kernels, each a pass: that only saves the overhead of small calls."""
 
 _SLOW_UP_TO = 15
 """Row length up to which torch's kernels are slower than ours: they make vectors of 16."""
 
-_LARGE = 10_000
+_MANY = 300
+"""Rows for which a call of our kernels costs no more than what torch's are slower by."""
 
 _NARROW = (torch.float16, torch.bfloat16)
 
