@@ -84,6 +84,21 @@ def test_environment(value: str, shown: str) -> None:
     assert shown in (ran.stdout or ran.stderr)
 
 
+def test_gradients_are_computed_by_the_engine_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from polysoftmax.engines import torch as torch_engine
+
+    gradients, seen = torch_engine.gradients, []
+    monkeypatch.setattr(torch_engine, "gradients", lambda *given: seen.append(chosen()) or gradients(*given))
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    for name in ("portable", "blocks"):
+        with polysoftmax.engine(name):
+            y = polysoftmax.softmax(x, temperature=2.0)
+        y[0].backward()
+    assert seen == ["portable", "blocks"]
+    np.testing.assert_allclose(x.grad, [2 / 9, -1 / 9, -1 / 9], rtol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 @pytest.mark.parametrize("shape", [(300, 100), (5000, 3), (2, 40_000), (100_000,)])
 def test_engines_agree(shape: tuple[int, ...], dtype: type) -> None:
