@@ -24,7 +24,7 @@ SMALL = 10_000
 SMALL_DRAW = 1000
 """Entries below which a formula runs as it stands; the draw takes so many small steps that its kernel pays sooner."""
 
-_FEW = 128
+_FEW = 256
 """Rows below which it does: NumPy's reductions have a cost of their own for each."""
 
 _BLOCK_BYTES = 1 << 20
