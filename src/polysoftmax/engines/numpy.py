@@ -24,9 +24,6 @@ SMALL = 10_000
 SMALL_DRAW = 1000
 """Entries below which a formula runs as it stands; the draw takes so many small steps that its kernel pays sooner."""
 
-_FEW = 256
-"""Rows below which it does: NumPy's reductions have a cost of their own for each."""
-
 _BLOCK_BYTES = 1 << 20
 _LEAST_BYTES = 1 << 19
 _PIECES = 4
@@ -66,13 +63,10 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula. NaN and inf are answers here, documented and tested, and no reason to warn."""
     x = operands[0]
     engine = chosen()
-    axis = call.options["axis"]
-    if (
-        (engine not in FORCED and is_small(x, axis, call.formula.composed))
-        or engine == "portable"
-        or type(x) is not np.ndarray
-    ):
+    is_small = x.size < (SMALL_DRAW if call.formula.composed else SMALL)
+    if (is_small and engine not in FORCED) or engine == "portable" or type(x) is not np.ndarray:
         return _evaluate(call, operands)
+    axis = call.options["axis"]
     if not x.size or not _blocks.fits(x, axis, operands):
         return _evaluate(call, operands)
     plan = _plan(x, axis, call.formula.name, fused.obstacle(call, operands), np.dtype(call.compute))
@@ -94,19 +88,13 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     return np.squeeze(y, axis) if call.squeeze else y
 
 
-def is_small(x: Array, axis: int, composed: bool) -> bool:
-    """Whether a formula runs as it stands."""
-    size: int = x.size
-    return size < (SMALL_DRAW if composed else SMALL) and size < _FEW * x.shape[axis]
-
-
 def describe(x: Array, name: str) -> tuple[str, str]:
     """Name the engine for a formula along the last axis of ``x``, and why it was chosen."""
     if type(x) is not np.ndarray:
         return "portable", "the array API formula as it stands: the array is not NumPy's own"
     least = SMALL_DRAW if FORMULAS[name].composed else SMALL
-    if not x.size or not x.ndim or (chosen() not in FORCED and is_small(x, -1, FORMULAS[name].composed)):
-        return "portable", f"the array API formula as it stands: fewer than {least} entries and {_FEW} rows"
+    if not x.size or not x.ndim or (x.size < least and chosen() not in FORCED):
+        return "portable", f"the array API formula as it stands: fewer than {least} entries"
     compute = np.dtype(np.float32 if x.dtype.itemsize == 2 and x.dtype.kind in "fV" else np.float64)
     if x.dtype.kind == "f" and x.dtype.itemsize > 2:
         compute = x.dtype

@@ -221,7 +221,7 @@ def _admits(name: str, x: Array, axis: int) -> bool:
         return False
     if x.dtype in _NARROW and (name != "softmax" or axis != x.ndim - 1):
         return False  # only that one is computed in float32 and rounded once
-    return x.numel() < _MANY * n or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS)
+    return x.numel() < max(_LARGE, _MANY * n) or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS)
 
 
 _SEVERAL_KERNELS = ("logsumexp", "cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
@@ -230,8 +230,8 @@ _SEVERAL_KERNELS = ("logsumexp", "cross_entropy", "pullback of logsumexp", "pull
 _SLOW_UP_TO = 15
 """Row length up to which torch's kernels are slower than ours: they make vectors of 16."""
 
-_MANY = 300
-"""Rows for which a call of our kernels costs no more than what torch's are slower by."""
+_LARGE, _MANY = 10_000, 300
+"""Entries and rows from which a call of our kernels costs no more than what torch's are slower by."""
 
 _NARROW = (torch.float16, torch.bfloat16)
 
