@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("polysoftmax", "numpy", "scipy", "torch", "jax", "jaxlib", "numba", "cupy", "array-api-compat")
+PACKAGES = ("polysoftmax", "numpy", "scipy", "torch", "jax", "jaxlib", "numba", "array-api-compat")
+PACKAGES_ON_GPU = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "triton", "cupy-cuda13x", "quack-kernels")
 
 
 def without_numba() -> None:
@@ -42,9 +43,9 @@ def machine(device: str) -> dict[str, Any]:
     return facts
 
 
-def versions() -> dict[str, str]:
+def versions(more: tuple[str, ...] = ()) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         if name == "numba" and not has_numba():
             continue
         try:

@@ -25,8 +25,8 @@ void widen_half(long long n, const unsigned short* x, float* y) { LOOP y[i] = wi
 void widen_bfloat(long long n, const unsigned short* x, float* y) { LOOP y[i] = widen(BFloat{x[i]}); }
 void round_half(long long n, const float* x, unsigned short* y) { LOOP y[i] = Rounded<Half>::of(x[i]).bits; }
 void round_bfloat(long long n, const float* x, unsigned short* y) { LOOP y[i] = Rounded<BFloat>::of(x[i]).bits; }
-void word(long long n, const Word* k0, const Word* k1, const Word* index, const Word* domain, Word* y) {
-    LOOP y[i] = random_word(k0[i], k1[i], index[i], domain[i]);
+void both_words(long long n, const Words* keys, const Words* counters, Words* y) {
+    LOOP y[i] = random_words(keys[i], counters[i].first, counters[i].second);
 }
 void order_half(long long n, const Half* x, Half* y, Word* order) {
     LOOP order[i] = order_of(x[i]), y[i] = number_of<Half>(order_of(x[i]));
@@ -75,7 +75,7 @@ void best(long long n, const float* scores, const long long* index, float* y) {
     y[0] = all.score, y[1] = (float)all.index;
 }
 void noisy(long long n, const float* scores, const float* t, float* y) {
-    LOOP y[i] = noisy_score(scores[i], temperature_of(true, t[i]), 1, 2, i, TOKEN_VARIATES);
+    LOOP y[i] = noisy_score(scores[i], temperature_of(true, t[i]), Words{1, 2}, i, TOKEN_VARIATES);
 }
 }
 """
@@ -147,22 +147,25 @@ def test_amounts_add_up_and_are_shared(host):
 
 
 def test_words_are_those_of_the_random_module(host):
-    k0, k1, index = words(3, 1), words(3, 2), words(5000, 3)
-    for domain in (1, 2):
-        k = [np.repeat(one, len(index)) for one in (k0, k1)]
-        indices = np.tile(index, 3)
-        found = host("word", *k, indices, np.full_like(indices, domain), dtype=np.uint32)
-        signed = [one.view(np.int32) for one in (*k, indices)]
-        np.testing.assert_array_equal(found.view(np.int32), random.words(*signed, domain))
+    keys, index = words(6, 1).reshape(3, 2), words(5000, 3)
+    keys, index = np.repeat(keys, len(index), axis=0), np.tile(index, 3)
+    signed = keys.view(np.int32)
+    for domain in (random.BLOCKS, random.TOKENS, random.KEYS):
+        found = both_words(host, keys, np.stack([index, np.full_like(index, domain)], axis=1)).view(np.int32)
+        np.testing.assert_array_equal(found[:, 0], random.words(*signed.T, index.view(np.int32), domain))
+    np.testing.assert_array_equal(found, random.fold_in(signed, index.view(np.int32)))
+
+
+def both_words(host, keys, counters):
+    return host("both_words", keys, counters, dtype=np.uint32, size=keys.size).reshape(-1, 2)
 
 
 def test_known_answer_of_random123(host):
-    # kat_vectors of Random123: threefry2x32 with 20 rounds, the first words.
+    # kat_vectors of Random123: threefry2x32 with 20 rounds.
     key = np.asarray([[0, 0], [0xFFFFFFFF, 0xFFFFFFFF], [0x13198A2E, 0x03707344]], np.uint32)
     counter = np.asarray([[0, 0], [0xFFFFFFFF, 0xFFFFFFFF], [0x243F6A88, 0x85A308D3]], np.uint32)
-    columns = [np.ascontiguousarray(one) for one in (*key.T, *counter.T)]
-    expected = np.asarray([0x6B200159, 0x1CB996FC, 0xC4923A9C], np.uint32)
-    np.testing.assert_array_equal(host("word", *columns, dtype=np.uint32), expected)
+    expected = [[0x6B200159, 0x99BA4EFE], [0x1CB996FC, 0xBB002BE7], [0xC4923A9C, 0x483DF7A0]]
+    np.testing.assert_array_equal(both_words(host, key, counter), expected)
 
 
 def test_uniforms_are_equal_and_gumbels_agree(host):

@@ -356,9 +356,8 @@ def test_sample_draws_the_same_tokens(device, dtype, rows, n, processors, genera
     expected, logprobs = portable(ps.sample, x, 11, dtype=None, **options)
     with np.errstate(all="ignore"):
         tokens, found = ps.sample(x, 11, **options)
-    kernels = ["truncate"] * general + ["sample_masses", "sample_draw"]  # the first applies the mask
-    assert [plan.kernel.formula for plan in device.plans] == kernels
-    assert (device.plans[-2].kernel.cluster > 1) == (processors > 1)
+    assert [plan.kernel.formula for plan in device.plans] == ["sample_masses", "sample_draw"]
+    assert (device.plans[0].kernel.cluster > 1) == (processors > 1)
     assert tokens.dtype == np.int64
     np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_allclose(found, logprobs, rtol=1e-5, atol=1e-5)
@@ -447,6 +446,22 @@ def test_sample_draws_the_same_tokens_from_what_filters_leave(device, dtype, n, 
     assert [plan.kernel.formula for plan in device.plans] == kernels
     np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_allclose(found, logprobs, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_masks_and_keys_that_kernels_take_as_they_are(device):
+    """A mask of padding, draws of each row by several keys under it, and a mask that no kernel can follow."""
+    rng = np.random.default_rng(4)
+    x, where = logits(rng, "float32", (3, 2, 300)), np.arange(300) < np.asarray([300, 7, 0])[:, None, None]
+    keys = ps.random.split(5, 4)[:, None, None]
+    for key, launches in ((11, 2), (keys, 4)):
+        np.testing.assert_array_equal(
+            ps.sample(x, key, where=where), portable(ps.sample, x, key, dtype=None, where=where)
+        )
+        assert len(device.plans) == launches
+    x, where = logits(rng, "float32", (2, 3, 2, 300)), rng.random((2, 1, 2, 300)) < 0.5
+    np.testing.assert_array_equal(ps.sample(x, 11, where=where), portable(ps.sample, x, 11, dtype=None, where=where))
+    assert len(device.plans) == 4
 
 
 @needs_compiler
@@ -554,7 +569,7 @@ def test_compiled_code_takes_the_operator_where_there_is_a_kernel(tensors):
         ("logsumexp", "t--", "{'axis': 0}", []),
         ("log_softmax_vjp", "ttn-", "{'axis': 1}", [0.5]),
         ("truncate", "t---n-", "{'axis': 1, 'top_k': None}", [0.5]),
-        ("sample_masses", "t-", "{'axis': 1}", []),
+        ("sample_masses", "t--", "{'axis': 1}", []),
         ("sample_leading", "t-", "{'axis': 1, 'top_k': 3}", []),
     ],
     ids=lambda call: call[0],
@@ -582,8 +597,8 @@ def test_the_operator_answers_on_the_device_of_fake_tensors():
         (dx,) = operator(*slope)  # autograd itself cannot run on these in a build without CUDA
         assert (dx.device, dx.dtype, dx.shape) == (x.device, torch.float32, x.shape)
         key = torch.empty(6, 2, device="cuda:0", dtype=torch.int32)
-        options = "{'axis': 1, 'size': 32, 'logprobs': True}"
+        options = "{'axis': 1, 'size': 32, 'is_one_key': False, 'logprobs': True}"
         tensors = [x.float(), x, torch.empty(6, 1, device="cuda:0"), key]
-        tokens, logprobs = operator("sample_draw", tensors, [], "tttt-", options, torch.float32, torch.float32, False)
+        tokens, logprobs = operator("sample_draw", tensors, [], "tttt--", options, torch.float32, torch.float32, False)
     assert (tokens.device, tokens.dtype, tokens.shape) == (x.device, torch.int64, (6, 1))
     assert (logprobs.dtype, logprobs.shape) == (torch.float32, (6, 1))

@@ -45,8 +45,9 @@ def block_length(n: int) -> int:
 # Three formulas, because what is done for every token of a row should run in other blocks than what is done for a few.
 
 
-def _masses(x: Array, temperature: Array | float | None) -> tuple[Array, Array]:
+def _masses(x: Array, temperature: Array | float | None, where: Array | None) -> tuple[Array, Array]:
     """Return the maximum of every row, and Σ exp((x - max) / temperature) over each of its blocks."""
+    x = _masked(x, where)
     top = row_maximum(x, x.ndim - 1)
     return top, block_sums(namespace(x).exp(over_temperature(x - top, temperature)), block_length(x.shape[-1]))
 
@@ -57,12 +58,16 @@ def _draw(
     top: Array,
     keys: Array,
     temperature: Array | float | None,
+    where: Array | None,
     *,
     size: int,
+    is_one_key: bool,
     logprobs: bool,
 ) -> tuple[Array, ...]:
     """Draw a block by the masses, and a token inside it."""
     xp = namespace(x)
+    x = _masked(x, where)
+    keys = row_keys(keys, mass.shape[:-1]) if is_one_key else keys
     block = _best(mass, xp.log(mass), keys, _indices(mass), BLOCKS, temperature)
     inside, index = block_of(x, block, size)
     z = over_temperature(inside - top, temperature)
@@ -80,10 +85,12 @@ def _draw_leading(
     min_p: Array | float | None,
     *,
     size: int,
+    is_one_key: bool,
     logprobs: bool,
 ) -> tuple[Array, ...]:
     """Draw what `_draw` would from the few tokens that top_k left, given with their indices in increasing order."""
     xp = namespace(x)
+    keys = row_keys(keys, x.shape[:-1]) if is_one_key else keys
     if p is not None or min_p is not None:
         x = truncated(x, temperature, None, None, p, min_p, top_k=None)
     z = over_temperature(x - top, temperature)
@@ -123,11 +130,14 @@ def _answer(
 def _leading(x: Array, where: Array | None, *, top_k: int) -> tuple[Array, Array, Array]:
     """Return the maximum of every row, its top_k greatest logits, and their indices in increasing order."""
     xp = namespace(x)
-    if where is not None:
-        x = xp.where(where, x, -math.inf)
+    x = _masked(x, where)
     index = leading(x, top_k)
     values = take_along(x, index, x.ndim - 1)
     return row_maximum(values, x.ndim - 1), values, xp.astype(index, xp.int32)
+
+
+def _masked(x: Array, where: Array | None) -> Array:
+    return x if where is None else namespace(x).where(where, x, -math.inf)
 
 
 def _indices(x: Array) -> Array:
@@ -166,30 +176,34 @@ def _sample(
     size: int,
     is_one_key: bool,
     logprobs: bool,
+    in_kernels: bool = False,
 ) -> tuple[Array, ...]:
-    """Draw as often from every row along the last axis as it has keys, which stand side by side."""
+    """Draw as often from every row along the last axis as it has keys, which stand side by side.
+
+    ``in_kernels`` says that the formulas below apply the mask and make the keys of rows at no cost, for all rows.
+    """
     xp = namespace(x)
     r = rows(x, axis)
-    if is_one_key:
-        keys = row_keys(keys, x.shape[:-1])
+    if is_one_key and not in_kernels:
+        keys, is_one_key = row_keys(keys, x.shape[:-1]), False
     if top_k is not None and 2 * top_k**2 <= r.length:  # survivors are compared with each other
         top, first, second = LEADING(r, x, where, top_k=top_k)
         others: tuple[Array, ...] = (second, top, keys, temperature, p, min_p)
         draw = DRAW_LEADING
     else:
-        if where is not None or any(one is not None for one in (top_k, k, p, min_p)):
-            x = TRUNCATE(r, x, temperature, where, k, p, min_p, top_k=top_k)
-        top, first = MASSES(r, x, temperature)
-        draw, others = DRAW, (x, top, keys, temperature)
+        if any(one is not None for one in (top_k, k, p, min_p)) or (where is not None and not in_kernels):
+            x, where = TRUNCATE(r, x, temperature, where, k, p, min_p, top_k=top_k), None
+        top, first = MASSES(r, x, temperature, where)
+        draw, others = DRAW, (x, top, keys, temperature, where)
     draws = keys.shape[-1] // 2
     if draws == 1:
-        return draw(r.of(first), first, *others, size=size, logprobs=logprobs)  # type: ignore[no-any-return]
+        return draw(r.of(first), first, *others, size=size, is_one_key=is_one_key, logprobs=logprobs)  # type: ignore[no-any-return]
     # Several keys for one row draw from what was found out about it once.
     second, top, _, *more = (xp.expand_dims(one, axis=-2) if is_spread(one) else one for one in others)
     keys = xp.reshape(keys, (*keys.shape[:-1], draws, 2))
     first = xp.broadcast_to(xp.expand_dims(first, axis=-2), (*keys.shape[:-1], first.shape[-1]))
     each = replace(r, x=first, axis=axis + 1)
-    answers = draw(each, first, second, top, keys, *more, size=size, logprobs=logprobs)
+    answers = draw(each, first, second, top, keys, *more, size=size, is_one_key=False, logprobs=logprobs)
     return tuple(xp.squeeze(one, axis=-1) for one in answers)
 
 

@@ -22,6 +22,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call in its kernel, on the caller's device and stream, or as it stands where no kernel covers it."""
     if chosen() != "cuda":
         return call.evaluate(operands)
+    if call.formula.composed:
+        call = call._replace(options={**call.options, "in_kernels": True})
     found = prepare(call, operands)
     return found.run() if isinstance(found, Launch) else call.evaluate(operands)
 

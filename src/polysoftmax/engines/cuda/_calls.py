@@ -29,7 +29,7 @@ Map = tuple[int, int, int]
 """Where the entry for a row stands: at ``row // inner % period * stride``."""
 
 _ONE: Map = (1, 1, 0)
-_MOST_ROWS = (1 << 31) - 1
+_MOST = (1 << 31) - 1
 
 
 class _Uncovered(Exception):  # noqa: N818 - control flow within this file
@@ -132,7 +132,7 @@ class _Batch:
             raise _Uncovered(f"the kernels do not compute {self.x.dtype} in {self.compute}")
         self.batch, self.n = shape[:-1], shape[-1]
         self.rows = math.prod(self.batch)
-        if self.rows * self.n == 0 or self.rows > _MOST_ROWS:
+        if self.rows * self.n == 0 or max(self.rows, self.n) > _MOST:
             raise _Uncovered(f"there are {self.rows} rows of {self.n}")
 
     def row_stride(self, view: View) -> int:
@@ -179,6 +179,11 @@ class _Batch:
         pointer, *rows = self.per_row(where, "bool", "the mask")
         along = view.strides[-1] if view.shape and view.shape[-1] > 1 else 0
         return (pointer, *rows, along)
+
+    def keys(self, keys: Array, is_one_key: bool) -> tuple[int, ...]:
+        """Return the arguments for a key a row, or for one from which the kernel makes those of the rows."""
+        words = self.device.view(keys).strides[-1]
+        return (*self.per_row(keys, "int32", "the key"), words, int(is_one_key))
 
 
 def _prepare_rows(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
@@ -258,7 +263,7 @@ def _loss_arguments(batch: _Batch, call: Call, operands: tuple[Array, ...], role
 
 
 def _prepare_masses(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
-    x, temperature, *_ = operands
+    x, temperature, where, *_ = operands
     batch = _Batch(call, x, device)
     stride = batch.row_stride(batch.x)
     plan = plan_masses(
@@ -266,19 +271,19 @@ def _prepare_masses(call: Call, operands: tuple[Array, ...], device: Device) -> 
         batch.rows,
         batch.n,
         aligned=batch.starts_aligned(batch.x, stride),
-        general=temperature is not None,
+        general=temperature is not None or where is not None,
         machine=device.machine,
     )
     if isinstance(plan, str):
         raise _Uncovered(plan)
-    after = (batch.n, batch.rows, stride, *batch.parameter(temperature))
+    after = (batch.n, batch.rows, stride, *batch.parameter(temperature), *batch.mask(where))
     blocks = -(-batch.n // block_length(batch.n))
     answers = tuple(((*batch.batch, length), call.compute) for length in (1, blocks))
     return Launch(device, plan, (batch.x.pointer,), answers, after, operands)
 
 
 def _prepare_draw(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
-    mass, x, top, keys, temperature = operands
+    mass, x, top, keys, temperature, where = operands
     batch = _Batch(call, mass, device)
     view = device.view(x)
     if view.dtype not in SIZES or batch.x.dtype != batch.compute:
@@ -291,11 +296,12 @@ def _prepare_draw(call: Call, operands: tuple[Array, ...], device: Device) -> La
         *(batch.x.pointer, *batch.map(batch.x), view.pointer, *batch.map(view)),
         *(n, batch.rows, call.options["size"]),
         *batch.per_row(top, batch.compute, "the maximum"),
-        *batch.per_row(keys, "int32", "the key"),
-        device.view(keys).strides[-1],
+        *batch.keys(keys, call.options["is_one_key"]),
         *batch.parameter(temperature),
+        *batch.mask(where),
     )
-    plan = plan_draw(view.dtype, batch.rows, n, general=temperature is not None)
+    general = temperature is not None or where is not None
+    plan = plan_draw(view.dtype, batch.rows, n, general=general)
     return Launch(device, plan, (), _drawn(batch, call), after, operands)
 
 
@@ -352,8 +358,7 @@ def _prepare_draw_leading(call: Call, operands: tuple[Array, ...], device: Devic
         *(batch.x.pointer, *batch.map(batch.x), *batch.per_row(index, "int32", "the index")),
         *(batch.n, batch.rows, call.options["size"]),
         *batch.per_row(top, batch.compute, "the maximum"),
-        *batch.per_row(keys, "int32", "the key"),
-        device.view(keys).strides[-1],
+        *batch.keys(keys, call.options["is_one_key"]),
         *(*batch.parameter(temperature), *batch.parameter(p), *batch.parameter(min_p, 0.0)),
     )
     return Launch(

@@ -44,7 +44,7 @@ def compile_kernel(kernel: Kernel, arch: int) -> Compiled:
     log = io.StringIO()
     code = Program(source(kernel), "c++", options).compile("cubin", logs=log).code
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
-    registers = max(map(int, re.findall(r"Used (\d+) registers", log.getvalue())))
+    registers = max(map(int, re.findall(r"Used (\d+) registers", log.getvalue())), default=0)
     return Compiled(bytes(code), registers, spilled)
 
 

@@ -218,7 +218,7 @@ def plan_draw_leading(compute: str, rows: int, k: int) -> Plan:
 
 
 def _slots(count: int, cluster: int, groups: int, compute: str) -> int:
-    return _SCRATCH + _over(count, cluster * groups) * groups * 2 * SIZES[compute]
+    return _SCRATCH + _over(count, cluster * groups) * groups * SIZES[compute]
 
 
 def _over(m: int, n: int) -> int:

@@ -339,14 +339,18 @@ BOTH Amount share_of_amount(double p, Amount all) {
     return share < 1 ? 1 : share < (double)all ? (Amount)share : all;
 }
 
-// Threefry-2x32 with 20 rounds: the first word of the block for the counter (index, domain).
+struct Words {
+    Word first, second;
+};
+
+// Threefry-2x32 with 20 rounds: the block for the counter (index, domain).
 // Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 BOTH Word rotated(Word x, int by) { return x << by | x >> (32 - by); }
 
-BOTH Word random_word(Word k0, Word k1, Word index, Word domain) {
+BOTH Words random_words(Words key, Word index, Word domain) {
     const int rotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
-    const Word schedule[3] = {k0, k1, k0 ^ k1 ^ 0x1BD11BDA};
-    Word a = index + k0, b = domain + k1;
+    const Word schedule[3] = {key.first, key.second, key.first ^ key.second ^ 0x1BD11BDA};
+    Word a = index + key.first, b = domain + key.second;
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
@@ -361,10 +365,10 @@ BOTH Word random_word(Word k0, Word k1, Word index, Word domain) {
         a += schedule[(group + 1) % 3];
         b += schedule[(group + 2) % 3] + group + 1;
     }
-    return a;
+    return Words{a, b};
 }
 
-enum Domain : Word { BLOCK_VARIATES = 1, TOKEN_VARIATES = 2 };
+enum Domain : Word { BLOCK_VARIATES = 1, TOKEN_VARIATES = 2, NEW_KEYS = 3 };
 
 // In (0, 1), with the resolution of 32 bits near 0. Every step is exact or rounded as the array formula rounds it.
 BOTH float uniform_of(Word word) {
@@ -388,10 +392,10 @@ BOTH Best<C> merge(Best<C> a, Best<C> b) {
 
 // A score with its variate: at T = 0 there is none, and the entries that are left are equal.
 template <class C>
-BOTH C noisy_score(C score, const Temperature<C>& t, Word k0, Word k1, Index index, Word domain) {
+BOTH C noisy_score(C score, const Temperature<C>& t, Words key, Index index, Word domain) {
     if (score == -infinity<C>()) return score;
     if (t.given && t.value == 0) return 0;
-    return score + (C)gumbel_of(random_word(k0, k1, (Word)index, domain));
+    return score + (C)gumbel_of(random_words(key, (Word)index, domain).first);
 }
 
 }  // namespace polysoftmax

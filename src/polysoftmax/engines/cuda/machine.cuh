@@ -19,9 +19,10 @@ DEVICE int cluster_rank() {
     return rank;
 }
 
+// Not the aligned form, which asks that a warp has come together again after its last branch.
 DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive;\n\tbarrier.cluster.wait;" ::: "memory");
 #endif
 }
 

@@ -49,14 +49,30 @@ struct Parameter {
     }
 };
 
+// Which entries of one row exist: all of them where there is no mask.
+struct MaskedRow {
+    const unsigned char* where = nullptr;
+    Index stride = 0;
+
+    DEVICE bool exists(Index position) const { return !where || where[position * stride]; }
+};
+
+struct Mask {
+    const void* where;
+    RowMap map;
+    Index stride;
+
+    DEVICE MaskedRow of(Index row) const {
+        return MaskedRow{where ? (const unsigned char*)where + map.offset(row) : nullptr, stride};
+    }
+};
+
 struct RowArguments {
     const void *x, *second;
     void* out;
     Index n, rows, x_stride, second_stride;
     Parameter temperature;
-    const void* where;
-    RowMap where_map;
-    Index where_stride;
+    Mask where;
     const void* targets;
     RowMap targets_map;
     const void *weight, *cotangent;
@@ -130,7 +146,7 @@ struct RowKernel {
     bool present;
     const X *x, *second;
     Y* out;
-    const unsigned char* where;
+    MaskedRow mask;
     Index head, packs, extra;    // entries before the first whole access, whole accesses, entries outside them
     Temperature<C> t;
     Total<C> total;
@@ -150,9 +166,8 @@ struct RowKernel {
         x = (const X*)a.x + row * a.x_stride;
         second = (const X*)a.second + row * a.second_stride;
         out = (Y*)a.out + row * (REDUCES ? 1 : a.n);
-        where = nullptr;
         t = temperature_of<C>(false, 1);
-        if constexpr (S::GENERAL) read_parameters();
+        if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
         head = 0;
         if (W > 1) {
             head = (W - (Index)((unsigned long long)x / sizeof(X) % W)) % W;
@@ -160,11 +175,6 @@ struct RowKernel {
         }
         packs = present ? (a.n - head) / W : 0;
         extra = present ? a.n - packs * W : 0;
-    }
-
-    DEVICE void read_parameters() {
-        if (a.where) where = (const unsigned char*)a.where + a.where_map.offset(row);
-        t = a.temperature.as_temperature<C>(row);
     }
 
     // An entry outside the whole accesses: each of the first threads has one.
@@ -205,12 +215,12 @@ struct RowKernel {
         if (has_extra()) body(extra_position(), held_extra, held_extra_second);
     }
 
-    DEVICE bool exists(Index position) const { return !S::GENERAL || !where || where[position * a.where_stride]; }
+    DEVICE bool exists(Index position) const { return !S::GENERAL || mask.exists(position); }
 
     template <int N>
     DEVICE void entries(Index position, const Pack<X, N>& from, C* to) const {
         UNROLL for (int i = 0; i < N; i++) to[i] = widen(from.at[i]);
-        if (!S::GENERAL || !where) return;
+        if (!S::GENERAL || !mask.where) return;
         UNROLL for (int i = 0; i < N; i++) to[i] = exists(position + i) ? to[i] : -infinity<C>();
     }
 
@@ -365,17 +375,17 @@ struct RowKernel {
 #define MAP(name) {name##_inner, name##_period, name##_stride}
 #define GIVEN_PARAMETERS(name) const void *name, double name##_value, MAP_PARAMETERS(name##_row)
 #define GIVEN(name) {name, name##_value, MAP(name##_row)}
+#define MASK_PARAMETERS const void *where, MAP_PARAMETERS(where_row), Index where_stride
+#define MASK {where, MAP(where_row), where_stride}
 #define ROW_PARAMETERS                                                                                             \
     const void *x, const void *second, void *out, Index n, Index rows, Index x_stride, Index second_stride,        \
-        GIVEN_PARAMETERS(temperature), const void *where, MAP_PARAMETERS(where_row), Index where_stride,           \
-        const void *targets, MAP_PARAMETERS(targets_row),                                                          \
+        GIVEN_PARAMETERS(temperature), MASK_PARAMETERS, const void *targets, MAP_PARAMETERS(targets_row),          \
         const void *weight, const void *cotangent, MAP_PARAMETERS(cotangent_row), Index weight_stride,             \
         Index ignores, Index ignore_index, double z_loss
 #define ROW_ARGUMENTS                                                                                              \
     {                                                                                                              \
-        x, second, out, n, rows, x_stride, second_stride, GIVEN(temperature), where, MAP(where_row), where_stride, \
-            targets, MAP(targets_row), weight, cotangent, MAP(cotangent_row), weight_stride, ignores,              \
-            ignore_index, z_loss                                                                                   \
+        x, second, out, n, rows, x_stride, second_stride, GIVEN(temperature), MASK, targets, MAP(targets_row),     \
+            weight, cotangent, MAP(cotangent_row), weight_stride, ignores, ignore_index, z_loss                    \
     }
 
 template <class S>

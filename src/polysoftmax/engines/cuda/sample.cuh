@@ -12,6 +12,7 @@ struct MassArguments {
     void *top, *mass;
     Index n, rows, x_stride;
     Parameter temperature;
+    Mask where;
 };
 
 template <class S>
@@ -28,18 +29,21 @@ struct MassKernel {
 
     const MassArguments& a;
     char* shared;
-    Tokens* found;    // what this thread block has looked at
+    C* tops;    // of the blocks of tokens that this thread block has looked at; their masses wait in the answer
     Index row, count;
     const X* x;
+    C* mass;
     Temperature<C> t;
+    MaskedRow mask;
 
     DEVICE MassKernel(const MassArguments& arguments, char* shared) : a(arguments), shared(shared) {
-        found = (Tokens*)(shared + SCRATCH);
+        tops = (C*)(shared + SCRATCH);
         row = block_index() / S::CLUSTER;
         count = (a.n + SIZE - 1) / SIZE;
         x = (const X*)a.x + row * a.x_stride;
+        mass = (C*)a.mass + row * count;
         t = temperature_of<C>(false, 1);
-        if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row);
+        if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
     }
 
     DEVICE int first_group() const { return S::CLUSTER > 1 ? cluster_rank() * GROUPS : 0; }
@@ -64,6 +68,7 @@ struct MassKernel {
                 } else if (i + k < end) {
                     value = widen(x[i + k]);
                 }
+                if (S::GENERAL && i + k < end && !mask.exists(i + k)) value = -infinity<C>();
                 v[j * W + k] = value;
             }
         }
@@ -88,9 +93,11 @@ struct MassKernel {
         for (Index round = 0; round < rounds(); round++) {
             int group = thread_index() / LANES;
             // Past the last block too, where all is -inf: a warp has to look together.
-            Tokens one = look(block_at(round, group));
+            Index block = block_at(round, group);
+            Tokens one = look(block);
             if (thread_index() % LANES == 0) {
-                found[round * GROUPS + group] = one;
+                tops[round * GROUPS + group] = one.top;
+                if (block < count) mass[block] = one.mass;
                 total = merge(total, Total<C>{one.top, 0, one.mass, 0}, t);
             }
         }
@@ -109,7 +116,7 @@ struct MassKernel {
         block_barrier();
         for (Index i = thread_index(); i < rounds() * GROUPS; i += S::THREADS) {
             Index block = block_at(i / GROUPS, (int)(i % GROUPS));
-            if (block < count) ((C*)a.mass)[row * count + block] = mass_under(found[i], total.top);
+            if (block < count) mass[block] = mass_under(Tokens{tops[i], mass[block]}, total.top);
         }
         bool first = thread_index() == 0 && (S::CLUSTER == 1 || cluster_rank() == 0);
         if (first) ((C*)a.top)[row] = total.rest == total.rest ? total.top : nan_of<C>();
@@ -129,8 +136,18 @@ struct DrawArguments {
     const int* keys;
     RowMap keys_map;
     Index keys_stride;    // from the first word of a key to the second
+    Index folds;    // whether there is one key, and each row's is made from it
     Parameter temperature;
+    Mask where;
 };
+
+// The key of a row.
+template <class Arguments>
+DEVICE Words key_of(const Arguments& a, Index row) {
+    const int* words = a.keys + a.keys_map.offset(row);
+    Words key{(Word)words[0], (Word)words[a.keys_stride]};
+    return a.folds ? random_words(key, (Word)row, NEW_KEYS) : key;
+}
 
 template <class S>
 struct DrawKernel {
@@ -145,8 +162,9 @@ struct DrawKernel {
     const C* mass;
     const X* x;
     C top;
-    Word k0, k1;
+    Words key;
     Temperature<C> t;
+    MaskedRow mask;
 
     DEVICE DrawKernel(const DrawArguments& arguments, char* shared) : a(arguments), shared(shared) {
         constexpr int ROWS = S::BLOCK / S::THREADS;
@@ -158,10 +176,9 @@ struct DrawKernel {
         mass = (const C*)a.mass + a.mass_map.offset(row);
         x = (const X*)a.x + a.x_map.offset(row);
         top = ((const C*)a.top)[a.top_map.offset(row)];
-        const int* key = a.keys + a.keys_map.offset(row);
-        k0 = (Word)key[0], k1 = (Word)key[a.keys_stride];
+        key = key_of(a, row);
         t = temperature_of<C>(false, 1);
-        if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row);
+        if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
     }
 
     DEVICE Best<C> best_block(C* total) const {
@@ -170,7 +187,7 @@ struct DrawKernel {
         for (Index i = member; i < count; i += S::THREADS) {
             add_exactly(sum, mass[i]);
             C score = logarithm(mass[i]);
-            best = merge(best, Best<C>{noisy_score(score, t, k0, k1, i, BLOCK_VARIATES), i});
+            best = merge(best, Best<C>{noisy_score(score, t, key, i, BLOCK_VARIATES), i});
         }
         *total = sum.rest + sum.lost;
         return best;
@@ -182,7 +199,8 @@ struct DrawKernel {
         Best<C> best{-infinity<C>(), a.n};
         Index end = (block + 1) * a.size < a.n ? (block + 1) * a.size : a.n;
         for (Index i = block * a.size + member; i < end; i += S::THREADS) {
-            best = merge(best, Best<C>{noisy_score(distance(i), t, k0, k1, i, TOKEN_VARIATES), i});
+            C score = S::GENERAL && !mask.exists(i) ? -infinity<C>() : distance(i);
+            best = merge(best, Best<C>{noisy_score(score, t, key, i, TOKEN_VARIATES), i});
         }
         return best;
     }
@@ -215,7 +233,7 @@ struct LeadingArguments {
     RowMap top_map;
     const int* keys;
     RowMap keys_map;
-    Index keys_stride;
+    Index keys_stride, folds;
     Parameter temperature, p, min_p;
 };
 
@@ -232,7 +250,7 @@ struct LeadingKernel {
     const C* x;
     const int* index;
     C top;
-    Word k0, k1;
+    Words key;
     Temperature<C> t;
     C *terms, *kept;    // exp((x - top) / T) of all tokens, and of those that the other filters leave; else 0
 
@@ -242,8 +260,7 @@ struct LeadingKernel {
         x = (const C*)a.x + a.x_map.offset(row);
         index = a.index + a.index_map.offset(row);
         top = ((const C*)a.top)[a.top_map.offset(row)];
-        const int* key = a.keys + a.keys_map.offset(row);
-        k0 = (Word)key[0], k1 = (Word)key[a.keys_stride];
+        key = key_of(a, row);
         t = a.temperature.as_temperature<C>(row);
         terms = (C*)(shared + SCRATCH);
         kept = terms + a.k;
@@ -280,7 +297,7 @@ struct LeadingKernel {
         for (Index i = member; i < a.k; i += S::THREADS) {
             Index block = index[i] / a.size;
             C score = logarithm((C)sum_of_terms(kept, [&](Index j) { return index[j] / a.size == block; }));
-            best = merge(best, Best<C>{noisy_score(score, t, k0, k1, block, BLOCK_VARIATES), i});
+            best = merge(best, Best<C>{noisy_score(score, t, key, block, BLOCK_VARIATES), i});
         }
         return best;
     }
@@ -289,7 +306,7 @@ struct LeadingKernel {
         Best<C> best{-infinity<C>(), a.k};
         for (Index i = member; i < a.k; i += S::THREADS) {
             if (index[i] / a.size != block || !(kept[i] > 0)) continue;
-            best = merge(best, Best<C>{noisy_score(distance(i), t, k0, k1, index[i], TOKEN_VARIATES), i});
+            best = merge(best, Best<C>{noisy_score(distance(i), t, key, index[i], TOKEN_VARIATES), i});
         }
         return best;
     }
@@ -310,26 +327,27 @@ struct LeadingKernel {
 };
 
 #define MASS_PARAMETERS                                                                                            \
-    const void *x, void *top, void *mass, Index n, Index rows, Index x_stride, GIVEN_PARAMETERS(temperature)
-#define MASS_ARGUMENTS {x, top, mass, n, rows, x_stride, GIVEN(temperature)}
+    const void *x, void *top, void *mass, Index n, Index rows, Index x_stride, GIVEN_PARAMETERS(temperature),      \
+        MASK_PARAMETERS
+#define MASS_ARGUMENTS {x, top, mass, n, rows, x_stride, GIVEN(temperature), MASK}
 #define DRAW_PARAMETERS                                                                                            \
     Index *tokens, void *logprobs, const void *mass, MAP_PARAMETERS(mass_row), const void *x, MAP_PARAMETERS(x_row), \
         Index n, Index rows, Index size, const void *top, MAP_PARAMETERS(top_row), const int *keys,                \
-        MAP_PARAMETERS(keys_row), Index keys_stride, GIVEN_PARAMETERS(temperature)
+        MAP_PARAMETERS(keys_row), Index keys_stride, Index folds, GIVEN_PARAMETERS(temperature), MASK_PARAMETERS
 #define DRAW_ARGUMENTS                                                                                             \
     {                                                                                                              \
         tokens, logprobs, mass, MAP(mass_row), x, MAP(x_row), n, rows, size, top, MAP(top_row), keys,              \
-            MAP(keys_row), keys_stride, GIVEN(temperature)                                                         \
+            MAP(keys_row), keys_stride, folds, GIVEN(temperature), MASK                                            \
     }
 #define LEADING_PARAMETERS                                                                                         \
     Index *tokens, void *logprobs, const void *x, MAP_PARAMETERS(x_row), const int *index,                         \
         MAP_PARAMETERS(index_row), Index k, Index rows, Index size, const void *top, MAP_PARAMETERS(top_row),      \
-        const int *keys, MAP_PARAMETERS(keys_row), Index keys_stride, GIVEN_PARAMETERS(temperature),               \
+        const int *keys, MAP_PARAMETERS(keys_row), Index keys_stride, Index folds, GIVEN_PARAMETERS(temperature),  \
         GIVEN_PARAMETERS(p), GIVEN_PARAMETERS(min_p)
 #define LEADING_ARGUMENTS                                                                                          \
     {                                                                                                              \
         tokens, logprobs, x, MAP(x_row), index, MAP(index_row), k, rows, size, top, MAP(top_row), keys,            \
-            MAP(keys_row), keys_stride, GIVEN(temperature), GIVEN(p), GIVEN(min_p)                                 \
+            MAP(keys_row), keys_stride, folds, GIVEN(temperature), GIVEN(p), GIVEN(min_p)                          \
     }
 
 template <class S>

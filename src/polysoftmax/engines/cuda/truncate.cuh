@@ -11,9 +11,8 @@ const int DIGIT = 11, BINS = 1 << DIGIT, SHARE = BINS / 32;
 const int MOST_LEADING = 1024;    // tokens that fit the place of the bins, with their indices
 
 struct FilterArguments {
-    const void *x, *where;
-    RowMap where_map;
-    Index where_stride;
+    const void* x;
+    Mask where;
     void *top, *out;
     int* index;
     Index n, rows, x_stride;
@@ -54,7 +53,7 @@ struct FilterKernel {
     Index row;
     int member;
     const X* x;
-    const unsigned char* where;
+    MaskedRow mask;
     X* out;
     C top, scale;
     Temperature<C> t;
@@ -64,14 +63,14 @@ struct FilterKernel {
         row = block_index();
         member = thread_index();
         x = (const X*)a.x + row * a.x_stride;
-        where = a.where ? (const unsigned char*)a.where + a.where_map.offset(row) : nullptr;
+        mask = a.where.of(row);
         out = (X*)a.out + row * a.n;
         t = a.temperature.as_temperature<C>(row);
         scale = scale_of_amounts<C>(a.n);
     }
 
     DEVICE X entry_at(Index i) const {
-        return where && !where[i * a.where_stride] ? Rounded<X>::of(-infinity<C>()) : x[i];
+        return mask.exists(i) ? x[i] : Rounded<X>::of(-infinity<C>());
     }
 
     // Call body(index of the first, entries, how many there are) for every access of this thread.
@@ -89,7 +88,7 @@ struct FilterKernel {
                 int count = i + W <= a.n ? W : i < a.n ? (int)(a.n - i) : 0;
                 UNROLL for (int e = 0; e < W; e++) {
                     if (count < W && e < count) packs[j].at[e] = x[i + e];
-                    if (where && e < count && !where[(i + e) * a.where_stride]) packs[j].at[e] = nothing;
+                    if (e < count && !mask.exists(i + e)) packs[j].at[e] = nothing;
                 }
                 if (count) body(i, packs[j], count);
             }
@@ -287,13 +286,11 @@ struct FilterKernel {
 };
 
 #define FILTER_PARAMETERS                                                                                          \
-    const void *x, const void *where, MAP_PARAMETERS(where_row), Index where_stride, void *top, void *out,         \
-        int *index, Index n, Index rows, Index x_stride, GIVEN_PARAMETERS(temperature), GIVEN_PARAMETERS(k),        \
-        GIVEN_PARAMETERS(p), GIVEN_PARAMETERS(min_p)
+    const void *x, MASK_PARAMETERS, void *top, void *out, int *index, Index n, Index rows, Index x_stride,         \
+        GIVEN_PARAMETERS(temperature), GIVEN_PARAMETERS(k), GIVEN_PARAMETERS(p), GIVEN_PARAMETERS(min_p)
 #define FILTER_ARGUMENTS                                                                                           \
     {                                                                                                              \
-        x, where, MAP(where_row), where_stride, top, out, index, n, rows, x_stride, GIVEN(temperature), GIVEN(k),  \
-            GIVEN(p), GIVEN(min_p)                                                                                 \
+        x, MASK, top, out, index, n, rows, x_stride, GIVEN(temperature), GIVEN(k), GIVEN(p), GIVEN(min_p)          \
     }
 
 template <class S>
