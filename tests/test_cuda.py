@@ -378,6 +378,34 @@ def test_a_library_without_a_device_is_told_so(monkeypatch):
             _devices._TorchDevice(0)
 
 
+@pytest.mark.parametrize(("arch", "clusters"), [(75, None), (80, False), (89, False), (90, True), (120, True)])
+def test_what_a_compute_capability_can_do(arch, clusters):
+    if clusters is None:
+        with pytest.raises(ImportError, match=r"compute capability 7\.5, and the kernels need 8\.0"):
+            _compile.machine_of(arch, 40, clusters=True)
+    else:
+        assert _compile.machine_of(arch, 40, clusters=True) == Machine(40, clusters)
+        assert not _compile.machine_of(arch, 40, clusters=False).clusters
+
+
+def test_limits_of_the_temperature_are_made_on_the_device():
+    """As a CUDA graph has it, whose capture takes no copy from the host; torch.full is no such copy."""
+    torch = pytest.importorskip("torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names = []
+    with Seen(), ps.engine("portable"):
+        y = ps.softmax(torch.zeros(3, 4), temperature=0.0)
+    torch.testing.assert_close(y, torch.full((3, 4), 0.25))
+    assert "aten.full.default" in names
+    assert not [one for one in names if "lift_fresh" in one or "_to_copy" in one]
+
+
 PLAN = Plan(KERNEL, 7, 2304)
 
 
@@ -385,7 +413,7 @@ class FakeCore:
     """The parts of ``cuda.core`` that a launch takes, remembering what they were given."""
 
     def __init__(self):
-        self.said = []
+        self.said, self.streams = [], []
 
     def Device(self, ordinal):
         return SimpleNamespace(set_current=lambda: self.said.append(("device", ordinal)))
@@ -396,7 +424,7 @@ class FakeCore:
 
     @property
     def Stream(self):
-        return SimpleNamespace(from_handle=lambda handle: ("stream", handle))
+        return SimpleNamespace(from_handle=lambda handle: self.streams.append(handle) or ("stream", handle))
 
     def LaunchConfig(self, **options):
         return options
@@ -413,6 +441,7 @@ def test_a_launch_goes_to_the_stream_and_device_of_the_caller(counted, monkeypat
     for plan in (PLAN, PLAN, cluster):
         _compile.launch(plan, 90, 1, 1234, (5, 1.5))
     code = f"{KERNEL.name} 90".encode()
+    assert len(core.streams) == 1
     config = {"grid": 7, "cluster": None, "block": KERNEL.block, "shmem_size": 2304}
     assert core.said[:2] == [("device", 1), (("stream", 1234), config, (code, KERNEL.name), 5, 1.5)]
     assert core.said[5][1]["cluster"] == 4

@@ -174,17 +174,22 @@ def test_cross_entropy_and_its_gradient(gpu, n, dtype):
 
 @pytest.mark.parametrize(("rows", "n"), [(500, 3), (200, 1000), (64, 50257), (8, 128256), (1, 1 << 20)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sample_draws_the_tokens_that_numpy_draws(gpu, rows, n, dtype):
+@pytest.mark.parametrize("masked", [False, True])
+def test_sample_draws_the_tokens_that_numpy_draws(gpu, rows, n, dtype, masked):
     x = gpu.array(logits(rows, n), dtype)
     wide = gpu.host(x).astype(np.float64 if dtype == "float64" else np.float32)
-    t = np.random.default_rng([SEED, n]).choice([0.0, 0.5, 1.0, 1.5], rows).astype(wide.dtype)
-    tokens, logprobs = ps.sample(x, SEED, temperature=gpu.array(t), return_logprobs=True)
-    expected, expected_logprobs = portable(ps.sample, wide, SEED, temperature=t, return_logprobs=True)
+    rng = np.random.default_rng([SEED, n])
+    given = {"temperature": rng.choice([0.0, 0.5, 1.0, 1.5], rows).astype(wide.dtype)}
+    if masked:
+        given["where"] = rng.random((rows, n)) < 0.8
+    options = {name: gpu.array(one) for name, one in given.items()}
+    tokens, logprobs = ps.sample(x, SEED, return_logprobs=True, **options)
+    expected, expected_logprobs = portable(ps.sample, wide, SEED, return_logprobs=True, **given)
     # Two scores within rounding of each other may be taken either way: at most one row here.
     assert (gpu.host(tokens) != expected).sum() <= 1, f"seed {SEED}"
     same = gpu.host(tokens) == expected
     np.testing.assert_allclose(gpu.host(logprobs)[same], expected_logprobs[same], rtol=1e-5, atol=1e-5)
-    assert {kernel.formula for kernel in gpu.launched} == {"sample_masses", "sample_draw"}
+    assert [kernel.formula for kernel in gpu.launched] == ["sample_masses", "sample_draw"]
 
 
 @pytest.mark.parametrize(("rows", "n"), [(200, 1000), (64, 50257), (8, 128256)])
@@ -240,6 +245,19 @@ def test_millions_of_rows(gpu):
     assert_close(gpu, ps.softmax(x), portable(ps.softmax, gpu.host(x)), 3, "float32")
 
 
+def test_more_entries_than_an_int_counts(gpu):
+    if gpu.name != "torch" or gpu.xp.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs PyTorch, and 12 GiB of a GPU's memory")
+    x = gpu.xp.zeros(70_000, 1 << 15, device="cuda", dtype=gpu.xp.bfloat16)
+    ends = gpu.array(logits(2, 1 << 15, special=False), "bfloat16")
+    x[0], x[-1] = ends
+    y = ps.softmax(x)
+    assert len(gpu.launched) == 1
+    found = gpu.xp.stack([y[0], y[-1]])
+    assert_close(gpu, found, portable(ps.softmax, gpu.host(ends)), 1 << 15, "bfloat16")
+    assert (y[1:-1] == 2.0**-15).all()
+
+
 def test_threads_and_streams(gpu):
     """Eight threads, each on its own stream, compile and launch at once."""
     x = [gpu.array(logits(16, 3000 + i, special=False)) for i in range(8)]
@@ -266,15 +284,27 @@ def test_graph_capture_after_the_first_call(gpu):
     if gpu.name != "torch":
         pytest.skip("one library's graphs show it")
     torch = gpu.xp
-    x = gpu.array(logits(64, 4096, special=False))
-    ps.softmax(x), ps.sample(x, ps.random.key(1, xp=torch, device="cuda"))
+    x, key = gpu.array(logits(64, 4096, special=False)), ps.random.key(1, xp=torch, device="cuda")
+    where = gpu.array(np.random.default_rng(SEED).random((64, 4096)) < 0.8)
+
+    def work():
+        return (
+            ps.softmax(x, where=where),
+            ps.log_softmax(x, temperature=0.0),
+            ps.truncate(x, top_k=20, min_p=0.01),
+            ps.sample(x, key, where=where),
+        )
+
+    work()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = ps.softmax(x)
+        found = work()
     x.copy_(gpu.array(logits(64, 4096)[::-1].copy()))
     graph.replay()
     torch.cuda.synchronize()
-    assert_close(gpu, y, portable(ps.softmax, gpu.host(x)), 4096, "float32")
+    expected = portable(ps.softmax, gpu.host(x), where=gpu.host(where))
+    assert_close(gpu, found[0], expected, 4096, "float32")
+    torch.testing.assert_close(found, work(), rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def test_a_device_that_is_not_the_current_one(gpu):
@@ -289,9 +319,9 @@ def test_explain(gpu):
     assert cuda.describe(gpu.array(logits(9, 4096)), "softmax")[0] == "cuda"
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(gpu, tool):
-    """Memory and race errors of a reduced set of these tests."""
+    """Errors of memory, races and barriers in a reduced set of these tests."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None or "POLYSOFTMAX_SANITIZED" in os.environ:
         pytest.skip("compute-sanitizer is not installed, or this is its run")

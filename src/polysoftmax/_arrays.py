@@ -315,7 +315,8 @@ class Rows:
             return value
         # 0 and inf, and what the compute dtype cannot tell from them, have a rule of their own.
         limit = 0.0 if value < 1.0 else math.inf
-        return self.xp.asarray(limit, dtype=self.compute, device=device_for(self.x))
+        # Not asarray, which copies from the host: a CUDA graph that is being captured takes no such copy.
+        return self.xp.full((), limit, dtype=self.compute, device=device_for(self.x))
 
     def real(self, value: Array, name: str) -> Array:
         """Bring an array of real numbers to the compute dtype."""

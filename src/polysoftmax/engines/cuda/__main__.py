@@ -30,9 +30,9 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the names and compile nothing")
     asked = parser.parse_args()
     kernels = {kernel: old for kernel, old in every_kernel().items() if asked.match in kernel.name}
-    jobs = [
-        (kernel, arch) for arch in asked.arch for kernel, old in kernels.items() if old or arch >= 10 * CLUSTERS_SINCE
-    ][:: asked.every]
+    jobs = [(kernel, arch) for arch in asked.arch for kernel, old in kernels.items() if old or arch >= CLUSTERS_SINCE][
+        :: asked.every
+    ]
     if asked.list:
         print("\n".join(sorted(kernel.name for kernel in kernels)))
         return 0

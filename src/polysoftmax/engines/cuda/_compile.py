@@ -16,16 +16,28 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from polysoftmax.engines.cuda._plan import Machine
 from polysoftmax.engines.cuda._source import source
 
 if TYPE_CHECKING:
     from polysoftmax.engines.cuda._plan import Kernel, Plan
 
-CLUSTERS_SINCE: Final = 9
-"""Major compute capability that first had thread block clusters."""
+CLUSTERS_SINCE: Final = 90
+"""Compute capability that first had thread block clusters."""
+
+OLDEST: Final = 80
+"""Compute capability that first rounded to bfloat16 in an instruction."""
 
 _OPTIONS: Final = ("--std=c++17", "--diag-suppress=128,177")
 """The suppressed remarks: a loop of no steps, and a constant that one kernel has no use for."""
+
+
+def machine_of(arch: int, processors: int, *, clusters: bool) -> Machine:
+    """Return what layouts depend on for a compute capability; ``clusters`` says whether they can be launched."""
+    if arch < OLDEST:
+        msg = f"the device has compute capability {arch / 10}, and the kernels need {OLDEST / 10}"
+        raise ImportError(msg)
+    return Machine(processors, clusters and arch >= CLUSTERS_SINCE)
 
 
 class Compiled(NamedTuple):
@@ -117,10 +129,12 @@ def launch(plan: Plan, arch: int, ordinal: int, stream: int, arguments: tuple[in
         return ObjectCode.from_cubin(machine_code(kernel, arch)).get_kernel(kernel.name)
 
     loaded = _load((kernel, arch, ordinal), load)
+    # To make a stream costs more than the launch. Its handle may come back for another device's stream.
+    on = _load(("stream", ordinal, stream), lambda: Stream.from_handle(stream))
     # With a cluster, the grid counts clusters.
     cluster = kernel.cluster if kernel.cluster > 1 else None
     config = LaunchConfig(grid=plan.grid, cluster=cluster, block=kernel.block, shmem_size=plan.shared)
-    launch_now(Stream.from_handle(stream), config, loaded, *arguments)
+    launch_now(on, config, loaded, *arguments)
 
 
 def raw_kernel(cupy: Any, kernel: Kernel, ordinal: int) -> Any:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from polysoftmax._arrays import library
 from polysoftmax.engines import has_cuda_core
 from polysoftmax.engines.cuda import _compile
-from polysoftmax.engines.cuda._plan import SIZES, Machine
+from polysoftmax.engines.cuda._plan import SIZES
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array, DType
-    from polysoftmax.engines.cuda._plan import Plan
+    from polysoftmax.engines.cuda._plan import Machine, Plan
 
 
 class View(NamedTuple):
@@ -78,7 +78,7 @@ class _TorchDevice:
         self.torch = torch
         self.ordinal = ordinal
         self.arch = found.major * 10 + found.minor
-        self.machine = Machine(found.multi_processor_count, found.major >= _compile.CLUSTERS_SINCE)
+        self.machine = _compile.machine_of(self.arch, found.multi_processor_count, clusters=True)
 
     def view(self, x: Array) -> View:
         return View(x.data_ptr(), tuple(x.shape), tuple(x.stride()), dtype_name(x.dtype))
@@ -107,7 +107,7 @@ class _CupyDevice:
         self.core = has_cuda_core()
         processors = self.device.attributes["MultiProcessorCount"]
         # CuPy's own launches know no clusters.
-        self.machine = Machine(processors, self.core and self.arch >= 10 * _compile.CLUSTERS_SINCE)
+        self.machine = _compile.machine_of(self.arch, processors, clusters=self.core)
 
     def view(self, x: Array) -> View:
         dtype = dtype_name(x.dtype)
