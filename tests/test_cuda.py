@@ -477,6 +477,17 @@ def test_cupy_alone_compiles_and_launches_the_same_source(monkeypatch):
     assert said[1:] == [(KERNEL.name, ((7,), (KERNEL.block,), (one, 1.5)), {"shared_mem": 2304}) for one in (5, 6)]
 
 
+def test_fields_of_structured_arrays_are_not_covered():
+    field = np.zeros(5, "i2, f4")["f1"]  # as CuPy has them since version 14, in a row of 6 bytes each
+    x = SimpleNamespace(data=SimpleNamespace(ptr=512 + 2), shape=field.shape, strides=field.strides, dtype=field.dtype)
+    for pointer in (512 + 2, 512):
+        x.data.ptr = pointer
+        with pytest.raises(_devices.Uncovered, match="multiples of their size"):
+            _devices._CupyDevice.view(None, x)
+    x.strides = (8,)
+    assert _devices._CupyDevice.view(None, x) == (512, (5,), (2,), "float32")
+
+
 def test_every_length_has_a_layout():
     lengths = [1, 2, 3, 31, 32, 33, 127, 128, 129, 1000, 50257, 131072, 1 << 20]
     for x, n, rows, clusters in product(("bfloat16", "float64"), lengths, (1, 10_000_000), (True, False)):

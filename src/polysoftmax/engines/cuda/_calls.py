@@ -9,6 +9,7 @@ from polysoftmax._arrays import rows
 from polysoftmax._sampling import block_length
 from polysoftmax.engines import FORMULAS, Call
 from polysoftmax.engines.cuda import _devices
+from polysoftmax.engines.cuda._devices import Uncovered
 from polysoftmax.engines.cuda._plan import (
     MOST_LEADING,
     REDUCTIONS,
@@ -30,10 +31,6 @@ Map = tuple[int, int, int]
 
 _ONE: Map = (1, 1, 0)
 _MOST = (1 << 31) - 1
-
-
-class _Uncovered(Exception):  # noqa: N818 - control flow within this file
-    """The reason why no kernel covers a call."""
 
 
 class _Roles(NamedTuple):
@@ -97,7 +94,7 @@ def prepare(call: Call, operands: tuple[Array, ...]) -> Launch | str:
         return device
     try:
         return prepare_it(call, operands, device)
-    except _Uncovered as reason:
+    except Uncovered as reason:
         return str(reason)
 
 
@@ -125,23 +122,23 @@ class _Batch:
         self.compute = _devices.dtype_name(call.compute)
         shape = self.x.shape
         if call.options["axis"] != len(shape) - 1:
-            raise _Uncovered("the kernels reduce the last axis")
+            raise Uncovered("the kernels reduce the last axis")
         if self.x.dtype not in SIZES:
-            raise _Uncovered(f"the kernels take floats of 16, 32 and 64 bits, not {self.x.dtype}")
+            raise Uncovered(f"the kernels take floats of 16, 32 and 64 bits, not {self.x.dtype}")
         if self.compute != ("float64" if self.x.dtype == "float64" else "float32"):
-            raise _Uncovered(f"the kernels do not compute {self.x.dtype} in {self.compute}")
+            raise Uncovered(f"the kernels do not compute {self.x.dtype} in {self.compute}")
         self.batch, self.n = shape[:-1], shape[-1]
         self.rows = math.prod(self.batch)
         if self.rows * self.n == 0 or max(self.rows, self.n) > _MOST:
-            raise _Uncovered(f"there are {self.rows} rows of {self.n}")
+            raise Uncovered(f"there are {self.rows} rows of {self.n}")
 
     def row_stride(self, view: View) -> int:
         """Return the distance between rows whose entries lie side by side."""
         if self.n > 1 and view.strides[-1] != 1:
-            raise _Uncovered("the entries of a row do not lie side by side")
+            raise Uncovered("the entries of a row do not lie side by side")
         found = row_map(view.shape[:-1], view.strides[:-1], self.batch)
         if found is None or (found != _ONE and found[:2] != (1, self.rows)):
-            raise _Uncovered("the rows do not lie at one distance")
+            raise Uncovered("the rows do not lie at one distance")
         return found[2]
 
     def starts_aligned(self, view: View, stride: int) -> bool:
@@ -152,7 +149,7 @@ class _Batch:
         """Return where the rows of an operand stand that may be repeated or broadcast."""
         found = row_map(view.shape[:-1], view.strides[:-1], self.batch)
         if found is None:
-            raise _Uncovered("an operand's strides have no pattern that the kernels know")
+            raise Uncovered("an operand's strides have no pattern that the kernels know")
         return found
 
     def per_row(self, x: Array | None, dtype: str, name: str) -> tuple[int, *Map]:
@@ -161,7 +158,7 @@ class _Batch:
             return (0, *_ONE)
         view = self.device.view(x)
         if view.dtype != dtype:
-            raise _Uncovered(f"{name} has dtype {view.dtype} and not {dtype}")
+            raise Uncovered(f"{name} has dtype {view.dtype} and not {dtype}")
         return (view.pointer, *(self.map(view) if view.shape else _ONE))
 
     def parameter(self, value: Array | float | None, absent: float = 1.0) -> tuple[float, ...]:
@@ -191,9 +188,9 @@ def _prepare_rows(call: Call, operands: tuple[Array, ...], device: Device) -> La
     if roles.kernel.endswith("pullback") and operands[roles.x] is None:
         roles = roles._replace(kernel=roles.kernel.replace("pullback", "vjp"), x=0)
     if roles.kernel == "logsumexp" and operands[1] is not None:
-        raise _Uncovered("the kernel of logsumexp takes no weights")
+        raise Uncovered("the kernel of logsumexp takes no weights")
     if call.options.get("label_smoothing"):
-        raise _Uncovered("the kernel of cross_entropy takes no smoothing")
+        raise Uncovered("the kernel of cross_entropy takes no smoothing")
     batch = _Batch(call, operands[roles.x], device)
     x = batch.x
     stride = batch.row_stride(x)
@@ -202,14 +199,14 @@ def _prepare_rows(call: Call, operands: tuple[Array, ...], device: Device) -> La
     if roles.second is not None:
         view = device.view(operands[roles.second])
         if view.dtype != x.dtype:
-            raise _Uncovered(f"the rows are {x.dtype} and the cotangent is {view.dtype}")
+            raise Uncovered(f"the rows are {x.dtype} and the cotangent is {view.dtype}")
         second, second_stride = view.pointer, batch.row_stride(view)
         aligned = aligned and _shares_alignment(batch, view, second_stride)
     temperature = None if roles.temperature is None else operands[roles.temperature]
     where = None if roles.where is None else operands[roles.where]
     result = _devices.dtype_name(call.result)
     if result not in (x.dtype, batch.compute):
-        raise _Uncovered(f"the kernels do not answer {x.dtype} in {result}")
+        raise Uncovered(f"the kernels do not answer {x.dtype} in {result}")
     plan = plan_rows(
         roles.kernel,
         x.dtype,
@@ -247,7 +244,7 @@ def _loss_arguments(batch: _Batch, call: Call, operands: tuple[Array, ...], role
         view = batch.device.view(weight)
         pointer, *rows = batch.per_row(weight, batch.compute, "weight")
         if rows[2] != 0:
-            raise _Uncovered("the class weights differ from row to row")
+            raise Uncovered("the class weights differ from row to row")
         along = view.strides[-1]
     cotangent = None if roles.cotangent is None else operands[roles.cotangent]
     ignore_index = call.options["ignore_index"]
@@ -275,7 +272,7 @@ def _prepare_masses(call: Call, operands: tuple[Array, ...], device: Device) -> 
         machine=device.machine,
     )
     if isinstance(plan, str):
-        raise _Uncovered(plan)
+        raise Uncovered(plan)
     after = (batch.n, batch.rows, stride, *batch.parameter(temperature), *batch.mask(where))
     blocks = -(-batch.n // block_length(batch.n))
     answers = tuple(((*batch.batch, length), call.compute) for length in (1, blocks))
@@ -287,11 +284,11 @@ def _prepare_draw(call: Call, operands: tuple[Array, ...], device: Device) -> La
     batch = _Batch(call, mass, device)
     view = device.view(x)
     if view.dtype not in SIZES or batch.x.dtype != batch.compute:
-        raise _Uncovered(f"the kernels do not draw from {view.dtype} with masses in {batch.x.dtype}")
+        raise Uncovered(f"the kernels do not draw from {view.dtype} with masses in {batch.x.dtype}")
     n = view.shape[-1]
     for one in (batch.x, view):
         if one.shape[-1] > 1 and one.strides[-1] != 1:
-            raise _Uncovered("the entries of a row do not lie side by side")
+            raise Uncovered("the entries of a row do not lie side by side")
     after = (
         *(batch.x.pointer, *batch.map(batch.x), view.pointer, *batch.map(view)),
         *(n, batch.rows, call.options["size"]),
@@ -309,7 +306,7 @@ def _prepare_truncate(call: Call, operands: tuple[Array, ...], device: Device) -
     x, temperature, where, k, p, min_p, *_ = operands
     batch = _Batch(call, x, device)
     if _devices.dtype_name(call.result) != batch.x.dtype:
-        raise _Uncovered(f"the kernels do not answer {batch.x.dtype} in {_devices.dtype_name(call.result)}")
+        raise Uncovered(f"the kernels do not answer {batch.x.dtype} in {_devices.dtype_name(call.result)}")
     top_k = call.options["top_k"]
     parameters = (temperature, 1.0), (k if top_k is None else float(top_k), 0.0), (p, 1.0), (min_p, 0.0)
     answers = (None, ((*batch.batch, batch.n), call.result), None)
@@ -321,7 +318,7 @@ def _prepare_leading(call: Call, operands: tuple[Array, ...], device: Device) ->
     batch = _Batch(call, x, device)
     top_k = call.options["top_k"]
     if top_k > MOST_LEADING:
-        raise _Uncovered(f"the kernels find up to {MOST_LEADING} leading tokens, not {top_k}")
+        raise Uncovered(f"the kernels find up to {MOST_LEADING} leading tokens, not {top_k}")
     parameters = (None, 1.0), (float(top_k), 0.0), (None, 1.0), (None, 0.0)
     kept = (*batch.batch, top_k)
     answers = (((*batch.batch, 1), call.compute), (kept, call.compute), (kept, "int32"))
@@ -351,9 +348,9 @@ def _prepare_draw_leading(call: Call, operands: tuple[Array, ...], device: Devic
     view = device.view(index)
     for one in (batch.x, view):
         if one.shape[-1] > 1 and one.strides[-1] != 1:
-            raise _Uncovered("the entries of a row do not lie side by side")
+            raise Uncovered("the entries of a row do not lie side by side")
     if batch.x.dtype != batch.compute or batch.n > MOST_LEADING:
-        raise _Uncovered(f"the kernels do not draw from {batch.n} leading tokens in {batch.x.dtype}")
+        raise Uncovered(f"the kernels do not draw from {batch.n} leading tokens in {batch.x.dtype}")
     after = (
         *(batch.x.pointer, *batch.map(batch.x), *batch.per_row(index, "int32", "the index")),
         *(batch.n, batch.rows, call.options["size"]),

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from polysoftmax.engines.cuda._plan import Machine, Plan
 
 
+class Uncovered(Exception):  # noqa: N818 - control flow that ends in _calls.prepare
+    """The reason why no kernel covers a call."""
+
+
 class View(NamedTuple):
     """An array as a kernel sees it; strides count entries."""
 
@@ -112,6 +116,8 @@ class _CupyDevice:
     def view(self, x: Array) -> View:
         dtype = dtype_name(x.dtype)
         size = SIZES.get(dtype, x.dtype.itemsize)
+        if x.data.ptr % size or any(one % size for one in x.strides):
+            raise Uncovered("the entries do not lie at multiples of their size")  # a field of a structured array
         return View(x.data.ptr, tuple(x.shape), tuple(one // size for one in x.strides), dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
