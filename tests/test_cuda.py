@@ -557,6 +557,28 @@ def test_the_benchmark_races_the_same_operation(monkeypatch):
     assert len(seen) == 7
 
 
+def test_the_benchmark_queues_calls_before_the_first_runs():
+    gpu, said = pytest.importorskip("benchmarks.gpu"), []
+
+    class Event:
+        def __init__(self, **options):
+            assert options == {"enable_timing": True}
+
+        def record(self):
+            said.append("event")
+
+        def synchronize(self):
+            said.append("wait")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    torch = SimpleNamespace(cuda=SimpleNamespace(Event=Event, _sleep=said.append))
+    seconds = gpu.stopwatch(torch)(lambda: said.append("call"), 1000)
+    assert said == [gpu.HEAD_START, "event", *["call"] * gpu.QUEUED, "event", "wait"]
+    assert seconds == pytest.approx(3e-3 / gpu.QUEUED)
+
+
 def test_the_benchmark_reports_and_draws(tmp_path):
     """With times that are made up, since there is nothing to take them from: 1 ms, and 2 ms for the peers."""
     gpu = pytest.importorskip("benchmarks.gpu")

@@ -363,6 +363,14 @@ def test_sample_draws_the_same_tokens(device, dtype, rows, n, processors, genera
     np.testing.assert_allclose(found, logprobs, rtol=1e-5, atol=1e-5)
 
 
+@needs_compiler
+def test_a_million_tokens_of_float64_without_clusters(device):
+    device.machine = Machine(108, clusters=False)
+    x = logits(np.random.default_rng(6), "float64", (1, 1 << 20))
+    np.testing.assert_array_equal(ps.sample(x, 11), portable(ps.sample, x, 11, dtype=None))
+    assert [plan.kernel.formula for plan in device.plans] == ["sample_masses", "sample_draw"]
+
+
 def hard_rows(rng, dtype, n):
     """Rows with ties, without answers, and with whatever else a search by digits may trip over."""
     x = rng.normal(scale=3.0, size=(12, n))
