@@ -225,6 +225,7 @@ def stopwatch(torch: Any) -> Callable[[Any, int], float]:
 def measure(torch: Any, case: Case, effort: Effort) -> dict[str, Any]:
     import polysoftmax as ps
 
+    torch.compiler.reset()  # which compiles a function for eight sizes and runs it as it stands for any other
     with ps.engine("cuda"), torch.no_grad():
         samples = race(contenders(torch, case, "cuda"), stopwatch(torch), effort)
     size = case.rows * case.n * (4 if case.dtype == "float32" else 2)
@@ -234,6 +235,18 @@ def measure(torch: Any, case: Case, effort: Effort) -> dict[str, Any]:
         "seconds": {name: asdict(summary(times)) for name, times in samples.items()},
         "samples": samples,
     }
+
+
+def without_kernels(torch: Any, device: str = "cuda") -> str:
+    """Say why no kernel would run here, so that the formulas are not measured in their place; empty if they would."""
+    import polysoftmax as ps
+
+    try:
+        with ps.engine("cuda"):
+            found = ps.explain(torch.zeros(2, 8, device=device), "softmax")
+    except ImportError as error:
+        return str(error)
+    return "" if found.engine == "cuda" else found.reason
 
 
 def line(result: dict[str, Any]) -> str:
@@ -289,6 +302,10 @@ def main() -> int:
 
     if not torch.cuda.is_available():
         print("benchmarks.gpu needs a CUDA device, and PyTorch finds none", file=sys.stderr)
+        return 2
+    obstacle = without_kernels(torch)
+    if obstacle:
+        print(f"benchmarks.gpu has nothing to measure: {obstacle}", file=sys.stderr)
         return 2
     torch.manual_seed(time.time_ns())
     effort = QUICK if asked.quick else Effort(seconds=0.5, least=9)

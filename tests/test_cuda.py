@@ -557,6 +557,16 @@ def test_the_benchmark_races_the_same_operation(monkeypatch):
     assert len(seen) == 7
 
 
+def test_the_benchmark_measures_nothing_in_place_of_the_kernels(monkeypatch):
+    gpu, torch = pytest.importorskip("benchmarks.gpu"), pytest.importorskip("torch")
+    assert "torch's own kernel" in gpu.without_kernels(torch, "cpu")
+    with monkeypatch.context() as changed:
+        changed.setattr(ps, "explain", lambda x, op: SimpleNamespace(engine="cuda"))
+        assert gpu.without_kernels(torch, "cpu") == ""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "pip install polysoftmax[cuda]" in gpu.without_kernels(torch, "cpu")
+
+
 def test_the_benchmark_queues_calls_before_the_first_runs():
     gpu, said = pytest.importorskip("benchmarks.gpu"), []
 
