@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 
@@ -153,6 +154,23 @@ def test_what_is_masked_never_leaks(lib: Adapter) -> None:
 def test_logsumexp_near_zero_keeps_its_digits(lib: Adapter) -> None:
     y = lib.values(lib.call(polysoftmax.logsumexp, lib.asarray([0.0, -40.0], "float32")))
     np.testing.assert_allclose(y, 4.248354255291589e-18, rtol=1e-6)  # exp(-40), by any table
+
+
+@not_compiled
+def test_logsumexp_where_the_rule_for_answers_near_zero_begins(lib: Adapter) -> None:
+    """The sum passes 1.25 times its greatest term, and the maximum 1 and -1, in one batch; ties are many terms."""
+    dtype = lib.can.default_float
+    tops = (0.0, 1e-30, 0.5, -0.5, 0.999, 1.0, 1.001, -0.999, -1.0, -1.001)
+    rest = (0.0, 1e-20, 1e-9, 0.125, 0.2499, 0.2501, 0.5, 2.0)
+    rows = [(top, *(top + math.log(one / 2) if one else -INF for _ in range(2))) for top in tops for one in rest]
+    x = lib.asarray(rows, dtype)
+    with mpmath.workprec(200):
+        want = [mpmath.log(mpmath.fsum(mpmath.exp(mpmath.mpf(float(one))) for one in row)) for row in lib.values(x)]
+    want = np.asarray(want, dtype=np.float64)
+    # A maximum below 0 and the logarithm cancel; otherwise nothing does.
+    scale = np.where(lib.values(x)[:, 0] < 0, 1.0, np.abs(want))
+    y = lib.values(lib.call(polysoftmax.logsumexp, x))
+    assert (np.abs(y - want) <= 64 * unit(lib) * scale).all()
 
 
 @pytest.mark.parametrize("engine", ["auto", "portable"])

@@ -506,6 +506,39 @@ def test_vmap_is_the_loop(name: str) -> None:
             np.testing.assert_allclose(np.asarray(vmap(call, 1)(x.T)), loop, rtol=4e-7, atol=4e-7)
 
 
+MEMORY_OPS = ("logsumexp", "cross_entropy", "gradient of logsumexp", "gradient of cross_entropy")
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("op", MEMORY_OPS)
+def test_jax_keeps_no_array_of_the_size_of_the_logits(op: str, axis: int) -> None:
+    jax = pytest.importorskip("jax")
+    x = jax.ShapeDtypeStruct((2048, 2048), "float32")
+    targets = jax.ShapeDtypeStruct((2048,), "int32")
+    function = getattr(polysoftmax, op.rsplit(maxsplit=1)[-1])
+
+    def of_all(*arrays: Any) -> Any:
+        return function(*arrays, axis=axis).sum()
+
+    call = jax.grad(of_all) if op.startswith("gradient") else of_all
+    compiled = jax.jit(call).lower(*((x, targets) if "cross" in op else (x,))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20  # the logits are 16 MB
+
+
+def test_rows_near_zero_under_vmap_on_jax() -> None:
+    """One row of the batch is close to 0, or none is: the others' answers are the same."""
+    jax = pytest.importorskip("jax")
+    rows = np.asarray([[0.0, -40.0], [0.0, 0.0], [3.0, -40.0], [-INF, -INF], [INF, 0.0], [NAN, 0.0]], np.float32)
+    want = [float(mpmath.exp(-40)), math.log(2), 3.0, -INF, INF, NAN]
+    ways = (jax.vmap(polysoftmax.logsumexp), jax.jit(jax.vmap(jax.vmap(polysoftmax.logsumexp))), polysoftmax.logsumexp)
+    for start in (0, 1):
+        x = jax.numpy.asarray(rows[start:])
+        for way, given in zip(ways, (x, x[None, ...], x), strict=True):
+            np.testing.assert_allclose(np.ravel(way(given)), want[start:], rtol=1e-6)
+    gradient = jax.vmap(jax.grad(polysoftmax.logsumexp))(jax.numpy.asarray(rows[:3]))
+    np.testing.assert_allclose(gradient, [[1.0, math.exp(-40)], [0.5, 0.5], [1.0, math.exp(-43)]], rtol=1e-5)
+
+
 def test_vmap_over_temperatures() -> None:
     jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
     t = (0.0, 0.5, 2.0)

@@ -225,6 +225,19 @@ def test_confident_loss_keeps_its_digits(lib: Adapter) -> None:
     np.testing.assert_allclose(lib.values(y), float(mpmath.log1p(mpmath.exp(-40))), rtol=1e-6)
 
 
+def test_losses_where_the_rule_for_confident_rows_begins(lib: Adapter) -> None:
+    """The probability of the target passes 1 / 1.25, and the target is or is not the maximum, in one batch."""
+    dtype = lib.can.default_float
+    rest = (1e-9, 0.125, 0.2499, 0.25, 0.2501, 0.5, 0.999, 1.0, 1.001)
+    rows = [(7.0, 7.0 + math.log(one / 2), 7.0 + math.log(one / 2), -INF) for one in rest]
+    for target in (0, 1):
+        targets = lib.asarray((target,) * len(rows), index_dtype(lib))
+        with mpmath.workprec(200):
+            want = [-log_softmax(row)[target] for row in exact(rows, dtype)]
+        y = lib.call(polysoftmax.cross_entropy, lib.asarray(rows, dtype), targets, reduction="none")
+        np.testing.assert_allclose(lib.values(y), np.asarray(want, dtype=np.float64), rtol=64 * FORMATS[dtype].unit)
+
+
 def test_smoothing_leaves_impossible_classes_out(lib: Adapter) -> None:
     dtype = lib.can.default_float
     x = lib.asarray(((0.0, -INF, 0.0, -INF),), dtype)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import array_api_compat
 from array_api_compat import device
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
 Array: TypeAlias = Any
@@ -523,15 +525,10 @@ def accurate_mean(x: Array) -> Array:
 
 def extremes(x: Array) -> tuple[int, int] | None:
     """Return the least and the greatest of integers; None where a look at values is synchronisation or tracing."""
-    name = library(x).name
-    if name == "numpy":
+    if not values_are_free(x):
+        return None
+    if library(x).name == "numpy":
         return int(x.min()), int(x.max())
-    if name != "torch":
-        return None
-    import torch
-
-    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None
     least, most = x.aminmax()
     return least.item(), most.item()
 
@@ -541,6 +538,51 @@ _TREES = ("torch", "jax")
 
 def _adds_in_a_tree(name: str, x: Array, axis: int) -> bool:
     return name in _TREES or (name == "numpy" and x.strides[axis] == min(x.strides, key=abs))
+
+
+def values_are_free(x: Array) -> bool:
+    """Whether a look at the values of ``x`` costs no synchronisation, tracing or computation."""
+    name = library(x).name
+    if name != "torch":
+        return name == "numpy"
+    import torch
+
+    return x.is_cpu and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def where_any(
+    condition: Array, function: Callable[..., Array], operands: tuple[Array, ...], axis: int, otherwise: Array
+) -> Array:
+    """Return ``where(condition, function(*operands, axis), otherwise)``, without the call if no condition holds.
+
+    The call is left out where the library can tell without a wait. The function stands in a module, not in a call.
+    """
+    found = library(condition)
+    if found.name == "jax":
+        return _loop_of_jax()(condition, operands, otherwise, function, axis)
+    if values_are_free(condition) and not condition.any():
+        return otherwise
+    return found.xp.where(condition, function(*operands, axis), otherwise)
+
+
+@cache
+def _loop_of_jax() -> Callable[..., Array]:
+    import jax
+    from jax import lax
+    from jax import numpy as jnp
+
+    def where_any(
+        condition: Array, operands: tuple[Array, ...], otherwise: Array, function: Callable[..., Array], axis: int
+    ) -> Array:
+        def once(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            # Tied to what changes in the loop, or XLA would compute the answers in front of it, needed or not.
+            waiting, y, tied = lax.optimization_barrier((*state, operands))
+            return ~waiting, jnp.where(condition, function(*tied, axis), y)
+
+        # Under vmap both branches of a condition are taken, and a loop still runs only if it has to.
+        return lax.while_loop(lambda state: state[0], once, (jnp.any(condition), otherwise))[1]
+
+    return jax.jit(where_any, static_argnums=(3, 4))  # type: ignore[no-any-return]
 
 
 def _slice(x: Array, axis: int, start: int, stop: int) -> Array:

@@ -21,6 +21,7 @@ from polysoftmax._arrays import (
     device_for,
     extremes,
     float_bits,
+    formulas_are_differentiated,
     is_number,
     namespace,
     or_nan,
@@ -28,8 +29,9 @@ from polysoftmax._arrays import (
     row_maximum,
     rows,
     take_along,
+    where_any,
 )
-from polysoftmax._softmax import LOG_SOFTMAX, cotangents, exponentials, log_of_sum, over_total, shifted, tangent_of_z
+from polysoftmax._softmax import LOG_SOFTMAX, cotangents, exponentials, log1p_of_rest, log_of_sum, shifted, tangent_of_z
 from polysoftmax.engines import RowFormula
 
 if TYPE_CHECKING:
@@ -55,18 +57,20 @@ def _cross_entropy(
     counts = None
     if ignore_index is not None:
         counts = targets != ignore_index
-        # An ignored row must leave no trace, whatever its logits are.
-        x, targets = xp.where(counts, x, 0.0), xp.where(counts, targets, 0)
+        targets = xp.where(counts, targets, 0)
+        if formulas_are_differentiated(x):
+            x = xp.where(counts, x, 0.0)  # or the derivatives of what is ignored would be NaN where it is
     top = row_maximum(x, axis)
-    distance = x - top  # from an infinite maximum it is NaN, and so is the loss
-    log_total = log_of_sum(xp.exp(distance), distance == 0, None, axis)
     if is_index and not label_smoothing:
         known = (targets >= 0) & (targets < x.shape[axis])
         index = xp.where(known, targets, 0)
-        nll = log_total + (top - take_along(x, index, axis))
+        distance = top - take_along(x, index, axis)
+        log_total = log_of_sum(x, top, distance < 1.0, axis)  # NaN below an infinite maximum, and so is the loss
+        nll = log_total + distance
         y = nll if weight is None else _times(take_along(xp.broadcast_to(weight, x.shape), index, axis), nll)
         y = or_nan(y, known, log_total)
     else:
+        log_total = log_of_sum(x, top, None, axis)
         c = _class_weights(x, targets, weight, label_smoothing, axis)
         y = accurate_sum(_times(c, log_total + (top - x)), axis)
     if z_loss:
@@ -101,6 +105,18 @@ def _smoothed(x: Array, targets: Array, label_smoothing: float, axis: int) -> Ar
     return q
 
 
+def _slope_of_class(p: Array, total: Array, targets: Array, weight: Array | None, axis: int) -> Array:
+    """Return p·Σ c - c where each row has one class, and so without an array of c."""
+    xp = namespace(p)
+    n = p.shape[axis]
+    classes = along_axis(xp.arange(n, dtype=targets.dtype, device=device_for(p)), p.ndim, axis)
+    slope = xp.where(classes == targets, p - 1.0, p)
+    known = (targets >= 0) & (targets < n)
+    if weight is not None:
+        slope = slope * take_along(xp.broadcast_to(weight, p.shape), xp.where(known, targets, 0), axis)
+    return or_nan(slope, known, total)
+
+
 def _cross_entropy_slopes(
     operands: tuple[Array, ...],
     wanted: tuple[bool, ...],
@@ -120,10 +136,13 @@ def _cross_entropy_slopes(
     distance = x - row_maximum(x, axis)
     terms = xp.exp(distance)
     total = accurate_sum(terms, axis)
-    q = _smoothed(x, targets, label_smoothing, axis)
-    c = q if weight is None else q * weight
     p = terms / total
-    slope = p * accurate_sum(c, axis) - c
+    if float_bits(xp, targets.dtype) or label_smoothing or wanted[2]:
+        q = _smoothed(x, targets, label_smoothing, axis)
+        c = q if weight is None else q * weight
+        slope = p * accurate_sum(c, axis) - c
+    else:
+        slope = _slope_of_class(p, total, targets, weight, axis)
     if z_loss:
         slope = slope + 2.0 * z_loss * (row_maximum(x, axis) + xp.log(total)) * p
     slopes: list[Array | None] = [slope, None, None]
@@ -171,9 +190,12 @@ def _entropy(x: Array, temperature: Array | float | None, where: Array | None, *
     xp = namespace(x)
     z = shifted(x, temperature, where, axis)
     terms = exponentials(z, temperature)
-    p = over_total(terms, axis)
+    total = accurate_sum(terms, axis)
+    total = xp.where(total == 0, 1.0, total)
+    p = terms / total
+    log_total = where_any(total < 1.25, log1p_of_rest, (terms,), axis, xp.log(total))
     # Both terms are at least 0, so nothing cancels.
-    y = log_of_sum(terms, z == 0, None, axis) - accurate_sum(p * xp.where(p != 0, z, 0.0), axis)
+    y = log_total - accurate_sum(p * xp.where(p != 0, z, 0.0), axis)
     return y if where is None else xp.where(xp.any(where, axis=axis, keepdims=True), y, 0.0)
 
 

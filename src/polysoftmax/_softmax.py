@@ -23,6 +23,7 @@ from polysoftmax._arrays import (
     row_maximum,
     rows,
     stop_gradient,
+    where_any,
 )
 from polysoftmax.engines import RowFormula
 
@@ -220,27 +221,48 @@ def _existing(x: Array, weights: Array | None, where: Array | None) -> tuple[Arr
     return xp.where(exists, x, -math.inf), weights
 
 
-def _terms(x: Array, top: Array) -> Array:
-    """Return exp(x - top), and exp(x) where the maximum is not finite."""
+def _finite(top: Array) -> Array:
+    """Return a maximum, and 0 where it is not finite."""
+    xp = namespace(top)
+    return xp.where(xp.isfinite(top), top, 0.0)
+
+
+def log_of_sum(x: Array, top: Array, close: Array | None, axis: int) -> Array:
+    """Return log Σ exp(x - top) for rows with the maximum ``top``.
+
+    Where one term outweighs all others the answer is close to 0. Its digits matter where it stays so, in the rows that
+    are ``close`` (all if None): there log1p adds what lies below the maximum.
+    """
     xp = namespace(x)
-    return xp.exp(x - xp.where(xp.isfinite(top), top, 0.0))
+    total = accurate_sum(xp.exp(x - top), axis)
+    if formulas_are_differentiated(x):
+        total = xp.where(total == 0, 1.0, total)
+    outweighs = total < 1.25
+    y = xp.log(total)
+    return where_any(outweighs if close is None else outweighs & close, _log1p_below, (x, top), axis, y)
 
 
-def log_of_sum(terms: Array, at_top: Array, weights: Array | None, axis: int) -> Array:
+def _log1p_below(x: Array, top: Array, axis: int) -> Array:
+    return log1p_of_rest(namespace(x).exp(x - top), axis)
+
+
+def log1p_of_rest(terms: Array, axis: int) -> Array:
+    """Return log Σ terms for rows where one term is 1 and the others are below 1/4 together."""
+    xp = namespace(terms)
+    # Rounded down the one stays and the others are gone. XLA would not compare in the pass that adds them.
+    return xp.log1p(accurate_sum(terms - xp.floor(terms), axis))
+
+
+def _log_of_weighted_sum(terms: Array, at_top: Array, weights: Array, axis: int) -> Array:
     """Return log Σ w·terms, where the terms ``at_top``, at the maximum of their row, count as 1.
 
     They stay out of the sum and log1p adds the rest, so that what lies far below them is kept.
     """
     xp = namespace(terms)
-    if weights is None:
-        most = accurate_sum(xp.astype(at_top, terms.dtype), axis)
-    else:
-        most = accurate_sum(xp.where(at_top, weights, 0.0), axis)
-        terms = terms * weights
+    most = accurate_sum(xp.where(at_top, weights, 0.0), axis)
+    terms = terms * weights
     rest = accurate_sum(xp.where(at_top, 0.0, terms), axis)
-    y = xp.log(most) + xp.log1p(rest / most)  # NaN without a maximum, where something is NaN
-    if weights is not None:
-        y = xp.where(most > 0, y, xp.log(most + rest))
+    y = xp.where(most > 0, xp.log(most) + xp.log1p(rest / most), xp.log(most + rest))
     if not formulas_are_differentiated(terms):
         return y
     # The greatest terms entered as constants; this adds the derivative of log Σ w·terms, and 0.
@@ -253,9 +275,12 @@ def _logsumexp(x: Array, weights: Array | None, where: Array | None, *, axis: in
     xp = namespace(x)
     x, weights = _existing(x, weights, where)
     top = row_maximum(x, axis)
+    if weights is None:
+        # 1 is far enough from 0: what is lost beside the maximum is below the rounding of the answer.
+        return top + log_of_sum(x, _finite(top), xp.abs(top) < 1.0, axis)
     # Below an infinite maximum only the terms at it are NaN, which stay out of the sum; their derivatives would not.
-    terms = _terms(x, top) if formulas_are_differentiated(x) else xp.exp(x - top)
-    return top + log_of_sum(terms, x == top, weights, axis)
+    terms = xp.exp(x - (_finite(top) if formulas_are_differentiated(x) else top))
+    return top + _log_of_weighted_sum(terms, x == top, weights, axis)
 
 
 def over_total(terms: Array, axis: int) -> Array:
@@ -268,7 +293,7 @@ def _logsumexp_slopes(x: Array, weights: Array | None, where: Array | None, axis
     """Return the gradients of the logsumexp for x, which is p, and for the weights; 0 for what does not exist."""
     xp = namespace(x)
     x, weights = _existing(x, weights, where)
-    terms = _terms(x, row_maximum(x, axis))
+    terms = xp.exp(x - _finite(row_maximum(x, axis)))
     if weights is None:
         return over_total(terms, axis), None
     shares = terms * weights
