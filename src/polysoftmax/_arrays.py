@@ -547,7 +547,11 @@ def values_are_free(x: Array) -> bool:
         return name == "numpy"
     import torch
 
-    return x.is_cpu and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return x.is_cpu and not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()  # something that traces, perhaps without values
+    )
 
 
 def where_any(
