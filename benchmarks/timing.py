@@ -21,6 +21,9 @@ Stopwatch = Any
 BURST = 1e-3
 """Seconds that one sample lasts at least: shorter calls are repeated inside it."""
 
+WARM_UP = 5e-3
+"""Seconds of untimed calls before a sample: after a pause CPUs, too, have to be woken."""
+
 LONG = 0.05
 """Seconds from which a call needs no untimed run before it: what the one before left behind no longer shows."""
 
@@ -98,7 +101,7 @@ def _sample(call: Call, number: int, estimate: float, stopwatch: Stopwatch) -> f
     if estimate < LONG:
         # The idle threads of an OpenMP pool spin after their work (8 ms here): let the last call's fall asleep.
         time.sleep(1e-2)
-        stopwatch(call, 1)
+        stopwatch(call, max(1, int(WARM_UP / max(estimate, 1e-7))))
     return stopwatch(call, number)
 
 
