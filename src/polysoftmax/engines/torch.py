@@ -228,7 +228,7 @@ def _admits(name: str, x: Array, axis: int) -> bool:
     return x.numel() < _MANY * n or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS)
 
 
-_SEVERAL_KERNELS = ("logsumexp", "cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
+_SEVERAL_KERNELS = ("cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
 """Formulas that take several of torch's kernels, each a pass: that only saves the overhead of small calls."""
 
 _SLOW_UP_TO = 15
