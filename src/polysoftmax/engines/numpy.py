@@ -43,7 +43,10 @@ _ACROSS = 512
 """Rows that are given together at least where the axis is not the contiguous one: shorter lines miss too often."""
 
 _MANY_STEPS = 16
-"""Rows that a formula of many small steps is given at least, so that the steps are worth their calls."""
+"""Rows that a formula of many small steps is given at least, so that the steps are worth their calls.
+
+Beyond that it is given fewer than others, for its steps leave many arrays.
+"""
 
 _PARALLEL = 1 << 19
 """Entries below which waking another thread, and waiting for it, costs more than it saves."""
@@ -73,7 +76,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     if plan.layout == "in pieces" and not _is_plain(call, operands):
         plan = plan._replace(layout="as they stand", block=1)
     if call.formula.many_steps:
-        plan = plan._replace(layout="as they stand", block=max(plan.block, _MANY_STEPS))
+        plan = plan._replace(layout="as they stand", block=max(plan.block // 4, _MANY_STEPS))
     if plan.engine == "portable" or (call.formula.composed and plan.engine == "blocks"):
         return _evaluate(call, operands)
     blocks = _blocks.pieces(x, axis, plan.block)
