@@ -650,6 +650,16 @@ def _lane_totals(tile: Array, top: Array, apart: bool, keep: bool, part: Array, 
 
 
 @_part
+def _lane_log_totals(tile: Array, top: Array, part: Array, most: Array, total: Array) -> None:
+    """Write the maximum of each lane, and log Σ exp(x - maximum), as ``log_total`` does."""
+    one = tile.dtype.type(1)
+    _lane_tops(tile, top)
+    _lane_totals(tile, top, True, False, part, most, total)
+    for lane in range(_LANES):
+        total[lane] = log1p(most[lane] - one) + log1p(total[lane] / most[lane])
+
+
+@_part
 def _lane_scratch(x: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
     n = x.shape[1]
     lanes = _empty(x, 4 * _LANES).reshape(4, _LANES)
@@ -713,14 +723,10 @@ def log_total_short(x: Array, top: Array, log_total: Array) -> None:
     """Do for short rows what ``log_total`` does."""
     space, tile, tops, part, count, total = _lane_scratch(x)
     wide = _wide_space(x, _LANES * x.shape[1])
-    one = top.dtype.type(1)
     for first in range(0, x.shape[0], _LANES):
         lines = _lines(x[first : first + _LANES], wide)
         _gather(lines, space)
-        _lane_tops(tile, tops)
-        _lane_totals(tile, tops, True, False, part, count, total)
-        for lane in range(_LANES):
-            total[lane] = log1p(count[lane] - one) + log1p(total[lane] / count[lane])
+        _lane_log_totals(tile, tops, part, count, total)
         for lane in range(len(lines)):
             top[first + lane] = tops[lane]
             log_total[first + lane] = total[lane]
@@ -1029,14 +1035,11 @@ def cross_entropy_short(
     """Do for short rows what ``cross_entropy`` does."""
     space, tile, tops, part, count, total = _lane_scratch(x)
     wide = _wide_space(x, _LANES * x.shape[1])
-    zero, one, nan = tops.dtype.type(0), tops.dtype.type(1), tops.dtype.type(math.nan)
+    zero, nan = tops.dtype.type(0), tops.dtype.type(math.nan)
     for first in range(0, x.shape[0], _LANES):
         lines = _lines(x[first : first + _LANES], wide)
         _gather(lines, space)
-        _lane_tops(tile, tops)
-        _lane_totals(tile, tops, True, False, part, count, total)
-        for lane in range(_LANES):
-            total[lane] = log1p(count[lane] - one) + log1p(total[lane] / count[lane])
+        _lane_log_totals(tile, tops, part, count, total)
         for lane in range(len(lines)):
             target = targets[first + lane]
             if not _is_counted(target, ignored):
