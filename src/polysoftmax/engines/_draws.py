@@ -18,11 +18,13 @@ from polysoftmax.engines._kernels import (
     _CHUNK,
     _entry,
     _for_dtypes,
+    _is_regular,
     _kernel,
     _part,
-    _shifted,
+    _shift,
     _sum,
     exp,
+    greatest,
     number,
     place,
 )
@@ -391,6 +393,17 @@ def _scores(mass: Array, greedy: bool, count: int, score: Array) -> Any:
     return total
 
 
+@_part
+def _shifted(x: Array, temperature: Any, z: Array) -> tuple[Array, Any, Any]:
+    """Return a row, its maximum and its temperature such that exp((row - maximum) / temperature) is meant."""
+    if temperature is None:
+        return x, greatest(x), None
+    if _is_regular(temperature):
+        return x, greatest(x), temperature
+    _shift(x, temperature, None, z)
+    return z, x.dtype.type(0), x.dtype.type(1)
+
+
 @_sum
 def _masses(row: Array, top: Any, temperature: Any, size: int, z: Array, mass: Array) -> None:
     """Write (row - top) / temperature, and the mass of each block."""
@@ -419,7 +432,7 @@ def draw(x: Array, keys: Array, temperature: Array | None, size: int, tokens: Ar
     for i in range(x.shape[0]):
         t = _entry(temperature, i)
         greedy = temperature is not None and t == 0
-        row, top, divisor = _shifted(x[i], t, None, z)
+        row, top, divisor = _shifted(x[i], t, z)
         _masses(row, top, divisor, size, z, mass)
         total = _scores(mass, greedy, blocks, score)
         _write_draws(keys[i], greedy, total, z, index, blocks, block, start, score, space, tokens[i], logprobs[i])

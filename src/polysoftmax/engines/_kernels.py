@@ -266,8 +266,8 @@ def _(x: Any, space: Any) -> Callable[..., Any]:
 
     def loaded(x: Array, space: Array) -> Array:
         wide = space[: x.size]
-        widen(x, wide)
-        return wide
+        widen(x.reshape(-1), wide)
+        return wide.reshape(x.shape)
 
     return loaded
 
@@ -308,7 +308,7 @@ def _(out: Any, space: Any) -> Callable[..., Any]:
     del space
     if isinstance(out.dtype, types.Float):
         return lambda out, space: out
-    return lambda out, space: space[: out.size]
+    return lambda out, space: space[: out.size].reshape(out.shape)
 
 
 def _store(y: Array, out: Array) -> None:
@@ -322,7 +322,7 @@ def _(y: Any, out: Any) -> Callable[..., Any]:
     if isinstance(out.dtype, types.Float):
         return lambda y, out: None
     narrow = narrow_float16 if out.dtype == types.uint16 else narrow_bfloat16
-    return lambda y, out: narrow(y, out)  # noqa: PLW0108  # it has to be a function, which a kernel is not
+    return lambda y, out: narrow(y.reshape(-1), out.reshape(-1))
 
 
 @_part
@@ -399,16 +399,20 @@ def _apart(x: Array, top: Any, parts: Array) -> tuple[int, Any]:
 @_sum
 def _total_without(x: Array, top: Any, place: int, parts: Array) -> Any:
     """Return Σ exp(x - top) over all entries but one."""
-    count, first, last = 0, 0, place
-    for _ in range(2):
-        for start in range(first, last, _CHUNK):
-            chunk = x[start : min(start + _CHUNK, last)]
-            total = x.dtype.type(0)
+    count, zero = 0, x.dtype.type(0)
+    for start in range(0, x.size, _CHUNK):
+        chunk = x[start : start + _CHUNK]
+        total = zero
+        if start <= place < start + _CHUNK:
+            at = np.int32(place - start)
+            for j in range(chunk.size):
+                e = exp(chunk[j] - top)
+                total += zero if np.int32(j) == at else e
+        else:
             for j in range(chunk.size):
                 total += exp(chunk[j] - top)
-            parts[count] = total
-            count += 1
-        first, last = place + 1, x.size
+        parts[count] = total
+        count += 1
     return _tree(parts, count)
 
 
@@ -453,15 +457,22 @@ def _is_regular(temperature: Any) -> Any:
 
 
 @_part
+def _mask(x: Array, where: Array, z: Array) -> None:
+    """Write -inf for what does not exist."""
+    least = x.dtype.type(-math.inf)
+    for j in range(x.size):
+        v = x[j]
+        z[j] = v if where[j] else least
+
+
+@_part
 def _shift(x: Array, temperature: Any, where: Array | None, z: Array) -> None:
     """Write (x - max) / temperature as the formulas define it, at every temperature and under a mask."""
     least, nan = x.dtype.type(-math.inf), x.dtype.type(math.nan)
     if where is None:
         top = greatest(x)
     else:
-        for j in range(x.size):
-            v = x[j]
-            z[j] = v if where[j] else least
+        _mask(x, where, z)
         top = greatest(z)
     for j in range(x.size):
         d = x[j] - top
@@ -480,21 +491,6 @@ def _shift(x: Array, temperature: Any, where: Array | None, z: Array) -> None:
 
 
 @_part
-def _shifted(x: Array, temperature: Any, where: Array | None, z: Array) -> tuple[Array, Any, Any]:
-    """Return a row, its maximum and its temperature such that exp((row - maximum) / temperature) is meant."""
-    one, zero = x.dtype.type(1), x.dtype.type(0)
-    if where is None:
-        if temperature is None:
-            return x, greatest(x), None
-        if _is_regular(temperature):
-            return x, greatest(x), temperature
-    _shift(x, temperature, where, z)
-    if temperature is None:
-        return z, zero, None
-    return z, zero, one
-
-
-@_part
 def _entry(values: Array | None, i: int) -> Any:
     """Return entry or row i of what may be absent."""
     return None if values is None else values[i]
@@ -503,26 +499,15 @@ def _entry(values: Array | None, i: int) -> Any:
 @_part
 def _group(x: Array) -> int:
     """Return how many rows are widened and rounded together: a loop has a cost of its own."""
-    return max(1, 4096 // x.shape[1])  # type: ignore[no-any-return]
+    return max(1, 8192 // x.shape[1])  # type: ignore[no-any-return]
 
 
 @_part
-def _lines(x: Array, space: Array) -> Array:
-    """Return rows as floats."""
-    return _loaded(x.reshape(-1), space).reshape(x.shape)
-
-
-@_part
-def _answers(out: Array, space: Array) -> Array:
-    """Return where the floats of some rows of an answer are to be written."""
-    return _space_for(out.reshape(-1), space).reshape(out.shape)
-
-
-@_part
-def _scratch(x: Array, temperature: Array | None, where: Array | None) -> tuple[Array, Array]:
-    """Return space for the sums of a row's chunks, and for a shifted row where one can be needed."""
+def _scratch(x: Array, group: int, temperature: Array | None, where: Array | None) -> tuple[Array, Array, Array, Array]:
+    """Return space for the sums of a row's chunks, for two numbers a row, and for rows where they must be changed."""
     n = x.shape[1]
-    return _empty(x, n // _CHUNK + 1), _empty(x, 0 if temperature is None and where is None else n)
+    changed = 0 if temperature is None and where is None else group
+    return _empty(x, n // _CHUNK + 1), _empty(x, group), _empty(x, group), _empty(x, changed * n).reshape(-1, n)
 
 
 _LANES = 128
@@ -671,9 +656,9 @@ def _lane_scratch(x: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
 @_part
 def _put(tile: Array, out: Array, space: Array) -> None:
     """Write short rows from their lanes."""
-    y = _answers(out, space)
+    y = _space_for(out, space)
     _scatter(tile, y)
-    _store(y.reshape(-1), out.reshape(-1))
+    _store(y, out)
 
 
 @_kernel
@@ -683,7 +668,7 @@ def softmax_short(x: Array, factor: Array | None, out: Array) -> None:
     wide, fine = _wide_space(x, _LANES * x.shape[1]), _wide_space(out, _LANES * x.shape[1])
     one = top.dtype.type(1)
     for first in range(0, x.shape[0], _LANES):
-        lines = _lines(x[first : first + _LANES], wide)
+        lines = _loaded(x[first : first + _LANES], wide)
         _gather(lines, space)
         _lane_tops(tile, top)
         _lane_totals(tile, top, False, True, part, most, total)
@@ -706,7 +691,7 @@ def log_softmax_short(x: Array, out: Array) -> None:
     wide, fine = _wide_space(x, _LANES * x.shape[1]), _wide_space(out, _LANES * x.shape[1])
     one = top.dtype.type(1)
     for first in range(0, x.shape[0], _LANES):
-        _gather(_lines(x[first : first + _LANES], wide), space)
+        _gather(_loaded(x[first : first + _LANES], wide), space)
         _lane_tops(tile, top)
         _lane_totals(tile, top, False, False, part, most, total)
         for lane in range(_LANES):
@@ -724,7 +709,7 @@ def log_total_short(x: Array, top: Array, log_total: Array) -> None:
     space, tile, tops, part, count, total = _lane_scratch(x)
     wide = _wide_space(x, _LANES * x.shape[1])
     for first in range(0, x.shape[0], _LANES):
-        lines = _lines(x[first : first + _LANES], wide)
+        lines = _loaded(x[first : first + _LANES], wide)
         _gather(lines, space)
         _lane_log_totals(tile, tops, part, count, total)
         for lane in range(len(lines)):
@@ -842,83 +827,106 @@ def apart_across(x: Array, first: int, last: int, top: Array, most: Array, rest:
         rest[c] += lost[c]
 
 
+# Whatever is done with long rows is done for some of them before the next step: what one row's step waits for at its end
+# does not hold up the step of the next row.
+
+
+@_part
+def _tops(lines: Array, top: Array) -> None:
+    for i in range(len(lines)):
+        top[i] = greatest(lines[i])
+
+
+@_part
+def _rows_shifted(
+    lines: Array, first: int, temperature: Array | None, where: Array | None, top: Array, z: Array
+) -> Array:
+    """Return rows, and write their maxima, such that exp(row - maximum) is meant; ``first`` is the first row's place."""
+    if temperature is None and where is None:
+        _tops(lines, top)
+        return lines
+    for i in range(len(lines)):
+        _shift(lines[i], _entry(temperature, first + i), _entry(where, first + i), z[i])
+    top[:] = 0
+    return z[: len(lines)]
+
+
 @_kernel
 def softmax(x: Array, temperature: Array | None, where: Array | None, factor: Array | None, out: Array) -> None:
     """Write the softmax of every row, times its factor."""
-    parts, z = _scratch(x, temperature, where)
     group = _group(x)
+    parts, top, total, z = _scratch(x, group, temperature, where)
     wide, fine = _wide_space(x, group * x.shape[1]), _wide_space(out, group * x.shape[1])
     zero, one = parts.dtype.type(0), parts.dtype.type(1)
     for first in range(0, x.shape[0], group):
-        lines, answers = _lines(x[first : first + group], wide), _answers(out[first : first + group], fine)
-        for i in range(len(lines)):
-            mask, y = _entry(where, first + i), answers[i]
-            row, top, t = _shifted(lines[i], _entry(temperature, first + i), mask, z)
-            total = _exponentials(row, top, t, y, parts)
-            scale = (one if factor is None else factor[first + i]) / total
-            for j in range(y.size):
-                if where is None:
+        answers = _space_for(out[first : first + group], fine)
+        rows = _rows_shifted(_loaded(x[first : first + group], wide), first, temperature, where, top, z)
+        for i in range(len(rows)):
+            total[i] = _exponentials(rows[i], top[i], None, answers[i], parts)
+        for i in range(len(rows)):
+            y, scale = answers[i], (one if factor is None else factor[first + i]) / total[i]
+            if where is None:
+                for j in range(y.size):
                     y[j] *= scale
-                else:
+            else:
+                mask = where[first + i]
+                for j in range(y.size):
                     p = y[j] * scale
                     y[j] = p if mask[j] else zero
-        _store(answers.reshape(-1), out[first : first + group].reshape(-1))
+        _store(answers, out[first : first + group])
 
 
 @_kernel
 def log_softmax(x: Array, temperature: Array | None, where: Array | None, out: Array) -> None:
     """Write the logarithm of the softmax of every row."""
-    parts, z = _scratch(x, temperature, where)
     group = _group(x)
+    parts, top, total, z = _scratch(x, group, temperature, where)
     wide, fine = _wide_space(x, group * x.shape[1]), _wide_space(out, group * x.shape[1])
     least = parts.dtype.type(-math.inf)
     for first in range(0, x.shape[0], group):
-        lines, answers = _lines(x[first : first + group], wide), _answers(out[first : first + group], fine)
-        for i in range(len(lines)):
-            mask, y = _entry(where, first + i), answers[i]
-            row, top, t = _shifted(lines[i], _entry(temperature, first + i), mask, z)
-            log_total = parts.dtype.type(math.log(_total(row, top, t, parts)))
-            for j in range(y.size):
-                d = row[j] - top
-                if temperature is not None:
-                    d = d / t
-                if where is None:
-                    y[j] = d - log_total
-                else:
-                    d = d - log_total
+        answers = _space_for(out[first : first + group], fine)
+        rows = _rows_shifted(_loaded(x[first : first + group], wide), first, temperature, where, top, z)
+        for i in range(len(rows)):
+            total[i] = _total(rows[i], top[i], None, parts)
+        for i in range(len(rows)):
+            row, y, highest, log_total = rows[i], answers[i], top[i], parts.dtype.type(math.log(total[i]))
+            if where is None:
+                for j in range(y.size):
+                    y[j] = (row[j] - highest) - log_total
+            else:
+                mask = where[first + i]
+                for j in range(y.size):
+                    d = (row[j] - highest) - log_total
                     y[j] = d if mask[j] else least
-        _store(answers.reshape(-1), out[first : first + group].reshape(-1))
-
-
-@_part
-def _row_apart(x: Array, where: Array | None, z: Array, parts: Array) -> tuple[Any, int, Any]:
-    least = parts.dtype.type(-math.inf)
-    row = x
-    if where is not None:
-        for j in range(x.size):
-            v = x[j]
-            z[j] = v if where[j] else least
-        row = z
-    top = greatest(row)
-    most, rest = _apart(row, top, parts)
-    return top, most, rest
+        _store(answers, out[first : first + group])
 
 
 @_kernel
 def log_total(x: Array, where: Array | None, top: Array, log_total: Array) -> None:
     """Write the maximum of every row, and log Σ exp(x - maximum); NaN for a row with NaN.
 
-    As in the formula, the terms at the maximum enter apart. There are none where the maximum is NaN.
+    As in the formula, the terms at the maximum enter apart, but only where it matters: where the two add up to what is
+    close to 0, or where the maximum is infinite. There are none where it is NaN.
     """
-    parts, z = _scratch(x, None, where)
-    group, one = _group(x), parts.dtype.type(1)
+    group = _group(x)
+    parts, _, total, z = _scratch(x, group, None, where)
     wide = _wide_space(x, group * x.shape[1])
+    one, two = parts.dtype.type(1), parts.dtype.type(2)
     for first in range(0, x.shape[0], group):
-        lines = _lines(x[first : first + group], wide)
+        lines, tops, logs = _loaded(x[first : first + group], wide), top[first:], log_total[first:]
+        if where is not None:
+            for i in range(len(lines)):
+                _mask(lines[i], where[first + i], z[i])
+            lines = z[: len(lines)]
+        _tops(lines, tops)
         for i in range(len(lines)):
-            top[first + i], most, rest = _row_apart(lines[i], _entry(where, first + i), z, parts)
-            count = parts.dtype.type(most)
-            log_total[first + i] = log1p(count - one) + log1p(rest / count)
+            total[i] = _total(lines[i], tops[i], None, parts)
+        for i in range(len(lines)):
+            logs[i] = log1p(total[i] - one)
+            if not (total[i] >= two or abs(tops[i] + logs[i]) >= one):
+                most, rest = _apart(lines[i], tops[i], parts)
+                count = parts.dtype.type(most)
+                logs[i] = log1p(count - one) + log1p(rest / count)
 
 
 # A long row is cut into pieces, so that all threads have work. What is said of each is brought together by the caller.
@@ -997,35 +1005,30 @@ def _loss(target: int, logit: Any, weight: Array | None, z_loss: Any, top: Any, 
     return y + z_loss * value * value if z_loss > zero else y
 
 
-_SPLIT = 512
-"""Length of rows from which a sum in two parts, around the target, is faster than telling each entry's place."""
-
-
 @_kernel
 def cross_entropy(x: Array, targets: Array, weight: Array | None, ignored: int | None, z_loss: Any, out: Array) -> None:
     """Write the loss of every row."""
-    parts = _empty(x, x.shape[1] // _CHUNK + 3)
     group = _group(x)
-    wide = _wide_space(x, group * x.shape[1])
+    parts, top, total, _ = _scratch(x, group, None, None)
+    wide, logit = _wide_space(x, group * x.shape[1]), _empty(x, group)
     zero, one, nan = parts.dtype.type(0), parts.dtype.type(1), parts.dtype.type(math.nan)
     for first in range(0, x.shape[0], group):
-        lines = _lines(x[first : first + group], wide)
+        lines, target, loss = _loaded(x[first : first + group], wide), targets[first:], out[first:]
+        _tops(lines, top)
         for i in range(len(lines)):
-            row, target = lines[i], targets[first + i]
-            if not _is_counted(target, ignored):
-                out[first + i] = zero
-            elif target < 0 or target >= row.size:
-                out[first + i] = nan
+            # Without the target an answer close to 0 keeps its digits. A target out of range leaves nothing out.
+            total[i] = _total_without(lines[i], top[i], target[i], parts)
+            logit[i] = lines[i, target[i]] if 0 <= target[i] < x.shape[1] else top[i]
+        for i in range(len(lines)):
+            all_terms = (total[i] - one) + exp(logit[i] - top[i])
+            total[i] = log1p(total[i] if logit[i] == top[i] else all_terms)
+        for i in range(len(lines)):
+            if not _is_counted(target[i], ignored):
+                loss[i] = zero
+            elif 0 <= target[i] < x.shape[1]:
+                loss[i] = _loss(target[i], logit[i], weight, z_loss, top[i], total[i])
             else:
-                top, logit = greatest(row), row[target]
-                if row.size < _SPLIT:
-                    most, rest = _apart(row, top, parts)
-                    count = parts.dtype.type(most)
-                    log_total = log1p(count - one) + log1p(rest / count)
-                else:
-                    rest = _total_without(row, top, target, parts)  # an answer close to 0 keeps its digits
-                    log_total = log1p(rest if logit == top else (rest - one) + exp(logit - top))
-                out[first + i] = _loss(target, logit, weight, z_loss, top, log_total)
+                loss[i] = nan
 
 
 @_kernel
@@ -1037,7 +1040,7 @@ def cross_entropy_short(
     wide = _wide_space(x, _LANES * x.shape[1])
     zero, nan = tops.dtype.type(0), tops.dtype.type(math.nan)
     for first in range(0, x.shape[0], _LANES):
-        lines = _lines(x[first : first + _LANES], wide)
+        lines = _loaded(x[first : first + _LANES], wide)
         _gather(lines, space)
         _lane_log_totals(tile, tops, part, count, total)
         for lane in range(len(lines)):
@@ -1116,7 +1119,7 @@ def subtract_at_targets(targets: Array, at_target: Array, ignored: int | None, o
 @_kernel
 def softmax_slope(y: Array, g: Array, temperature: Array | None, out: Array) -> None:
     """Write the gradient for the logits from that for the probabilities y."""
-    parts, _ = _scratch(y, None, None)
+    parts = _empty(y, y.shape[1] // _CHUNK + 1)
     zero = y.dtype.type(0)
     for i in range(y.shape[0]):
         p, cotangent, row = y[i], g[i], out[i]
@@ -1134,7 +1137,7 @@ def softmax_slope(y: Array, g: Array, temperature: Array | None, out: Array) -> 
 @_kernel
 def log_softmax_slope(y: Array, g: Array, temperature: Array | None, where: Array | None, out: Array) -> None:
     """Write the gradient for the logits from that for the log-probabilities y."""
-    parts, _ = _scratch(y, None, None)
+    parts = _empty(y, y.shape[1] // _CHUNK + 1)
     zero = y.dtype.type(0)
     for i in range(y.shape[0]):
         log_p, cotangent, row, mask = y[i], g[i], out[i], _entry(where, i)

@@ -358,9 +358,9 @@ class _Block:
         return one.dtype if one.dtype.kind in "biu" else self.dtype
 
 
-_SHORT = 160
-_SHORT_FOR_TOTALS = 256
-"""Length of rows up to which many are done at a time, each on its own lane, for answers as long as they and for one."""
+_SHORT = 104
+_SHORT_FOR_LOSS = 160
+"""Length of rows up to which many are done at a time, each on its own lane."""
 
 
 def _is_short(x: Array) -> bool:
@@ -392,7 +392,7 @@ def _weighted(kernels: Any, x: Array, where: Array | None, factor: Array, out: A
 def _log_total(kernels: Any, x: Array, where: Array | None, dtype: Any) -> tuple[Array, Array]:
     """Return the maximum of every row, and log Σ exp(x - maximum); NaN for a row with NaN."""
     top, log_total = np.empty((2, len(x)), dtype)
-    if where is None and x.shape[1] <= _SHORT_FOR_TOTALS:
+    if where is None and _is_short(x):
         kernels.log_total_short(x, top, log_total)
     else:
         kernels.log_total(x, where, top, log_total)
@@ -429,7 +429,7 @@ def _logsumexp(kernels: Any, block: _Block, out: Array) -> None:
 
 def _cross_entropy(kernels: Any, block: _Block, out: Array) -> None:
     x = block.raw
-    kernel = kernels.cross_entropy_short if _is_short(x) else kernels.cross_entropy
+    kernel = kernels.cross_entropy_short if x.shape[1] <= _SHORT_FOR_LOSS else kernels.cross_entropy
     kernel(x, *_of_loss(block), out[:, 0])
 
 
