@@ -343,37 +343,46 @@ def _tree(parts: Array, count: int) -> Any:
 
 
 @_sum
+def _exponentials_of_chunk(x: Array, top: Any, temperature: Any, out: Array) -> Any:
+    total = x.dtype.type(0)
+    for j in range(x.size):
+        z = x[j] - top
+        if temperature is not None:
+            z = z / temperature
+        e = exp(z)
+        out[j] = e
+        total += e
+    return total
+
+
+@_part
 def _exponentials(x: Array, top: Any, temperature: Any, out: Array, parts: Array) -> Any:
     """Write exp((x - top) / temperature) and return its sum."""
     count = 0
     for start in range(0, x.size, _CHUNK):
-        chunk, space = x[start : start + _CHUNK], out[start : start + _CHUNK]
-        total = x.dtype.type(0)
-        for j in range(chunk.size):
-            z = chunk[j] - top
-            if temperature is not None:
-                z = z / temperature
-            e = exp(z)
-            space[j] = e
-            total += e
-        parts[count] = total
+        end = start + _CHUNK
+        parts[count] = _exponentials_of_chunk(x[start:end], top, temperature, out[start:end])
         count += 1
     return _tree(parts, count)
 
 
 @_sum
+def _total_of_chunk(x: Array, top: Any, temperature: Any) -> Any:
+    total = x.dtype.type(0)
+    for j in range(x.size):
+        z = x[j] - top
+        if temperature is not None:
+            z = z / temperature
+        total += exp(z)
+    return total
+
+
+@_part
 def _total(x: Array, top: Any, temperature: Any, parts: Array) -> Any:
     """Return Σ exp((x - top) / temperature)."""
     count = 0
     for start in range(0, x.size, _CHUNK):
-        chunk = x[start : start + _CHUNK]
-        total = x.dtype.type(0)
-        for j in range(chunk.size):
-            z = chunk[j] - top
-            if temperature is not None:
-                z = z / temperature
-            total += exp(z)
-        parts[count] = total
+        parts[count] = _total_of_chunk(x[start : start + _CHUNK], top, temperature)
         count += 1
     return _tree(parts, count)
 
@@ -397,21 +406,24 @@ def _apart(x: Array, top: Any, parts: Array) -> tuple[int, Any]:
 
 
 @_sum
+def _total_of_others(x: Array, top: Any, place: int) -> Any:
+    at, total, zero = np.int32(place), x.dtype.type(0), x.dtype.type(0)
+    for j in range(x.size):
+        e = exp(x[j] - top)
+        total += zero if np.int32(j) == at else e
+    return total
+
+
+@_part
 def _total_without(x: Array, top: Any, place: int, parts: Array) -> Any:
     """Return Σ exp(x - top) over all entries but one."""
-    count, zero = 0, x.dtype.type(0)
+    count = 0
     for start in range(0, x.size, _CHUNK):
         chunk = x[start : start + _CHUNK]
-        total = zero
         if start <= place < start + _CHUNK:
-            at = np.int32(place - start)
-            for j in range(chunk.size):
-                e = exp(chunk[j] - top)
-                total += zero if np.int32(j) == at else e
+            parts[count] = _total_of_others(chunk, top, place - start)
         else:
-            for j in range(chunk.size):
-                total += exp(chunk[j] - top)
-        parts[count] = total
+            parts[count] = _total_of_chunk(chunk, top, None)
         count += 1
     return _tree(parts, count)
 
@@ -837,6 +849,43 @@ def _tops(lines: Array, top: Array) -> None:
         top[i] = greatest(lines[i])
 
 
+# A row that is one chunk is not sliced, and what is done with it has one place only: else Numba counts the references to
+# it, which takes as long as a hundred terms.
+
+
+@_part
+def _write_exponentials(rows: Array, top: Array, out: Array, parts: Array, total: Array) -> None:
+    """Write exp(row - top) and its sum for some rows."""
+    if rows.shape[1] <= _CHUNK:
+        for i in range(len(rows)):
+            total[i] = _exponentials_of_chunk(rows[i], top[i], None, out[i])
+    else:
+        for i in range(len(rows)):
+            total[i] = _exponentials(rows[i], top[i], None, out[i], parts)
+
+
+@_part
+def _write_totals(rows: Array, top: Array, parts: Array, total: Array) -> None:
+    """Write Σ exp(row - top) for some rows."""
+    if rows.shape[1] <= _CHUNK:
+        for i in range(len(rows)):
+            total[i] = _total_of_chunk(rows[i], top[i], None)
+    else:
+        for i in range(len(rows)):
+            total[i] = _total(rows[i], top[i], None, parts)
+
+
+@_part
+def _write_totals_without(rows: Array, top: Array, place: Array, parts: Array, total: Array) -> None:
+    """Write Σ exp(row - top) over all entries but one for some rows."""
+    if rows.shape[1] <= _CHUNK:
+        for i in range(len(rows)):
+            total[i] = _total_of_others(rows[i], top[i], place[i])
+    else:
+        for i in range(len(rows)):
+            total[i] = _total_without(rows[i], top[i], place[i], parts)
+
+
 @_part
 def _rows_shifted(
     lines: Array, first: int, temperature: Array | None, where: Array | None, top: Array, z: Array
@@ -861,8 +910,7 @@ def softmax(x: Array, temperature: Array | None, where: Array | None, factor: Ar
     for first in range(0, x.shape[0], group):
         answers = _space_for(out[first : first + group], fine)
         rows = _rows_shifted(_loaded(x[first : first + group], wide), first, temperature, where, top, z)
-        for i in range(len(rows)):
-            total[i] = _exponentials(rows[i], top[i], None, answers[i], parts)
+        _write_exponentials(rows, top, answers, parts, total)
         for i in range(len(rows)):
             y, scale = answers[i], (one if factor is None else factor[first + i]) / total[i]
             if where is None:
@@ -886,8 +934,7 @@ def log_softmax(x: Array, temperature: Array | None, where: Array | None, out: A
     for first in range(0, x.shape[0], group):
         answers = _space_for(out[first : first + group], fine)
         rows = _rows_shifted(_loaded(x[first : first + group], wide), first, temperature, where, top, z)
-        for i in range(len(rows)):
-            total[i] = _total(rows[i], top[i], None, parts)
+        _write_totals(rows, top, parts, total)
         for i in range(len(rows)):
             row, y, highest, log_total = rows[i], answers[i], top[i], parts.dtype.type(math.log(total[i]))
             if where is None:
@@ -919,8 +966,7 @@ def log_total(x: Array, where: Array | None, top: Array, log_total: Array) -> No
                 _mask(lines[i], where[first + i], z[i])
             lines = z[: len(lines)]
         _tops(lines, tops)
-        for i in range(len(lines)):
-            total[i] = _total(lines[i], tops[i], None, parts)
+        _write_totals(lines, tops, parts, total)
         for i in range(len(lines)):
             logs[i] = log1p(total[i] - one)
             if not (total[i] >= two or abs(tops[i] + logs[i]) >= one):
@@ -1015,9 +1061,9 @@ def cross_entropy(x: Array, targets: Array, weight: Array | None, ignored: int |
     for first in range(0, x.shape[0], group):
         lines, target, loss = _loaded(x[first : first + group], wide), targets[first:], out[first:]
         _tops(lines, top)
+        # Without the target an answer close to 0 keeps its digits. A target out of range leaves nothing out.
+        _write_totals_without(lines, top, target, parts, total)
         for i in range(len(lines)):
-            # Without the target an answer close to 0 keeps its digits. A target out of range leaves nothing out.
-            total[i] = _total_without(lines[i], top[i], target[i], parts)
             logit[i] = lines[i, target[i]] if 0 <= target[i] < x.shape[1] else top[i]
         for i in range(len(lines)):
             all_terms = (total[i] - one) + exp(logit[i] - top[i])

@@ -52,6 +52,9 @@ _PARALLEL = 1 << 19
 """Entries below which waking another thread, and waiting for it, costs more than it saves."""
 
 
+_FUSED = "a fused kernel does a row in two or three passes"
+
+
 class Plan(NamedTuple):
     """How a formula will be run, and why."""
 
@@ -191,18 +194,18 @@ def _evaluate_in_pieces(call: Call, x: Array, temperature: float | None, plan: P
 
 def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any]) -> Plan:
     """Decide how to run a formula; the size of a block follows from the array alone, never from the threads."""
-    n = x.shape[axis]
-    rows = x.size // n
-    size = min(_BLOCK_BYTES, max(_LEAST_BYTES, x.size * compute.itemsize // _PIECES))
-    block = max(1, size // (n * compute.itemsize))
-    along = abs(x.strides[axis]) <= min(map(abs, x.strides))
-    threads = num_threads() if x.size >= _PARALLEL else 1
+    n, size = x.shape[axis], x.size
+    threads = num_threads() if size >= _PARALLEL else 1
+    if not obstacle and x.dtype == compute and axis == x.ndim - 1 and x.flags.c_contiguous and name[-4:] != "_vjp":
+        # Nothing is copied, so nothing has to fit the cache: pieces only serve the threads, and cost Python's time.
+        pieces = min(2 << (size // _PARALLEL).bit_length(), _MOST_PIECES) if size >= _PARALLEL else 1
+        return Plan("fused", _FUSED, "row by row", math.ceil(size // n / pieces), threads)
+    rows = size // n
+    block_bytes = min(_BLOCK_BYTES, max(_LEAST_BYTES, size * compute.itemsize // _PIECES))
+    block = max(1, block_bytes // (n * compute.itemsize))
     if not obstacle:
-        if x.flags.c_contiguous and axis == x.ndim - 1 and x.dtype == compute and not name.endswith("_vjp"):
-            # Nothing is copied, so nothing has to fit the cache: pieces only serve the threads, and cost Python's time.
-            pieces = 2 << (x.size // _PARALLEL).bit_length() if x.size >= _PARALLEL else 1
-            block = math.ceil(rows / min(pieces, _MOST_PIECES))
-        return Plan("fused", "a fused kernel does a row in two or three passes", "row by row", block, threads)
+        return Plan("fused", _FUSED, "row by row", block, threads)
+    along = abs(x.strides[axis]) <= min(map(abs, x.strides))
     if along and n <= _SHORT:
         return Plan("blocks", obstacle, "transposed", block, threads)
     if name in _IN_PIECES and n * compute.itemsize >= _LONG_BYTES and axis == x.ndim - 1 and x.flags.c_contiguous:
