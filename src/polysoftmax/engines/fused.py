@@ -358,13 +358,12 @@ class _Block:
         return one.dtype if one.dtype.kind in "biu" else self.dtype
 
 
-_SHORT = 104
-_SHORT_FOR_LOSS = 160
-"""Length of rows up to which many are done at a time, each on its own lane."""
+_SHORT_BYTES = 384
+"""Length of rows, as they are computed with, below which many are done at a time, each on its own lane."""
 
 
 def _is_short(x: Array) -> bool:
-    return x.shape[1] <= _SHORT  # type: ignore[no-any-return]
+    return x.shape[1] * max(x.itemsize, 4) < _SHORT_BYTES  # type: ignore[no-any-return]
 
 
 def _probabilities(kernels: Any, x: Array, temperature: Array | None, where: Array | None, out: Array) -> None:
@@ -429,7 +428,7 @@ def _logsumexp(kernels: Any, block: _Block, out: Array) -> None:
 
 def _cross_entropy(kernels: Any, block: _Block, out: Array) -> None:
     x = block.raw
-    kernel = kernels.cross_entropy_short if x.shape[1] <= _SHORT_FOR_LOSS else kernels.cross_entropy
+    kernel = kernels.cross_entropy_short if _is_short(x) else kernels.cross_entropy
     kernel(x, *_of_loss(block), out[:, 0])
 
 
