@@ -224,35 +224,75 @@ def _run_long(call: Call, operands: tuple[Array, ...], threads: int) -> Array:
     return answer
 
 
-def run(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Piece], threads: int) -> Array:
-    """Run a call in its kernel, block by block."""
-    if _is_across(call, operands):
-        return _run_across(call, operands[0], threads)
-    if call.formula.name in _DRAWS:
-        return _run_draws(call, operands, blocks, threads)
-    if _is_long(call, operands):
+def run(call: Call, operands: tuple[Array, ...], block: int, threads: int) -> Any:
+    """Run a call in its kernel, in blocks of so many rows."""
+    x, axis, name = operands[0], call.options["axis"], call.formula.name
+    if name in _DRAWS:
+        return _run_draws(call, operands, _blocks.pieces(x, axis, block), threads)
+    if axis < x.ndim - 1 and _is_across(call, operands):
+        return _run_across(call, x, threads)
+    if x.shape[axis] >= _LONG and _is_long(call, operands):
         return _run_long(call, operands, threads)
-    x, axis = operands[0], call.options["axis"]
-    kernels = _kernels()
-    function, keeps_length = _FORMULAS[call.formula.name]
+    function, keeps_length = _FORMULAS[name]
     answer = _blocks.like(x, axis, x.shape[axis] if keeps_length else 1, call.result)
     rounds = keeps_length and _stays_narrow(call, x)
+    if axis == x.ndim - 1 and (rounds or call.result == call.compute) and _lies_ready(call, operands):
+        _run_in_place(call, operands, answer, block, threads)
+    else:
+        _run_with_copies(call, operands, answer, block, threads, rounds)
+    return answer
+
+
+def _lies_ready(call: Call, operands: tuple[Array, ...]) -> bool:
+    """Whether the kernel can take the rows, and all that is as large, from where they are."""
+    x, compute = operands[0], call.compute
+    for one in operands:
+        if one is None or isinstance(one, float) or one.size < x.size:
+            continue
+        is_known = one.dtype == compute or one.dtype.kind in "biu"
+        if one is x:
+            is_known = x.dtype == compute or (call.formula.name in _IN_PIECES and bool(_narrow_name(x.dtype)))
+        if not (is_known and one.flags.c_contiguous):
+            return False
+    return True
+
+
+def _run_in_place(call: Call, operands: tuple[Array, ...], answer: Array, block: int, threads: int) -> None:
+    kernels, function = _kernels(), _FORMULAS[call.formula.name][0]
+    whole = _Block(kernels, call, operands)
+    out = _as_bits(answer.reshape(-1, answer.shape[-1]))
+    if block >= len(out):
+        function(kernels, whole, out)
+        return
+
+    def work(i: int) -> None:
+        part = slice(i * block, (i + 1) * block)
+        function(kernels, _Part(whole, part), out[part])
+
+    parallel(work, math.ceil(len(out) / block), threads)
+
+
+def _run_with_copies(
+    call: Call, operands: tuple[Array, ...], answer: Array, block: int, threads: int, rounds: bool
+) -> None:
+    x, axis = operands[0], call.options["axis"]
+    kernels, function = _kernels(), _FORMULAS[call.formula.name][0]
+    blocks = _blocks.pieces(x, axis, block)
 
     def work(i: int) -> None:
         parts, target = operands, answer
         if len(blocks) > 1:
             parts, target = _blocks.cut(operands, blocks[i]), answer[blocks[i]]
-        block = _Block(kernels, call, parts)
+        part = _Block(kernels, call, parts)
         target = _last(target, axis)
-        if (target.dtype == block.dtype or rounds) and target.flags.c_contiguous:
-            function(kernels, block, _as_bits(target.reshape(-1, target.shape[-1])))
+        if (target.dtype == part.dtype or rounds) and target.flags.c_contiguous:
+            function(kernels, part, _as_bits(target.reshape(-1, target.shape[-1])))
         else:
-            out = np.empty((len(block.x), target.shape[-1]), block.dtype)
-            function(kernels, block, out)
+            out = np.empty((len(part.x), target.shape[-1]), part.dtype)
+            function(kernels, part, out)
             target[...] = _converted(kernels, out, target.dtype).reshape(target.shape)
 
     parallel(work, len(blocks), threads)
-    return answer
 
 
 BFLOAT16_BITS = np.dtype("V2")
@@ -358,6 +398,37 @@ class _Block:
         return one.dtype if one.dtype.kind in "biu" else self.dtype
 
 
+class _Part:
+    """Some of the rows of a block whose operands need no copy."""
+
+    __slots__ = ("dtype", "options", "part", "whole")
+
+    def __init__(self, whole: _Block, part: slice) -> None:
+        self.whole = whole
+        self.part = part
+        self.dtype = whole.dtype
+        self.options = whole.options
+
+    @property
+    def x(self) -> Array:
+        return self.whole.x[self.part]
+
+    @property
+    def raw(self) -> Array:
+        return self.whole.raw[self.part]
+
+    def rows(self, i: int) -> Array:
+        one = self.whole.rows(i)
+        return None if one is None else one[self.part]
+
+    def per_row(self, i: int) -> Array:
+        one = self.whole.per_row(i)
+        return None if one is None else one[self.part]
+
+    def per_class(self, i: int) -> Array:
+        return self.whole.per_class(i)
+
+
 _SHORT_BYTES = 384
 """Length of rows, as they are computed with, below which many are done at a time, each on its own lane."""
 
@@ -398,22 +469,22 @@ def _log_total(kernels: Any, x: Array, where: Array | None, dtype: Any) -> tuple
     return top, log_total
 
 
-def _softmax(kernels: Any, block: _Block, out: Array) -> None:
+def _softmax(kernels: Any, block: _Block | _Part, out: Array) -> None:
     _probabilities(kernels, block.raw, block.per_row(1), block.rows(2), out)
 
 
-def _log_softmax(kernels: Any, block: _Block, out: Array) -> None:
+def _log_softmax(kernels: Any, block: _Block | _Part, out: Array) -> None:
     _log_probabilities(kernels, block.raw, block.per_row(1), block.rows(2), out)
 
 
-def _softmax_vjp(kernels: Any, block: _Block, out: Array) -> None:
+def _softmax_vjp(kernels: Any, block: _Block | _Part, out: Array) -> None:
     x, temperature = block.x, block.per_row(2)
     y = np.empty_like(x)
     _probabilities(kernels, x, temperature, block.rows(3), y)
     kernels.softmax_slope(y, block.rows(1), temperature, out)
 
 
-def _log_softmax_vjp(kernels: Any, block: _Block, out: Array) -> None:
+def _log_softmax_vjp(kernels: Any, block: _Block | _Part, out: Array) -> None:
     x, temperature, where = block.x, block.per_row(2), block.rows(3)
     y = np.empty_like(x)
     _log_probabilities(kernels, x, temperature, where, y)
@@ -421,33 +492,33 @@ def _log_softmax_vjp(kernels: Any, block: _Block, out: Array) -> None:
 
 
 @np.errstate(all="ignore")
-def _logsumexp(kernels: Any, block: _Block, out: Array) -> None:
+def _logsumexp(kernels: Any, block: _Block | _Part, out: Array) -> None:
     top, log_total = _log_total(kernels, block.raw, block.rows(2), block.dtype)
     np.add(top, log_total, out=out[:, 0])
 
 
-def _cross_entropy(kernels: Any, block: _Block, out: Array) -> None:
+def _cross_entropy(kernels: Any, block: _Block | _Part, out: Array) -> None:
     x = block.raw
     kernel = kernels.cross_entropy_short if _is_short(x) else kernels.cross_entropy
     kernel(x, *_of_loss(block), out[:, 0])
 
 
-def _of_loss(block: _Block) -> tuple[Array, Array | None, int | None, Any]:
+def _of_loss(block: _Block | _Part) -> tuple[Array, Array | None, int | None, Any]:
     """Return the targets, the weights of the classes, the target that does not count, and z_loss."""
     z_loss = block.dtype.type(block.options["z_loss"])
     return block.per_row(1), block.per_class(2), block.options["ignore_index"], z_loss
 
 
-def _softmax_pullback(kernels: Any, block: _Block, out: Array) -> None:
+def _softmax_pullback(kernels: Any, block: _Block | _Part, out: Array) -> None:
     kernels.softmax_slope(block.rows(3), block.rows(4), block.per_row(1), out)
 
 
-def _log_softmax_pullback(kernels: Any, block: _Block, out: Array) -> None:
+def _log_softmax_pullback(kernels: Any, block: _Block | _Part, out: Array) -> None:
     kernels.log_softmax_slope(block.rows(3), block.rows(4), block.per_row(1), block.rows(2), out)
 
 
 @np.errstate(all="ignore")
-def _logsumexp_pullback(kernels: Any, block: _Block, out: Array) -> None:
+def _logsumexp_pullback(kernels: Any, block: _Block | _Part, out: Array) -> None:
     x, where, y, g = block.x, block.rows(2), block.per_row(3), block.per_row(4)
     _weighted(kernels, x, where, g, out)
     odd = np.isinf(y)  # a row that sums to 0 or to inf has no maximum to subtract
@@ -457,7 +528,7 @@ def _logsumexp_pullback(kernels: Any, block: _Block, out: Array) -> None:
         out[odd] = terms / np.where(total == 0, 1.0, total) * g[odd, None]
 
 
-def _cross_entropy_pullback(kernels: Any, block: _Block, out: Array) -> None:
+def _cross_entropy_pullback(kernels: Any, block: _Block | _Part, out: Array) -> None:
     x, g = block.x, block.per_row(4)
     targets, weight, ignored, z_loss = _of_loss(block)
     value = None
@@ -520,7 +591,7 @@ def _run_draws(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Pie
 _IN_PIECES = ("softmax", "log_softmax", "logsumexp", "cross_entropy")
 """Formulas whose kernels take 16 bits as they are, and the pieces of long rows."""
 
-_FORMULAS: dict[str, tuple[Callable[[Any, _Block, Array], None], bool]] = {
+_FORMULAS: dict[str, tuple[Callable[[Any, _Block | _Part, Array], None], bool]] = {
     "softmax": (_softmax, True),
     "log_softmax": (_log_softmax, True),
     "softmax_vjp": (_softmax_vjp, True),

@@ -82,14 +82,14 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
         plan = plan._replace(layout="as they stand", block=max(plan.block // 4, _MANY_STEPS))
     if plan.engine == "portable" or (call.formula.composed and plan.engine == "blocks"):
         return _evaluate(call, operands)
-    blocks = _blocks.pieces(x, axis, plan.block)
     rows = call._replace(squeeze=False) if call.squeeze else call
     if plan.engine == "fused":
-        y = fused.run(rows, operands, blocks, plan.threads)
+        y = fused.run(rows, operands, plan.block, plan.threads)
     elif plan.layout == "in pieces":
         y = _evaluate_in_pieces(rows, x, operands[1], plan)
     else:
         evaluate = _evaluate_transposed if plan.layout == "transposed" else _evaluate
+        blocks = _blocks.pieces(x, axis, plan.block)
         y = _blocks.run_in_blocks(partial(evaluate, rows), operands, axis, blocks, plan.threads)
     return np.squeeze(y, axis) if call.squeeze else y
 
