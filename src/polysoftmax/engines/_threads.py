@@ -8,10 +8,11 @@ import threading
 from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
 _VARIABLE = "POLYSOFTMAX_NUM_THREADS"
 
@@ -87,7 +88,8 @@ class _Job:
         self.work = work
         self.count = count
         self.taken = 0
-        self.busy = 0
+        self.busy = [0] if _spin is None else _spin.number()
+        self.sleeps = False
         self.error: BaseException | None = None
         self.changed = threading.Condition(threading.Lock())
 
@@ -106,14 +108,18 @@ class _Job:
         with self.changed:
             if self.taken >= self.count:
                 return
-            self.busy += 1
+            self.busy[0] += 1
         try:
             self.take_all()
         except BaseException as error:  # raised again in the caller's thread
             self.error = error
             self.cancel()
+        spins = _spin is not None and not self.sleeps
+        if spins:
+            _spin.leave(self.busy, _posted)
         with self.changed:
-            self.busy -= 1
+            if not spins:
+                self.busy[0] -= 1
             self.changed.notify()
 
     def cancel(self) -> None:
@@ -121,8 +127,11 @@ class _Job:
             self.taken = self.count
 
     def wait(self) -> None:
+        if _spin is not None and _spin.wait(self.busy):
+            return
         with self.changed:
-            while self.busy:
+            self.sleeps = True
+            while self.busy[0]:
                 self.changed.wait()
 
 
@@ -140,6 +149,8 @@ class _Pool:
                 while self.started < helpers and self._start():
                     self.started += 1
         try:
+            if _spin is not None:
+                _posted[0] += 1
             for _ in range(helpers):
                 # A context of its own for each: the engine chosen, and NumPy's errstate.
                 self.queue.put(partial(copy_context().run, job.help))
@@ -198,6 +209,16 @@ class _Team:
 
 _pool = _Pool()
 _team: _Team | None = None
+_spin: ModuleType | None = None
+_posted: Any = None
+
+
+def spin(module: ModuleType) -> None:
+    """Let threads wait for each other in its loops, for some microseconds, before they sleep."""
+    global _spin, _posted
+    _posted = module.number()
+    _spin = module
+
 
 
 def borrow(library: ctypes.CDLL, size: Callable[[], int]) -> None:

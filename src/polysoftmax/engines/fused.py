@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polysoftmax._arrays import accurate_sum
-from polysoftmax.engines import FORCED, _blocks, chosen
+from polysoftmax.engines import FORCED, _blocks, _threads, chosen
 from polysoftmax.engines._threads import parallel
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def _kernels() -> ModuleType | str:
     if _loaded is None:
         try:
             _loaded = importlib.import_module("polysoftmax.engines._kernels")
+            _threads.spin(importlib.import_module("polysoftmax.engines._spin"))
         except ImportError as error:
             _loaded = f"no fused kernels without polysoftmax[fast]: {error}"
     return _loaded
