@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
 Piece = tuple[slice, ...]
 
+PARALLEL = 1 << 19
+"""Entries below which waking another thread, and waiting for it, costs more than it saves."""
+
+_MOST_SHARES = 32
+
+
+def shares(size: int) -> int:
+    """Return into how many shares so many entries are cut for threads where nothing has to fit the cache."""
+    return min(2 << (size // PARALLEL).bit_length(), _MOST_SHARES) if size >= PARALLEL else 1
+
 
 def pieces(x: Array, axis: int, rows: int) -> list[Piece]:
     """Cut ``x`` into blocks of about ``rows`` whole rows, each as close together in memory as can be.

@@ -798,7 +798,7 @@ def softmax_across(x: Array, first: int, last: int, logarithm: bool, out: Array)
 
 @_kernel
 def total_across(x: Array, first: int, last: int, top: Array, total: Array) -> None:
-    """Write what ``total_of_piece`` returns, along the first of two axes, for some of the columns."""
+    """Do what ``totals_of_pieces`` does, along the first of two axes, for some of the columns."""
     width, zero = last - first, x.dtype.type(0)
     lost, part, finite = np.zeros(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
     _tops_across(x, first, last, top)
@@ -818,7 +818,7 @@ def total_across(x: Array, first: int, last: int, top: Array, total: Array) -> N
 
 @_kernel
 def apart_across(x: Array, first: int, last: int, top: Array, most: Array, rest: Array) -> None:
-    """Write what ``apart_of_piece`` returns, along the first of two axes, for some of the columns."""
+    """Do what ``apart_of_pieces`` does, along the first of two axes, for some of the columns."""
     zero, one = x.dtype.type(0), x.dtype.type(1)
     lost, part = np.zeros(last - first, x.dtype), np.zeros(last - first, x.dtype)
     _tops_across(x, first, last, top)
@@ -975,61 +975,86 @@ def log_total(x: Array, where: Array | None, top: Array, log_total: Array) -> No
                 logs[i] = log1p(count - one) + log1p(rest / count)
 
 
-# A long row is cut into pieces, so that all threads have work. What is said of each is brought together by the caller.
+# Long rows are cut into pieces that fit the cache, numbered row by row; a thread is given some of them. What is said of
+# each, in arrays with a line for each row, is brought together by the caller.
 
 
 @_kernel
-def total_of_piece(x: Array, temperature: Any, out: Array | None) -> tuple[Any, Any]:
-    """Return the maximum of a piece of a row, and Σ exp((x - maximum) / temperature); write the terms to ``out``."""
-    parts, wide = _empty(x, x.size // _CHUNK + 1), _wide_space(x, x.size)
-    row = _loaded(x, wide)
-    top = greatest(row)
-    finite = parts.dtype.type(0) if top == -math.inf else top  # there may be more in other pieces
-    if out is None:
-        return top, _total(row, finite, temperature, parts)
-    return top, _exponentials(row, finite, temperature, out, parts)
+def totals_of_pieces(
+    x: Array, size: int, first: int, last: int, temperature: Any, out: Array | None, top: Array, total: Array
+) -> None:
+    """Write the maximum of pieces, and Σ exp((x - maximum) / temperature); the terms are written to ``out``."""
+    parts, wide = _empty(x, size // _CHUNK + 1), _wide_space(x, size)
+    count, zero = total.shape[1], parts.dtype.type(0)
+    for k in range(first, last):
+        i, j = k // count, k % count
+        start, end = j * size, (j + 1) * size
+        row = _loaded(x[i][start:end], wide)
+        top[i, j] = greatest(row)
+        finite = zero if top[i, j] == -math.inf else top[i, j]  # there may be more in other pieces
+        if out is None:
+            total[i, j] = _total(row, finite, temperature, parts)
+        else:
+            total[i, j] = _exponentials(row, finite, temperature, out[i][start:end], parts)
 
 
 @_kernel
-def apart_of_piece(x: Array) -> tuple[Any, int, Any]:
-    """Return the maximum of a piece of a row, how often it stands there, and Σ exp(x - maximum) over the rest."""
-    parts, wide = _empty(x, x.size // _CHUNK + 1), _wide_space(x, x.size)
-    row = _loaded(x, wide)
-    top = greatest(row)
-    most, rest = _apart(row, top, parts)
-    return top, most, rest
+def apart_of_pieces(x: Array, size: int, first: int, last: int, top: Array, most: Array, rest: Array) -> None:
+    """Write the maximum of pieces, how often it stands there, and Σ exp(x - maximum) over the rest."""
+    parts, wide = _empty(x, size // _CHUNK + 1), _wide_space(x, size)
+    for k in range(first, last):
+        i, j = k // top.shape[1], k % top.shape[1]
+        row = _loaded(x[i][j * size : (j + 1) * size], wide)
+        top[i, j] = greatest(row)
+        most[i, j], rest[i, j] = _apart(row, top[i, j], parts)
 
 
 @_kernel
-def scale_piece(factor: Any, out: Array) -> None:
-    """Multiply what ``total_of_piece`` wrote."""
-    for j in range(out.size):
-        out[j] *= factor
+def scale_pieces(factor: Array, size: int, first: int, last: int, out: Array) -> None:
+    """Multiply what ``totals_of_pieces`` wrote."""
+    for k in range(first, last):
+        i, j = k // factor.shape[1], k % factor.shape[1]
+        y, scale = out[i][j * size : (j + 1) * size], factor[i, j]
+        for c in range(y.size):
+            y[c] *= scale
 
 
 @_kernel
-def softmax_of_piece(x: Array, top: Any, temperature: Any, total: Any, out: Array) -> None:
-    """Write the softmax of a piece of a row."""
-    parts, wide, fine = _empty(x, x.size // _CHUNK + 1), _wide_space(x, x.size), _wide_space(out, x.size)
-    y = _space_for(out, fine)
-    _exponentials(_loaded(x, wide), top, temperature, y, parts)
-    scale = parts.dtype.type(1) / total
-    for j in range(y.size):
-        y[j] *= scale
-    _store(y, out)
+def softmax_of_pieces(
+    x: Array, size: int, first: int, last: int, temperature: Any, top: Array, total: Array, out: Array
+) -> None:
+    """Write the softmax of pieces from the maximum and the total of each row."""
+    parts, wide, fine = _empty(x, size // _CHUNK + 1), _wide_space(x, size), _wide_space(out, size)
+    count, one = (x.shape[1] + size - 1) // size, parts.dtype.type(1)
+    for k in range(first, last):
+        i, start = k // count, k % count * size
+        piece = out[i][start : start + size]
+        y = _space_for(piece, fine)
+        _exponentials(_loaded(x[i][start : start + size], wide), top[i], temperature, y, parts)
+        scale = one / total[i]
+        for c in range(y.size):
+            y[c] *= scale
+        _store(y, piece)
 
 
 @_kernel
-def log_softmax_of_piece(x: Array, top: Any, temperature: Any, log_total: Any, out: Array) -> None:
-    """Write the logarithm of the softmax of a piece of a row."""
-    wide, fine = _wide_space(x, x.size), _wide_space(out, x.size)
-    row, y = _loaded(x, wide), _space_for(out, fine)
-    for j in range(y.size):
-        d = row[j] - top
-        if temperature is not None:
-            d = d / temperature
-        y[j] = d - log_total
-    _store(y, out)
+def log_softmax_of_pieces(
+    x: Array, size: int, first: int, last: int, temperature: Any, top: Array, log_total: Array, out: Array
+) -> None:
+    """Write the logarithm of the softmax of pieces from the maximum and the log-total of each row."""
+    wide, fine = _wide_space(x, size), _wide_space(out, size)
+    count = (x.shape[1] + size - 1) // size
+    for k in range(first, last):
+        i, start = k // count, k % count * size
+        piece = out[i][start : start + size]
+        row, y = _loaded(x[i][start : start + size], wide), _space_for(piece, fine)
+        highest, log_of_row = top[i], log_total[i]
+        for c in range(y.size):
+            d = row[c] - highest
+            if temperature is not None:
+                d = d / temperature
+            y[c] = d - log_of_row
+        _store(y, piece)
 
 
 @_part

@@ -82,6 +82,26 @@ def _leave(busy: Array, posted: Array, last: int, turns: int, head_start: int) -
         _pause()
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _call(_: Any, address: Any) -> Any:
+    """Call a C function of one pointer, which gets none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        function = builder.inttoptr(arguments[0], ir.FunctionType(ir.VoidType(), [pointer]).as_pointer())
+        builder.call(function, [ir.Constant(pointer, None)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@numba.cfunc(types.void(types.CPointer(types.int64)), cache=True)  # type: ignore[untyped-decorator]
+def _enter_late(entry: Any) -> None:
+    for _ in range(entry[0]):
+        _pause()
+    _call(entry[1])
+
+
 def number() -> Array:
     """Return a number that threads can wait for, 0."""
     return np.zeros(1, np.int64)
@@ -111,3 +131,12 @@ def wait(busy: Array) -> bool:
 def leave(busy: Array, posted: Array) -> None:
     """Stop being busy, and wait for another job to be posted, but not for long."""
     _leave(busy, posted, posted[0], _TURNS, _HEAD_START)
+
+
+ENTER_LATE = _enter_late.address
+"""A C function of what `late_entry` returns."""
+
+
+def late_entry(function: int) -> Array:
+    """Return the data for a call of a C function that lets the caller get to work first."""
+    return np.array((_HEAD_START, function), np.int64)

@@ -103,17 +103,21 @@ class _Job:
                 self.taken += 1
             self.work(piece)
 
-    def help(self) -> None:
-        """Do what a helper thread does: leave errors to the caller."""
-        with self.changed:
-            if self.taken >= self.count:
-                return
-            self.busy[0] += 1
+    def assist(self) -> None:
+        """Work as a helper does, who leaves errors to the caller."""
         try:
             self.take_all()
         except BaseException as error:  # raised again in the caller's thread
             self.error = error
             self.cancel()
+
+    def help(self) -> None:
+        """Assist a caller who waits until nobody is busy."""
+        with self.changed:
+            if self.taken >= self.count:
+                return
+            self.busy[0] += 1
+        self.assist()
         spins = _spin is not None and not self.sleeps
         if spins:
             _spin.leave(self.busy, _posted)
@@ -185,7 +189,7 @@ class _Team:
 
     def __init__(self, library: ctypes.CDLL, size: Callable[[], int]) -> None:
         self.start, self.end = library.GOMP_parallel_start, library.GOMP_parallel_end
-        self.start.argtypes, self.start.restype = (self._entry, ctypes.c_void_p, ctypes.c_uint), None
+        self.start.argtypes, self.start.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint), None
         self.end.argtypes, self.end.restype = (), None
         self.size = size
         self.leader = threading.main_thread().ident
@@ -196,9 +200,13 @@ class _Team:
 
     def run(self, job: _Job, helpers: int) -> None:
         contexts = [copy_context() for _ in range(helpers)]
-        entry = self._entry(lambda _: contexts.pop().run(job.help))
+        entry = self._entry(lambda _: contexts.pop().run(job.assist))
         try:
-            self.start(entry, None, helpers + 1)
+            if _spin is None:
+                self.start(entry, None, helpers + 1)
+            else:
+                late_entry = _spin.late_entry(ctypes.c_void_p.from_buffer(entry).value)
+                self.start(_spin.ENTER_LATE, late_entry.ctypes.data, helpers + 1)
             job.take_all()
         finally:
             try:

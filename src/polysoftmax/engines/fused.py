@@ -155,7 +155,7 @@ def _together(found: Array) -> tuple[Array, Array, Array]:
 
 
 _PIECE = 1 << 17
-"""Entries of a long row that one thread does at a time."""
+"""Entries of a long row that are done at a time: they and their answers fit a second-level cache."""
 
 _LONG = 2 * _PIECE
 
@@ -179,23 +179,21 @@ def _run_long(call: Call, operands: tuple[Array, ...], threads: int) -> Array:
     keeps_length = _FORMULAS[name][1]
     answer = _blocks.like(x, axis, x.shape[axis] if keeps_length else 1, call.result)
     rows, out = _as_bits(x.reshape(-1, x.shape[axis])), _as_bits(answer.reshape(-1, answer.shape[axis]))
-    starts = range(0, rows.shape[1], _PIECE)
-    pieces = [(i, j, slice(start, start + _PIECE)) for i in range(len(rows)) for j, start in enumerate(starts)]
-    found = np.empty((3, len(rows), len(starts)), call.compute)
+    count = math.ceil(rows.shape[1] / _PIECE)
+    found = np.empty((3, len(rows), count), call.compute)
     temperature = None if not keeps_length or operands[1] is None else found.dtype.type(operands[1])
     # What is rounded to 16 bits at the end cannot wait there.
     space = out if name == "softmax" and out.dtype == found.dtype else None
+    step = math.ceil(len(rows) * count / _blocks.shares(x.size))
+    shares = [(first, min(first + step, len(rows) * count)) for first in range(0, len(rows) * count, step)]
 
     def look(k: int) -> None:
-        i, j, part = pieces[k]
         if keeps_length:
-            found[:2, i, j] = kernels.total_of_piece(
-                rows[i, part], temperature, None if space is None else space[i, part]
-            )
+            kernels.totals_of_pieces(rows, _PIECE, *shares[k], temperature, space, found[0], found[1])
         else:
-            found[:, i, j] = kernels.apart_of_piece(rows[i, part])
+            kernels.apart_of_pieces(rows, _PIECE, *shares[k], *found)
 
-    parallel(look, len(pieces), threads)
+    parallel(look, len(shares), threads)
     top = np.max(found[0], axis=1)
     with np.errstate(all="ignore"):
         if not keeps_length:
@@ -213,15 +211,14 @@ def _run_long(call: Call, operands: tuple[Array, ...], threads: int) -> Array:
         log_total, factor = np.log(total), factor / total[:, None]
 
     def finish(k: int) -> None:
-        i, j, part = pieces[k]
-        if name == "log_softmax":
-            kernels.log_softmax_of_piece(rows[i, part], top[i], temperature, log_total[i], out[i, part])
-        elif space is None:
-            kernels.softmax_of_piece(rows[i, part], top[i], temperature, total[i], out[i, part])
+        if space is not None:
+            kernels.scale_pieces(factor, _PIECE, *shares[k], out)
+        elif name == "softmax":
+            kernels.softmax_of_pieces(rows, _PIECE, *shares[k], temperature, top, total, out)
         else:
-            kernels.scale_piece(factor[i, j], out[i, part])
+            kernels.log_softmax_of_pieces(rows, _PIECE, *shares[k], temperature, top, log_total, out)
 
-    parallel(finish, len(pieces), threads)
+    parallel(finish, len(shares), threads)
     return answer
 
 

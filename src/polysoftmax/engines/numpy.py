@@ -33,9 +33,6 @@ Blocks of 256 KB fit a second-level cache with all temporaries, but two threads 
 the interpreter lock between the steps: softmax of 64 × 50257 took 4.0 ms instead of 1.9.
 """
 
-_MOST_PIECES = 32
-"""Pieces that the threads share at most where nothing has to fit the cache."""
-
 _SHORT = 32
 """Rows up to this length are run transposed."""
 
@@ -47,10 +44,6 @@ _MANY_STEPS = 16
 
 Beyond that it is given fewer than others, for its steps leave many arrays.
 """
-
-_PARALLEL = 1 << 19
-"""Entries below which waking another thread, and waiting for it, costs more than it saves."""
-
 
 _FUSED = "a fused kernel does a row in two or three passes"
 
@@ -195,11 +188,10 @@ def _evaluate_in_pieces(call: Call, x: Array, temperature: float | None, plan: P
 def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any]) -> Plan:
     """Decide how to run a formula; the size of a block follows from the array alone, never from the threads."""
     n, size = x.shape[axis], x.size
-    threads = num_threads() if size >= _PARALLEL else 1
+    threads = num_threads() if size >= _blocks.PARALLEL else 1
     if not obstacle and x.dtype == compute and axis == x.ndim - 1 and x.flags.c_contiguous and name[-4:] != "_vjp":
         # Nothing is copied, so nothing has to fit the cache: pieces only serve the threads, and cost Python's time.
-        pieces = min(2 << (size // _PARALLEL).bit_length(), _MOST_PIECES) if size >= _PARALLEL else 1
-        return Plan("fused", _FUSED, "row by row", math.ceil(size // n / pieces), threads)
+        return Plan("fused", _FUSED, "row by row", math.ceil(size // n / _blocks.shares(size)), threads)
     rows = size // n
     block_bytes = min(_BLOCK_BYTES, max(_LEAST_BYTES, size * compute.itemsize // _PIECES))
     block = max(1, block_bytes // (n * compute.itemsize))
@@ -211,6 +203,6 @@ def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any])
     if name in _IN_PIECES and n * compute.itemsize >= _LONG_BYTES and axis == x.ndim - 1 and x.flags.c_contiguous:
         return Plan("blocks", obstacle, "in pieces", _BLOCK_BYTES // compute.itemsize, threads)
     block = block if along else max(block, _ACROSS)
-    if rows <= block or (x.size < _PARALLEL and chosen() not in FORCED):
+    if rows <= block or (x.size < _blocks.PARALLEL and chosen() not in FORCED):
         return Plan("portable", f"{obstacle}, and too little to share out: the array API formula as it stands")
     return Plan("blocks", obstacle, "as they stand", block, threads)
