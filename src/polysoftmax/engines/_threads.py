@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
@@ -81,6 +83,14 @@ def num_threads() -> int:
     return os.cpu_count() or 1
 
 
+def _no_cpu() -> int:
+    return -1
+
+
+_cpu: Callable[[], int] = ctypes.PyDLL(None).sched_getcpu if sys.platform == "linux" else _no_cpu
+"""Return the CPU that the calling thread runs on; -1 where the system does not tell."""
+
+
 class _Job:
     """Numbered pieces of work that the caller and whichever helpers are idle take one by one."""
 
@@ -139,6 +149,10 @@ class _Job:
                 self.changed.wait()
 
 
+_FEW = 7
+"""Helpers up to which they are kept off the caller's CPU: where there are many, the system finds idle ones."""
+
+
 class _Pool:
     """Helper threads that start when first needed and live as long as the process."""
 
@@ -146,12 +160,16 @@ class _Pool:
         self.queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self.started = 0
         self.lock = threading.Lock()
+        self.threads: list[int] = []
+        self.callers_cpu = -1
 
     def run(self, job: _Job, helpers: int) -> None:
         if self.started < helpers:
             with self.lock:
                 while self.started < helpers and self._start():
                     self.started += 1
+        if (cpu := _cpu()) != self.callers_cpu and self.started <= _FEW:
+            self._leave(cpu)
         try:
             if _spin is not None:
                 _posted[0] += 1
@@ -172,7 +190,18 @@ class _Pool:
             return False
         return True
 
+    def _leave(self, cpu: int) -> None:
+        """Keep the helpers off the caller's CPU, where Linux wakes them when all CPUs have been busy of late."""
+        others = os.sched_getaffinity(0) - {cpu}
+        if others:
+            for thread in self.threads:
+                with suppress(OSError):  # where a sandbox forbids it they stay where they are
+                    os.sched_setaffinity(thread, others)
+            self.callers_cpu = cpu
+
     def _serve(self) -> None:
+        self.threads.append(threading.get_native_id())
+        self.callers_cpu = -1
         while True:
             self.queue.get()()
 
@@ -257,9 +286,12 @@ def parallel(work: Callable[[int], None], count: int, threads: int) -> None:
             work(piece)
         return
     job = _Job(work, count)
-    if _team is not None and _team.fits(threads):
-        _team.run(job, threads - 1)
-    else:
-        _pool.run(job, min(threads, count) - 1)
+    try:
+        if _team is not None and _team.fits(threads):
+            _team.run(job, threads - 1)
+        else:
+            _pool.run(job, min(threads, count) - 1)
+    finally:
+        del job.work  # it holds arrays, and a helper who waits for another job holds this one
     if job.error is not None:
         raise job.error

@@ -225,7 +225,7 @@ def _admits(name: str, x: Array, axis: int) -> bool:
         return True
     if name == "logsumexp":
         return False  # one row with an answer close to its maximum, and there will be one, takes it a second pass
-    return x.numel() < _MANY * n or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS)
+    return x.numel() < _MANY * n or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS and x.numel() < _VERY_LARGE)
 
 
 _SEVERAL_KERNELS = ("cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
@@ -236,6 +236,9 @@ _SLOW_UP_TO = 15
 
 _LARGE, _MANY = 10_000, 300
 """Entries and rows from which a call of our kernels costs no more than what torch's are slower by."""
+
+_VERY_LARGE = 1_000_000
+"""Entries from which our kernels are faster than torch's for rows of any length."""
 
 _NARROW = (torch.float16, torch.bfloat16)
 
