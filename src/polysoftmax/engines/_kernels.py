@@ -53,28 +53,26 @@ def _exponential(
 ) -> Callable[..., Any]:
     """Return exp for z ≤ 0 in one dtype, within 1 ulp, in operations that the compiler can do on vectors.
 
-    z = k·ln 2 + r with ln 2 in two parts (Cody and Waite), a series for exp(r), and k added to its exponent. The series
-    is lifted by a power of two, so that this ends above the subnormal numbers, and what is subnormal is rounded once,
-    when it is taken down again. Below ``least`` the answer is 0. NaN passes through.
+    z = k·ln 2 + r with ln 2 in two parts (Cody and Waite), a series for exp(r), times 2^k. That power is taken with k + 64
+    in its place, which ends above the subnormal numbers, and what is subnormal is rounded once, in the end. From
+    ``least`` down the answer is 0. NaN passes through.
     """
     info = np.finfo(real)
-    lift = 2.0**64
-    lifted = tuple(real(c * lift) for c in series)
+    series = tuple(map(real, series))
     per_ln2, high, low, least = real(1.0 / math.log(2.0)), real(ln2[0]), real(ln2[1]), real(least)
-    rounding = real(1.5 * 2.0**info.nmant)  # what is added to it loses its fraction, and ends on k in its bits
-    shift, down, zero = whole(info.nmant), real(1.0 / lift), real(0.0)
+    # What is added to it loses its fraction, and ends on k and the exponent of 2^64 in its bits.
+    rounding = real(1.5 * 2.0**info.nmant + info.maxexp - 1 + 64)
+    shift, down = whole(info.nmant), real(2.0**-64)
 
     def exponential(z: Any) -> Any:
+        z = least if z < least else z  # noqa: FURB136  # max of Numba minds NaN, in branches
         rounded = real(z * per_ln2 + rounding)
         f = rounded - rounding
         r = (z - f * high) - f * low
-        p = lifted[-1]
-        for c in lifted[-2::-1]:
+        p = series[-1]
+        for c in series[-2::-1]:
             p = p * r + c
-        scaled = whole(real(p).view(whole) + whole(rounded.view(whole) << shift)).view(real) * down
-        # NaN is not what its bits may have become among the integers.
-        other = zero if z < zero else z  # noqa: FURB136  # max of Numba minds NaN, in branches
-        return scaled if z >= least else other
+        return p * whole(rounded.view(whole) << shift).view(real) * down
 
     return exponential
 
