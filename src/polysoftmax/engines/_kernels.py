@@ -766,13 +766,17 @@ def finish_across(x: Array, first: int, last: int, logarithm: bool, top: Array, 
                 row[c] = exp(line[c] - top[c]) * scale[c]
 
 
-@_kernel
-def softmax_across(x: Array, first: int, last: int, logarithm: bool, out: Array) -> None:
-    """Write the softmax, or its logarithm, along the first of two axes, for some of the columns."""
+_WIDTH = 1024
+"""Columns that are done at a time: what is kept of each fits a first-level cache, and lines are long enough to read."""
+
+
+@_part
+def _softmax_of_columns(x: Array, first: int, last: int, logarithm: bool, space: Array, out: Array) -> None:
     n, width, one = x.shape[0], last - first, x.dtype.type(1)
-    top = np.empty(width, x.dtype)
-    total, lost, part = np.zeros(width, x.dtype), np.zeros(width, x.dtype), np.zeros(width, x.dtype)
+    top, total, lost, part = space[0][:width], space[1][:width], space[2][:width], space[3][:width]
     _tops_across(x, first, last, top)
+    total[:] = 0
+    lost[:] = 0
     for start in range(0, n, 8):
         part[:] = 0
         for j in range(start, min(start + 8, n)):
@@ -800,6 +804,18 @@ def softmax_across(x: Array, first: int, last: int, logarithm: bool, out: Array)
 
 
 @_kernel
+def softmax_across(x: Array, first: int, last: int, logarithm: bool, out: Array) -> None:
+    """Write the softmax, or its logarithm, along the second of three axes, for some of all columns."""
+    columns = x.shape[2]
+    space = np.empty((4, _WIDTH), x.dtype)
+    while first < last:
+        i, start = first // columns, first % columns
+        end = min(start + _WIDTH, columns, start + last - first)
+        _softmax_of_columns(x[i], start, end, logarithm, space, out[i])
+        first += end - start
+
+
+@_kernel
 def total_across(x: Array, first: int, last: int, top: Array, total: Array) -> None:
     """Do what ``totals_of_pieces`` does, along the first of two axes, for some of the columns."""
     width, zero = last - first, x.dtype.type(0)
@@ -817,6 +833,23 @@ def total_across(x: Array, first: int, last: int, top: Array, total: Array) -> N
         _add_exactly(total, lost, part)
     for c in range(total.size):
         total[c] += lost[c]
+
+
+@_kernel
+def scales_across(tops: Array, totals: Array, logarithm: bool, top: Array, scale: Array) -> None:
+    """Write the maximum of each column, and what ``finish_across`` takes, from those of its pieces."""
+    width, one = top.size, top.dtype.type(1)
+    lost, part = np.zeros(width, top.dtype), np.empty(width, top.dtype)
+    _tops_across(tops, 0, width, top)
+    scale[:] = 0
+    for j in range(tops.shape[0]):
+        line, total = tops[j], totals[j]
+        for c in range(width):
+            part[c] = total[c] * exp(line[c] - top[c])
+        _add_exactly(scale, lost, part)
+    for c in range(width):
+        total_of_all = scale[c] + lost[c]
+        scale[c] = log1p((scale[c] - one) + lost[c]) if logarithm else one / total_of_all
 
 
 @_kernel

@@ -78,8 +78,11 @@ _ACROSS = ("softmax", "log_softmax", "logsumexp")
 _ACROSS_BYTES = 1 << 14
 """Least length of the lines that it works on: memory is read ahead to the end of a page, and each line has a cost."""
 
-_ACROSS_CACHED = 1 << 18
-"""Size up to which lines are longer than that."""
+_ACROSS_LENGTH = 2048
+"""Length of columns up to which they are not cut: some hundred are read again and again."""
+
+_ACROSS_COLUMNS = 256
+"""Columns that a thread is given at least."""
 
 _ACROSS_PIECE = 1 << 18
 """Entries that a thread does at a time: they are read for the maximum, and again for the total."""
@@ -96,25 +99,27 @@ def _is_across(call: Call, operands: tuple[Array, ...]) -> bool:
     )
 
 
+def _columns(count: int, step: int) -> list[tuple[int, int]]:
+    return [(first, min(first + step, count)) for first in range(0, count, step)]
+
+
 def _run_across(call: Call, x: Array, threads: int) -> Array:
     kernels: Any = _kernels()
     axis, name = call.options["axis"], call.formula.name
     outer, n, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
     rows = x.reshape(outer, n, inner)
-    step = max(_ACROSS_BYTES // x.itemsize, _ACROSS_CACHED // (n * x.itemsize))
-    columns = [(first, min(first + step, inner)) for first in range(0, inner, step)]
+    answer = _blocks.like(x, axis, n if name != "logsumexp" else 1, call.result)
+    step = max(math.ceil(outer * inner / _blocks.shares(x.size)), _ACROSS_COLUMNS)
+    if name != "logsumexp" and n <= _ACROSS_LENGTH and (outer * inner > step or threads == 1):
+        out, shares = answer.reshape(rows.shape), _columns(outer * inner, step)
+        parallel(
+            lambda k: kernels.softmax_across(rows, *shares[k], name == "log_softmax", out), len(shares), threads
+        )
+        return answer
+    step = _ACROSS_BYTES // x.itemsize
+    columns = _columns(inner, step)
     length = max(_ACROSS_PIECE // min(step, inner), 1)
     starts = range(0, n, length)
-    answer = _blocks.like(x, axis, n if name != "logsumexp" else 1, call.result)
-    if name != "logsumexp" and len(starts) == 1:
-        out, whole = answer.reshape(rows.shape), [(i, *column) for i in range(outer) for column in columns]
-
-        def work(k: int) -> None:
-            i, first, last = whole[k]
-            kernels.softmax_across(rows[i], first, last, name == "log_softmax", out[i])
-
-        parallel(work, len(whole), threads)
-        return answer
     pieces = [(i, j, first, last) for i in range(outer) for j in range(len(starts)) for first, last in columns]
     found = np.empty((3 if name == "logsumexp" else 2, outer, len(starts), inner), x.dtype)
     look_at = kernels.apart_across if name == "logsumexp" else kernels.total_across
@@ -124,14 +129,14 @@ def _run_across(call: Call, x: Array, threads: int) -> Array:
         look_at(rows[i, starts[j] : starts[j] + length], first, last, *found[:, i, j, first:last])
 
     parallel(look, len(pieces), threads)
-    with np.errstate(all="ignore"):
-        if name == "logsumexp":
+    if name == "logsumexp":
+        with np.errstate(all="ignore"):
             top, most, rest = _together(found)
             answer[...] = (top + np.log(most) + np.log1p(rest / most)).reshape(answer.shape)
-            return answer
-        top = np.max(found[0], axis=1)
-        total = accurate_sum(found[1] * np.exp(found[0] - top[:, None]), 1)[:, 0]
-        scale = np.log(total) if name == "log_softmax" else 1.0 / total
+        return answer
+    top, scale = np.empty((2, outer, inner), x.dtype)
+    for i in range(outer):
+        kernels.scales_across(found[0, i], found[1, i], name == "log_softmax", top[i], scale[i])
     out = answer.reshape(rows.shape)
 
     def finish(k: int) -> None:
