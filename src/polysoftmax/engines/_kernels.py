@@ -53,9 +53,9 @@ def _exponential(
 ) -> Callable[..., Any]:
     """Return exp for z ≤ 0 in one dtype, within 1 ulp, in operations that the compiler can do on vectors.
 
-    z = k·ln 2 + r with ln 2 in two parts (Cody and Waite), a series for exp(r), times 2^k. That power is taken with k + 64
-    in its place, which ends above the subnormal numbers, and what is subnormal is rounded once, in the end. From
-    ``least`` down the answer is 0. NaN passes through.
+    z = k·ln 2 + r with ln 2 in two parts (Cody and Waite), and a series for exp(r), times 2^k. That power is taken with
+    k + 64 in its place, which ends above the subnormal numbers, and what is subnormal is rounded once, in the end.
+    From ``least`` down the answer is 0. NaN passes through.
     """
     info = np.finfo(real)
     series = tuple(map(real, series))
@@ -875,8 +875,7 @@ def apart_across(x: Array, first: int, last: int, top: Array, most: Array, rest:
         rest[c] += lost[c]
 
 
-# Whatever is done with long rows is done for some of them before the next step: what one row's step waits for at its end
-# does not hold up the step of the next row.
+# Every step is done for some rows before the next: what it waits for at a row's end does not hold up the next row.
 
 
 @_part
@@ -885,8 +884,8 @@ def _tops(lines: Array, top: Array) -> None:
         top[i] = greatest(lines[i])
 
 
-# A row that is one chunk is not sliced, and what is done with it has one place only: else Numba counts the references to
-# it, which takes as long as a hundred terms.
+# A row that is one chunk is not sliced, and what is done with it has one place only: else Numba counts the references
+# to it, which takes as long as a hundred terms.
 
 
 @_part
@@ -926,7 +925,7 @@ def _write_totals_without(rows: Array, top: Array, place: Array, parts: Array, t
 def _rows_shifted(
     lines: Array, first: int, temperature: Array | None, where: Array | None, top: Array, z: Array
 ) -> Array:
-    """Return rows, and write their maxima, such that exp(row - maximum) is meant; ``first`` is the first row's place."""
+    """Return rows, the first of which is ``first``, and write their maxima, such that exp(row - maximum) is meant."""
     if temperature is None and where is None:
         _tops(lines, top)
         return lines

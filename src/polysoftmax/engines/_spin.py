@@ -1,6 +1,6 @@
 """Waiting in loops, without the interpreter's lock: what threads that share work for microseconds can afford.
 
-A thread that sleeps may be woken 30 microseconds late, and more on a virtual machine. Importing this file imports Numba.
+A thread that sleeps is woken tens of microseconds late on a virtual machine. Importing this file imports Numba.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _call(_: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-@numba.cfunc(types.void(types.CPointer(types.int64)), cache=True)  # type: ignore[untyped-decorator]
+@numba.cfunc("void(CPointer(int64))", cache=True)  # type: ignore[untyped-decorator]
 def _enter_late(entry: Any) -> None:
     for _ in range(entry[0]):
         _pause()
@@ -128,9 +128,9 @@ def wait(busy: Array) -> bool:
     return _wait(busy, _TURNS)  # type: ignore[no-any-return]
 
 
-def leave(busy: Array, posted: Array) -> None:
-    """Stop being busy, and wait for another job to be posted, but not for long."""
-    _leave(busy, posted, posted[0], _TURNS, _HEAD_START)
+def leave(busy: Array, posted: Array, *, waits: bool) -> None:
+    """Stop being busy, and wait for another job to be posted, but not for long, or not at all."""
+    _leave(busy, posted, posted[0], _TURNS if waits else 0, _HEAD_START)
 
 
 ENTER_LATE = _enter_late.address

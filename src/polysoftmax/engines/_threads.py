@@ -98,6 +98,7 @@ class _Job:
         self.work = work
         self.count = count
         self.taken = 0
+        self.spin = _spin
         self.busy = [0] if _spin is None else _spin.number()
         self.sleeps = False
         self.error: BaseException | None = None
@@ -128,11 +129,10 @@ class _Job:
                 return
             self.busy[0] += 1
         self.assist()
-        spins = _spin is not None and not self.sleeps
-        if spins:
-            _spin.leave(self.busy, _posted)
+        if self.spin is not None:
+            self.spin.leave(self.busy, _posted, waits=not self.sleeps)
         with self.changed:
-            if not spins:
+            if self.spin is None:
                 self.busy[0] -= 1
             self.changed.notify()
 
@@ -141,7 +141,7 @@ class _Job:
             self.taken = self.count
 
     def wait(self) -> None:
-        if _spin is not None and _spin.wait(self.busy):
+        if self.spin is not None and self.spin.wait(self.busy):
             return
         with self.changed:
             self.sleeps = True
@@ -169,9 +169,9 @@ class _Pool:
                 while self.started < helpers and self._start():
                     self.started += 1
         if (cpu := _cpu()) != self.callers_cpu and self.started <= _FEW:
-            self._leave(cpu)
+            self._keep_off(cpu)
         try:
-            if _spin is not None:
+            if job.spin is not None:
                 _posted[0] += 1
             for _ in range(helpers):
                 # A context of its own for each: the engine chosen, and NumPy's errstate.
@@ -190,7 +190,7 @@ class _Pool:
             return False
         return True
 
-    def _leave(self, cpu: int) -> None:
+    def _keep_off(self, cpu: int) -> None:
         """Keep the helpers off the caller's CPU, where Linux wakes them when all CPUs have been busy of late."""
         others = os.sched_getaffinity(0) - {cpu}
         if others:
@@ -231,11 +231,11 @@ class _Team:
         contexts = [copy_context() for _ in range(helpers)]
         entry = self._entry(lambda _: contexts.pop().run(job.assist))
         try:
-            if _spin is None:
+            if job.spin is None:
                 self.start(entry, None, helpers + 1)
             else:
-                late_entry = _spin.late_entry(ctypes.c_void_p.from_buffer(entry).value)
-                self.start(_spin.ENTER_LATE, late_entry.ctypes.data, helpers + 1)
+                late_entry = job.spin.late_entry(ctypes.c_void_p.from_buffer(entry).value)
+                self.start(job.spin.ENTER_LATE, late_entry.ctypes.data, helpers + 1)
             job.take_all()
         finally:
             try:
@@ -250,12 +250,11 @@ _spin: ModuleType | None = None
 _posted: Any = None
 
 
-def spin(module: ModuleType) -> None:
-    """Let threads wait for each other in its loops, for some microseconds, before they sleep."""
+def wait_in_loops(spin: ModuleType) -> None:
+    """Let threads wait for each other in the loops of ``_spin``, for a tenth of a millisecond, before they sleep."""
     global _spin, _posted
-    _posted = module.number()
-    _spin = module
-
+    _posted = spin.number()
+    _spin = spin
 
 
 def borrow(library: ctypes.CDLL, size: Callable[[], int]) -> None:

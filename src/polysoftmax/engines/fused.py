@@ -35,7 +35,7 @@ def _kernels() -> ModuleType | str:
     if _loaded is None:
         try:
             _loaded = importlib.import_module("polysoftmax.engines._kernels")
-            _threads.spin(importlib.import_module("polysoftmax.engines._spin"))
+            _threads.wait_in_loops(importlib.import_module("polysoftmax.engines._spin"))
         except ImportError as error:
             _loaded = f"no fused kernels without polysoftmax[fast]: {error}"
     return _loaded
@@ -112,9 +112,7 @@ def _run_across(call: Call, x: Array, threads: int) -> Array:
     step = max(math.ceil(outer * inner / _blocks.shares(x.size)), _ACROSS_COLUMNS)
     if name != "logsumexp" and n <= _ACROSS_LENGTH and (outer * inner > step or threads == 1):
         out, shares = answer.reshape(rows.shape), _columns(outer * inner, step)
-        parallel(
-            lambda k: kernels.softmax_across(rows, *shares[k], name == "log_softmax", out), len(shares), threads
-        )
+        parallel(lambda k: kernels.softmax_across(rows, *shares[k], name == "log_softmax", out), len(shares), threads)
         return answer
     step = _ACROSS_BYTES // x.itemsize
     columns = _columns(inner, step)
@@ -236,13 +234,15 @@ def run(call: Call, operands: tuple[Array, ...], block: int, threads: int) -> An
         return _run_across(call, x, threads)
     if x.shape[axis] >= _LONG and _is_long(call, operands):
         return _run_long(call, operands, threads)
-    function, keeps_length = _FORMULAS[name]
-    answer = _blocks.like(x, axis, x.shape[axis] if keeps_length else 1, call.result)
-    rounds = keeps_length and _stays_narrow(call, x)
-    if axis == x.ndim - 1 and (rounds or call.result == call.compute) and _lies_ready(call, operands):
+    keeps_length = _FORMULAS[name][1]
+    length, rounds = x.shape[axis] if keeps_length else 1, keeps_length and _stays_narrow(call, x)
+    dtype = call.result if keeps_length else call.compute
+    if axis == x.ndim - 1 and (rounds or dtype == call.compute) and _lies_ready(call, operands):
+        answer = _blocks.like(x, axis, length, dtype)
         _run_in_place(call, operands, answer, block, threads)
-    else:
-        _run_with_copies(call, operands, answer, block, threads, rounds)
+        return answer if dtype == call.result else _converted(_kernels(), answer, call.result)
+    answer = _blocks.like(x, axis, length, call.result)
+    _run_with_copies(call, operands, answer, block, threads, rounds)
     return answer
 
 
