@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,7 +17,7 @@ import polysoftmax
 from polysoftmax.engines import _blocks, _threads
 from polysoftmax.engines._threads import num_threads, parallel, set_num_threads
 
-SHAPES = [(400, 513), (30000, 7), (3, 120_000), (17, 40, 90), (2, 400_000)]
+SHAPES = [(400, 513), (30000, 7), (3, 120_000), (17, 40, 90), (2, 400_000), (2048, 256)]
 FORMULAS = [polysoftmax.softmax, polysoftmax.log_softmax, polysoftmax.logsumexp, polysoftmax.entropy]
 
 
@@ -98,6 +99,60 @@ def test_interrupt_waits_for_pieces_that_run() -> None:
     time.sleep(0.1)
     assert finished == settled
     assert len(settled) <= 1
+
+
+def test_helpers_who_wait_for_more_keep_nothing() -> None:
+    x = logits((1000, 700))
+    set_num_threads(3)
+    for _ in range(20):
+        y = polysoftmax.softmax(x)
+        gone = weakref.ref(y)
+        del y
+        assert gone() is None
+
+
+@pytest.mark.parametrize("spins", [True, False])
+@pytest.mark.parametrize("seconds", [0.0, 0.0005])
+def test_many_helpers_leave_in_any_order(spins: bool, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some count themselves out while the caller looks, some when it sleeps."""
+    spin = pytest.importorskip("polysoftmax.engines._spin", reason="needs Numba") if spins else None
+    monkeypatch.setattr(_threads, "_spin", spin)
+    monkeypatch.setattr(_threads, "_posted", [0] if spin is None else spin.number())
+    monkeypatch.setattr(_threads, "_team", None)
+    for round_ in range(200):
+        done = []
+
+        def work(i: int, done: list[int] = done) -> None:
+            if i % 3:
+                time.sleep(seconds)
+            done.append(i)
+
+        parallel(work, 3 + round_ % 5, 6)
+        assert sorted(done) == list(range(3 + round_ % 5))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the CPU")
+def test_helpers_stay_off_the_callers_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("there is one CPU only")
+    pool = _threads._Pool()
+    monkeypatch.setattr(_threads, "_pool", pool)
+    monkeypatch.setattr(_threads, "_team", None)
+    masks: list[set[int]] = []
+
+    def work(i: int) -> None:
+        if threading.get_native_id() in pool.threads:
+            masks.append(os.sched_getaffinity(0))
+        time.sleep(0.001)
+
+    parallel(work, 10, 2)  # the helper may still be new
+    masks.clear()
+    parallel(work, 20, 2)
+    assert masks
+    assert {len(mask) for mask in masks} == {len(allowed) - 1}
+    assert pool.callers_cpu not in masks[-1]
+    assert os.sched_getaffinity(0) == allowed
 
 
 def test_nested_calls_do_not_lock_up() -> None:

@@ -109,8 +109,9 @@ def _run_across(call: Call, x: Array, threads: int) -> Array:
     outer, n, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
     rows = x.reshape(outer, n, inner)
     answer = _blocks.like(x, axis, n if name != "logsumexp" else 1, call.result)
-    step = max(math.ceil(outer * inner / _blocks.shares(x.size)), _ACROSS_COLUMNS)
-    if name != "logsumexp" and n <= _ACROSS_LENGTH and (outer * inner > step or threads == 1):
+    count = _blocks.shares(x.size)
+    step = max(math.ceil(outer * inner / count), _ACROSS_COLUMNS)
+    if name != "logsumexp" and n <= _ACROSS_LENGTH and (outer * inner > step or count == 1):
         out, shares = answer.reshape(rows.shape), _columns(outer * inner, step)
         parallel(lambda k: kernels.softmax_across(rows, *shares[k], name == "log_softmax", out), len(shares), threads)
         return answer
