@@ -514,7 +514,9 @@ def accurate_total(x: Array) -> Array:
 def accurate_mean(x: Array) -> Array:
     """Average all entries as `accurate_total` sums them, none to 0."""
     count = math.prod(x.shape)
-    if count < 2:
+    if count == 1:
+        return namespace(x).reshape(x, ())
+    if count == 0:
         return accurate_total(x)
     if library(x).name in _TREES:
         return x.mean()  # one step to differentiate, not two
@@ -529,6 +531,8 @@ def extremes(x: Array) -> tuple[int, int] | None:
         return None
     if library(x).name == "numpy":
         return int(x.min()), int(x.max())
+    if x.numel() == 1:
+        return (x.item(),) * 2
     least, most = x.aminmax()
     return least.item(), most.item()
 

@@ -139,7 +139,8 @@ def _surprise(log_p: Array, axis: int, entry: Array) -> Array | None:
     It is None where a row has no answer, or there is no row.
     """
     y = entry.neg_()
-    least = y.min().item() if y.numel() else math.nan
+    count = y.numel()
+    least = (y if count == 1 else y.min()).item() if count else math.nan
     if least >= _NEAR_0:
         return y
     if math.isnan(least):
