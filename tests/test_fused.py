@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mpmath
 import numpy as np
@@ -17,6 +17,9 @@ numba = pytest.importorskip("numba", reason="the fused kernels need polysoftmax[
 
 from polysoftmax.engines import _kernels, fused  # noqa: E402  # needs Numba
 from polysoftmax.engines import numpy as numpy_engine  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 INF, NAN = np.inf, np.nan
 FLOATS = [np.float32, np.float64]
@@ -262,16 +265,30 @@ def same_bits(got: np.ndarray, want: np.ndarray) -> bool:
     return bool(((got.view(np.uint16) == want.view(np.uint16)) | (np.isnan(got) & np.isnan(want))).all())
 
 
-def test_every_float16_is_widened_exactly() -> None:
+@_kernels._kernel
+def _widen_in_steps(bits: np.ndarray, out: np.ndarray) -> None:
+    for i in range(bits.size):
+        out[i] = _kernels._of_float16_in_steps(bits[i])
+
+
+@_kernels._kernel
+def _narrow_in_steps(x: np.ndarray, bits: np.ndarray) -> None:
+    for i in range(x.size):
+        bits[i] = _kernels._to_float16_in_steps(x[i])
+
+
+@pytest.mark.parametrize("widen", [_kernels.widen_float16, _widen_in_steps])
+def test_every_float16_is_widened_exactly(widen: Callable[..., None]) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     wide = np.empty(bits.size, np.float32)
-    _kernels.widen_float16(bits, wide)
+    widen(bits, wide)
     want = bits.view(np.float16).astype(np.float32)
     np.testing.assert_array_equal(wide, want)
     np.testing.assert_array_equal(np.signbit(wide), np.signbit(want))
 
 
-def test_rounding_to_float16() -> None:
+@pytest.mark.parametrize("narrow", [_kernels.narrow_float16, _narrow_in_steps])
+def test_rounding_to_float16(narrow: Callable[..., None]) -> None:
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     ties = (halves[1:] + halves[:-1]) / 2
     odd = np.asarray([65504, 65519.996, 65520, 1e30, INF, NAN, 1e-40], np.float32)
@@ -279,7 +296,7 @@ def test_rounding_to_float16() -> None:
     x = np.concatenate([halves, ties, below, above, odd])
     x = np.concatenate([x, -x])
     bits = np.empty(x.size, np.uint16)
-    _kernels.narrow_float16(x, bits)
+    narrow(x, bits)
     with np.errstate(over="ignore", invalid="ignore"):
         assert same_bits(bits.view(np.float16), x.astype(np.float16))
 

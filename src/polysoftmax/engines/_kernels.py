@@ -11,10 +11,12 @@ to IEEE arithmetic as far as it does what the formulas do: a NaN anywhere makes 
 from __future__ import annotations
 
 import math
+import platform
 from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
@@ -204,55 +206,111 @@ def greatest(x: Array) -> Any:
 
 
 # float16 and bfloat16 are taken and given as their bits, uint16 for the one and int16 for the other: Numba has neither,
-# and NumPy converts the one slowly. A row of them is widened, and rounded, in the cache.
+# and NumPy converts the one slowly.
+
+
+@_part
+def _of_bfloat16(bits: Any) -> Any:
+    return np.uint32(np.uint32(np.uint16(bits)) << 16).view(np.float32)
+
+
+@_part
+def _to_bfloat16(x: Any) -> Any:
+    """Round to bfloat16, ties to even."""
+    b = np.float32(x).view(np.uint32)
+    rounded = np.uint32(b + np.uint32(0x7FFF) + np.uint32(np.uint32(b >> 16) & 1)) >> 16
+    return np.int16(np.uint16(rounded if x == x else 0x7FC0))  # NaN
+
+
+@_part
+def _of_float16_in_steps(bits: Any) -> Any:
+    scale = np.float32(2.0**112)  # from the exponents of float16 to those of float32, subnormal ones too
+    h = np.uint32(bits)
+    v = np.uint32(np.uint32(h & 0x7FFF) << 13).view(np.float32) * scale
+    v = np.float32(math.inf) if v >= np.float32(65536) else v
+    v = np.float32(math.nan) if np.uint32(h & 0x7FFF) > 0x7C00 else v
+    return -v if h >= 0x8000 else v
+
+
+@_part
+def _to_float16_in_steps(x: Any) -> Any:
+    """Round to float16, ties to even."""
+    half = np.float32(0.5)
+    b = np.float32(x).view(np.uint32)
+    a = np.uint32(b & np.uint32(0x7FFFFFFF))
+    m = a.view(np.float32)
+    odd = np.uint32(np.uint32(a >> 13) & 1)
+    normal = np.uint32(np.uint32(a + np.uint32(0xFFF) + odd - np.uint32(112 << 23)) >> 13)
+    # Added to 0.5, a float32 has no more digits than a subnormal float16.
+    small = np.uint32(np.float32(m + half).view(np.uint32) - np.uint32(half.view(np.uint32)))
+    r = normal if m >= np.float32(2.0**-14) else small
+    r = np.uint32(0x7C00) if m >= np.float32(65520) else r
+    r = r if m == m else np.uint32(0x7E00)  # NaN
+    return np.uint16(r | np.uint32(np.uint32(b >> 16) & np.uint32(0x8000)))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _of_float16_at_once(_: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _to_float16_at_once(_: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+# Elsewhere the compiler would look for a function that is not there.
+_HAS_FLOAT16 = platform.machine() in ("aarch64", "arm64") or llvm.get_host_cpu_features().get("f16c", False)
+_of_float16 = _of_float16_at_once if _HAS_FLOAT16 else _of_float16_in_steps
+_to_float16 = _to_float16_at_once if _HAS_FLOAT16 else _to_float16_in_steps
 
 
 @_kernel
 def widen_bfloat16(bits: Array, out: Array) -> None:
     """Write the float32 of every bfloat16."""
     for i in range(bits.size):
-        out[i] = np.uint32(np.uint32(np.uint16(bits[i])) << 16).view(np.float32)
+        out[i] = _of_bfloat16(bits[i])
 
 
 @_kernel
 def narrow_bfloat16(x: Array, bits: Array) -> None:
     """Write every float32 rounded to bfloat16, ties to even."""
     for i in range(x.size):
-        b = np.float32(x[i]).view(np.uint32)
-        rounded = np.uint32(b + np.uint32(0x7FFF) + np.uint32(np.uint32(b >> 16) & 1)) >> 16
-        bits[i] = np.uint16(rounded if x[i] == x[i] else 0x7FC0)  # NaN
+        bits[i] = _to_bfloat16(x[i])
 
 
 @_kernel
 def widen_float16(bits: Array, out: Array) -> None:
     """Write the float32 of every float16."""
-    scale = np.float32(2.0**112)  # from the exponents of float16 to those of float32, subnormal ones too
     for i in range(bits.size):
-        h = np.uint32(bits[i])
-        v = np.uint32(np.uint32(h & 0x7FFF) << 13).view(np.float32) * scale
-        v = np.float32(math.inf) if v >= np.float32(65536) else v
-        v = np.float32(math.nan) if np.uint32(h & 0x7FFF) > 0x7C00 else v
-        out[i] = -v if h >= 0x8000 else v
+        out[i] = _of_float16(bits[i])
 
 
 @_kernel
 def narrow_float16(x: Array, bits: Array) -> None:
     """Write every float32 rounded to float16, ties to even."""
-    half = np.float32(0.5)
-    half_bits = np.uint32(half.view(np.uint32))
     for i in range(x.size):
-        v = np.float32(x[i])
-        b = v.view(np.uint32)
-        a = np.uint32(b & np.uint32(0x7FFFFFFF))
-        m = a.view(np.float32)
-        odd = np.uint32(np.uint32(a >> 13) & 1)
-        normal = np.uint32(np.uint32(a + np.uint32(0xFFF) + odd - np.uint32(112 << 23)) >> 13)
-        # Added to 0.5, a float32 has no more digits than a subnormal float16.
-        small = np.uint32(np.float32(m + half).view(np.uint32) - half_bits)
-        r = normal if m >= np.float32(2.0**-14) else small
-        r = np.uint32(0x7C00) if m >= np.float32(65520) else r
-        r = r if m == m else np.uint32(0x7E00)  # NaN
-        bits[i] = np.uint16(r | np.uint32(np.uint32(b >> 16) & np.uint32(0x8000)))
+        bits[i] = _to_float16(x[i])
+
+
+def _rounded(y: Any, out: Array) -> Any:
+    """Return a float in the form in which ``out`` takes it."""
+    raise NotImplementedError
+
+
+@_for_dtypes(_rounded)
+def _(y: Any, out: Any) -> Callable[..., Any]:
+    del y
+    if isinstance(out.dtype, types.Float):
+        return lambda y, out: y
+    round_ = _to_float16 if out.dtype == types.uint16 else _to_bfloat16
+    return lambda y, out: round_(y)
 
 
 def _loaded(x: Array, space: Array) -> Array:
@@ -312,6 +370,19 @@ def _(out: Any, space: Any) -> Callable[..., Any]:
     if isinstance(out.dtype, types.Float):
         return lambda out, space: out
     return lambda out, space: space[: out.size].reshape(out.shape)
+
+
+def _target(y: Array, out: Array) -> Array:
+    """Return ``out``, as ``y`` where that is the same: the compiler would not know."""
+    raise NotImplementedError
+
+
+@_for_dtypes(_target)
+def _(y: Any, out: Any) -> Callable[..., Any]:
+    del y
+    if isinstance(out.dtype, types.Float):
+        return lambda y, out: y
+    return lambda y, out: out
 
 
 def _store(y: Array, out: Array) -> None:
@@ -944,19 +1015,19 @@ def softmax(x: Array, temperature: Array | None, where: Array | None, factor: Ar
     zero, one = parts.dtype.type(0), parts.dtype.type(1)
     for first in range(0, x.shape[0], group):
         answers = _space_for(out[first : first + group], fine)
+        target = _target(answers, out[first : first + group])
         rows = _rows_shifted(_loaded(x[first : first + group], wide), first, temperature, where, top, z)
         _write_exponentials(rows, top, answers, parts, total)
         for i in range(len(rows)):
-            y, scale = answers[i], (one if factor is None else factor[first + i]) / total[i]
+            e, y, scale = answers[i], target[i], (one if factor is None else factor[first + i]) / total[i]
             if where is None:
-                for j in range(y.size):
-                    y[j] *= scale
+                for j in range(e.size):
+                    y[j] = _rounded(e[j] * scale, y)
             else:
                 mask = where[first + i]
-                for j in range(y.size):
-                    p = y[j] * scale
-                    y[j] = p if mask[j] else zero
-        _store(answers, out[first : first + group])
+                for j in range(e.size):
+                    p = e[j] * scale
+                    y[j] = _rounded(p if mask[j] else zero, y)
 
 
 @_kernel
@@ -964,23 +1035,20 @@ def log_softmax(x: Array, temperature: Array | None, where: Array | None, out: A
     """Write the logarithm of the softmax of every row."""
     group = _group(x)
     parts, top, total, z = _scratch(x, group, temperature, where)
-    wide, fine = _wide_space(x, group * x.shape[1]), _wide_space(out, group * x.shape[1])
-    least = parts.dtype.type(-math.inf)
+    wide, least = _wide_space(x, group * x.shape[1]), parts.dtype.type(-math.inf)
     for first in range(0, x.shape[0], group):
-        answers = _space_for(out[first : first + group], fine)
         rows = _rows_shifted(_loaded(x[first : first + group], wide), first, temperature, where, top, z)
         _write_totals(rows, top, parts, total)
         for i in range(len(rows)):
-            row, y, highest, log_total = rows[i], answers[i], top[i], parts.dtype.type(math.log(total[i]))
+            row, y, highest, log_total = rows[i], out[first + i], top[i], parts.dtype.type(math.log(total[i]))
             if where is None:
                 for j in range(y.size):
-                    y[j] = (row[j] - highest) - log_total
+                    y[j] = _rounded((row[j] - highest) - log_total, y)
             else:
                 mask = where[first + i]
                 for j in range(y.size):
                     d = (row[j] - highest) - log_total
-                    y[j] = d if mask[j] else least
-        _store(answers, out[first : first + group])
+                    y[j] = _rounded(d if mask[j] else least, y)
 
 
 @_kernel
@@ -1064,12 +1132,12 @@ def softmax_of_pieces(
     for k in range(first, last):
         i, start = k // count, k % count * size
         piece = out[i][start : start + size]
-        y = _space_for(piece, fine)
-        _exponentials(_loaded(x[i][start : start + size], wide), top[i], temperature, y, parts)
+        e = _space_for(piece, fine)
+        y = _target(e, piece)
+        _exponentials(_loaded(x[i][start : start + size], wide), top[i], temperature, e, parts)
         scale = one / total[i]
-        for c in range(y.size):
-            y[c] *= scale
-        _store(y, piece)
+        for c in range(e.size):
+            y[c] = _rounded(e[c] * scale, y)
 
 
 @_kernel
@@ -1077,19 +1145,16 @@ def log_softmax_of_pieces(
     x: Array, size: int, first: int, last: int, temperature: Any, top: Array, log_total: Array, out: Array
 ) -> None:
     """Write the logarithm of the softmax of pieces from the maximum and the log-total of each row."""
-    wide, fine = _wide_space(x, size), _wide_space(out, size)
-    count = (x.shape[1] + size - 1) // size
+    wide, count = _wide_space(x, size), (x.shape[1] + size - 1) // size
     for k in range(first, last):
         i, start = k // count, k % count * size
-        piece = out[i][start : start + size]
-        row, y = _loaded(x[i][start : start + size], wide), _space_for(piece, fine)
+        row, y = _loaded(x[i][start : start + size], wide), out[i][start : start + size]
         highest, log_of_row = top[i], log_total[i]
         for c in range(y.size):
             d = row[c] - highest
             if temperature is not None:
                 d = d / temperature
-            y[c] = d - log_of_row
-        _store(y, piece)
+            y[c] = _rounded(d - log_of_row, y)
 
 
 @_part
