@@ -63,7 +63,8 @@ def set_num_threads(n: int) -> None:
     Notes
     -----
     Answers do not depend on the number of threads, to the last bit. JAX has threads of its own, which this does not
-    reach.
+    reach. Where Numba is installed, helper threads keep their CPUs busy for a tenth of a millisecond after a call, in
+    case another follows.
 
     Examples
     --------
