@@ -113,6 +113,20 @@ def test_engines_agree(shape: tuple[int, ...], dtype: type) -> None:
             np.testing.assert_allclose(answer, plain, rtol=64 * unit, atol=64 * unit if op != "softmax" else 1e-7)
 
 
+@pytest.mark.parametrize("has_fused", [True, False])
+@pytest.mark.parametrize(("shape", "is_native"), [((900, 1000), (True, True)), ((1100, 1000), (False, True))])
+def test_large_tensors_leave_torchs_kernels_for_fused_ones_alone(
+    has_fused: bool, shape: tuple[int, int], is_native: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    from polysoftmax.engines import torch as torch_engine
+
+    monkeypatch.setattr(torch_engine, "_has_fused", lambda: has_fused)
+    with polysoftmax.engine("auto"):
+        engine = polysoftmax.explain(torch.zeros(shape), "softmax").engine
+    assert (engine == "torch") == is_native[0 if has_fused else 1]
+
+
 @pytest.mark.parametrize("rows", ["usual", "near 0", "odd"])
 @pytest.mark.parametrize("op", ["logsumexp", "cross_entropy"])
 def test_kernels_of_torch_agree_with_the_formulas(op: str, rows: str) -> None:

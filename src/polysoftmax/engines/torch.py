@@ -226,7 +226,10 @@ def _admits(name: str, x: Array, axis: int) -> bool:
         return True
     if name == "logsumexp":
         return False  # one row with an answer close to its maximum, and there will be one, takes it a second pass
-    return x.numel() < _MANY * n or (n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS and x.numel() < _VERY_LARGE)
+    if x.numel() < _MANY * n:
+        return True
+    is_faster = x.numel() < _VERY_LARGE or not _has_fused()
+    return n > _SLOW_UP_TO and name not in _SEVERAL_KERNELS and is_faster
 
 
 _SEVERAL_KERNELS = ("cross_entropy", "pullback of logsumexp", "pullback of cross_entropy")
@@ -239,7 +242,15 @@ _LARGE, _MANY = 10_000, 300
 """Entries and rows from which a call of our kernels costs no more than what torch's are slower by."""
 
 _VERY_LARGE = 1_000_000
-"""Entries from which our kernels are faster than torch's for rows of any length."""
+"""Entries from which our fused kernels are faster than torch's for rows of any length."""
+
+
+@functools.cache
+def _has_fused() -> bool:
+    from polysoftmax.engines import fused
+
+    return fused.installed()
+
 
 _NARROW = (torch.float16, torch.bfloat16)
 
