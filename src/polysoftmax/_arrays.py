@@ -466,11 +466,21 @@ def or_nan(y: Array, answered: Array, row: Array) -> Array:
 
 
 def row_maximum(x: Array, axis: int) -> Array:
-    """Return the maximum of every row, kept with length 1, as a constant for automatic differentiation."""
+    """Return the maximum of every row, kept with length 1, as a constant for automatic differentiation.
+
+    That of 16-bit rows, which JAX alone gives to formulas, is float32, and so is what they make of it.
+    """
     found = library(x)
     if found.name == "numpy":
         return found.xp.maximum.reduce(x, axis, None, None, True)  # half the call overhead of max
-    return stop_gradient(found.xp.max(x, axis=axis, keepdims=True))
+    if found.name != "jax":
+        return stop_gradient(found.xp.max(x, axis=axis, keepdims=True))
+    x = stop_gradient(x)
+    if x.shape[axis] <= _FEW:
+        top = _over_columns(found.xp.maximum, x, axis)
+    else:
+        top = found.xp.max(x, axis=axis, keepdims=True)
+    return top if x.dtype.itemsize > 2 else top.astype("float32")
 
 
 def below_maximum(x: Array, axis: int) -> Array:
@@ -479,6 +489,20 @@ def below_maximum(x: Array, axis: int) -> Array:
     if found.name == "numpy" and x.ndim == 1:
         return x - found.xp.maximum.reduce(x)  # a scalar, which takes half as long as an array of one
     return x - row_maximum(x, axis)
+
+
+_FEW = 8
+"""Length up to which XLA on the CPU reduces rows faster if each column is an operand of its own: it makes vectors
+of rows then. It takes 0.2 to 0.9 of the time, at 10 and more up to twice the time."""
+
+
+def _over_columns(function: Callable[[Array, Array], Array], x: Array, axis: int) -> Array:
+    """Reduce ``x`` along ``axis``, kept with length 1, in a tree."""
+    left = [_slice(x, axis, i, i + 1) for i in range(x.shape[axis])]
+    while len(left) > 1:
+        pairs = [function(*left[i : i + 2]) for i in range(0, len(left) - 1, 2)]
+        left = pairs + left[2 * len(pairs) :]
+    return left[0]
 
 
 _SEQUENTIAL = 16
@@ -500,6 +524,8 @@ def accurate_sum(x: Array, axis: int) -> Array:
         n = x.shape[axis]
     if found.name == "numpy":
         return xp.add.reduce(x, axis, None, None, True)
+    if found.name == "jax" and 0 < n <= _FEW:
+        return _over_columns(xp.add, x, axis)
     return xp.sum(x, axis=axis, keepdims=True)
 
 

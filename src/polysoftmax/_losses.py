@@ -70,6 +70,7 @@ def _cross_entropy(
         y = nll if weight is None else _times(take_along(xp.broadcast_to(weight, x.shape), index, axis), nll)
         y = or_nan(y, known, log_total)
     else:
+        x = cast(x, top.dtype)  # smoothing makes numbers of the dtype of x
         log_total = log_of_sum(x, top, None, axis)
         c = _class_weights(x, targets, weight, label_smoothing, axis)
         y = accurate_sum(_times(c, log_total + (top - x)), axis)
@@ -180,7 +181,9 @@ def _cross_entropy_vjp(
     return tuple(None if slope is None else slope * cotangent for slope in slopes)
 
 
-CROSS_ENTROPY = RowFormula("cross_entropy", _cross_entropy, jvp=_cross_entropy_jvp, vjp=_cross_entropy_vjp)
+CROSS_ENTROPY = RowFormula(
+    "cross_entropy", _cross_entropy, jvp=_cross_entropy_jvp, vjp=_cross_entropy_vjp, promotes=True
+)
 
 
 # entropy: y = -Σ p·log p = log Σ exp(z) - Σ p·z;  dy = -Σ p·(log p + y)·dz

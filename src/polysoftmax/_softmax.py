@@ -163,7 +163,7 @@ def _softmax_vjp(
     return cotangents(gz, x, temperature, where, wanted, axis)
 
 
-SOFTMAX = RowFormula("softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, from_output=True)
+SOFTMAX = RowFormula("softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, from_output=True, promotes=True)
 
 
 # log_softmax: y = z - log Σ exp(z);  dy = dz - Σ p·dz
@@ -203,6 +203,7 @@ LOG_SOFTMAX = RowFormula(
     jvp=_log_softmax_jvp,
     vjp=_log_softmax_vjp,
     from_output=True,
+    promotes=True,
 )
 
 
@@ -322,7 +323,7 @@ def _logsumexp_vjp(
     return tuple(None if slope is None else slope * cotangent for slope in _logsumexp_slopes(x, weights, where, axis))
 
 
-LOGSUMEXP = RowFormula("logsumexp", _logsumexp, jvp=_logsumexp_jvp, vjp=_logsumexp_vjp)
+LOGSUMEXP = RowFormula("logsumexp", _logsumexp, jvp=_logsumexp_jvp, vjp=_logsumexp_vjp, promotes=True)
 
 
 def softmax(

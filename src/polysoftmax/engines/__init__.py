@@ -39,10 +39,11 @@ class RowFormula:
     derivative rules, for all floating operands; a tangent is None where it is zero. ``from_output`` says that the
     gradient for the rows follows from y, so that they need not be kept for it. ``many_steps`` says that it
     makes many small steps along the last axis, so that several rows should be run together, and never transposed.
-    ``composed`` says that it calls other row formulas, each of which is run in a way of its own.
+    ``composed`` says that it calls other row formulas, each of which is run in a way of its own. ``promotes`` says
+    that it combines its rows with nothing that is not wider, so that JAX, which then widens, may give it 16-bit rows.
     """
 
-    __slots__ = ("composed", "from_output", "function", "jvp", "many_steps", "name", "vjp")
+    __slots__ = ("composed", "from_output", "function", "jvp", "many_steps", "name", "promotes", "vjp")
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class RowFormula:
         from_output: bool = False,
         many_steps: bool = False,
         composed: bool = False,
+        promotes: bool = False,
     ) -> None:
         self.name = name
         self.function = function
@@ -62,6 +64,7 @@ class RowFormula:
         self.from_output = from_output
         self.many_steps = many_steps
         self.composed = composed
+        self.promotes = promotes
         FORMULAS[name] = self
 
     def __call__(
