@@ -727,7 +727,7 @@ def _lane_log_totals(tile: Array, top: Array, part: Array, most: Array, total: A
     _lane_tops(tile, top)
     _lane_totals(tile, top, True, False, part, most, total)
     for lane in range(_LANES):
-        total[lane] = log1p(most[lane] - one) + log1p(total[lane] / most[lane])
+        total[lane] = log1p((most[lane] - one) + total[lane])
 
 
 @_part
@@ -944,6 +944,14 @@ def apart_across(x: Array, first: int, last: int, top: Array, most: Array, rest:
         _add_exactly(rest, lost, part)
     for c in range(rest.size):
         rest[c] += lost[c]
+
+
+@_kernel
+def logsumexp_apart(top: Array, most: Array, rest: Array, out: Array) -> None:
+    """Write top + log(most + rest): the rest, and one less than how many entries stand at the maximum, are exact."""
+    one = top.dtype.type(1)
+    for c in range(top.size):
+        out[c] = top[c] + log1p((most[c] - one) + rest[c])
 
 
 # Every step is done for some rows before the next: what it waits for at a row's end does not hold up the next row.

@@ -130,8 +130,8 @@ def _run_across(call: Call, x: Array, threads: int) -> Array:
     parallel(look, len(pieces), threads)
     if name == "logsumexp":
         with np.errstate(all="ignore"):
-            top, most, rest = _together(found)
-            answer[...] = (top + np.log(most) + np.log1p(rest / most)).reshape(answer.shape)
+            whole = _together(found)
+        kernels.logsumexp_apart(*(part.reshape(-1) for part in whole), answer.reshape(-1))
         return answer
     top, scale = np.empty((2, outer, inner), x.dtype)
     for i in range(outer):
@@ -151,6 +151,8 @@ def _run_across(call: Call, x: Array, threads: int) -> Array:
 def _together(found: Array) -> tuple[Array, Array, Array]:
     """Bring together what is known of the pieces of rows: maximum, its number, and Σ exp(x - maximum) over the rest."""
     tops, most, rest = found
+    if tops.shape[1] == 1:
+        return tops[:, 0], most[:, 0], rest[:, 0]
     top = np.max(tops, axis=1)
     at_top = tops == top[:, None]
     factor = np.where(at_top, 1.0, np.exp(tops - top[:, None]))
