@@ -152,3 +152,20 @@ def test_kernels_of_torch_agree_with_the_formulas(op: str, rows: str) -> None:
 
     for found, want in zip(answers("auto"), answers("portable"), strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-13, atol=1e-300)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int16"])
+@pytest.mark.parametrize("shape", [(12, 20_000), (3, 5), (9, 5), (33, 20_000)])
+@pytest.mark.parametrize("axis", [0, -1])
+def test_jax_reduces_short_rows_and_many_columns_as_numpy_does(dtype: str, shape: tuple[int, ...], axis: int) -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    x = jnp.asarray(np.random.default_rng(0).normal(scale=3.0, size=shape)).astype(dtype)
+    wide = np.asarray(x.astype("float32")).astype(np.float64)
+    result = jnp.float32 if dtype == "int16" else x.dtype
+    tolerance = 2e-6 if result == jnp.float32 else 2.0**-8
+    for op in (polysoftmax.softmax, polysoftmax.log_softmax, polysoftmax.logsumexp, polysoftmax.truncate):
+        y = op(x, axis=axis)
+        assert y.dtype == result
+        with polysoftmax.engine("portable"):
+            expected = op(wide, axis=axis)
+        np.testing.assert_allclose(np.asarray(y.astype("float32")), expected, rtol=tolerance, atol=tolerance)

@@ -462,7 +462,7 @@ def or_nan(y: Array, answered: Array, row: Array) -> Array:
     xp = found.xp
     if found.name != "jax":
         return xp.where(answered, y, math.nan)
-    return xp.where(answered, y, xp.sqrt(xp.where(answered, 1.0, -1.0 - stop_gradient(row * row))))
+    return xp.where(answered, y, cast(xp.sqrt(xp.where(answered, 1.0, -1.0 - stop_gradient(row * row))), y.dtype))
 
 
 def row_maximum(x: Array, axis: int) -> Array:
@@ -480,7 +480,7 @@ def row_maximum(x: Array, axis: int) -> Array:
         top = _over_columns(found.xp.maximum, x, axis)
     else:
         top = found.xp.max(x, axis=axis, keepdims=True)
-    return top if x.dtype.itemsize > 2 else top.astype("float32")
+    return cast(top, found.xp.float32) if float_bits(found.xp, x.dtype) == 16 else top
 
 
 def below_maximum(x: Array, axis: int) -> Array:
@@ -500,8 +500,8 @@ along the last axis a third; beyond these lengths up to twice as long.
 
 
 def _by_columns(x: Array, axis: int) -> bool:
-    n = x.shape[axis]
-    return 0 < n <= _FEW or (0 < n <= _FEW_OF_MANY and math.prod(x.shape[axis + 1 :]) >= _MANY)
+    n: int = x.shape[axis]
+    return 0 < n <= (_FEW_OF_MANY if math.prod(x.shape[axis + 1 :]) >= _MANY else _FEW)
 
 
 def _over_columns(function: Callable[[Array, Array], Array], x: Array, axis: int) -> Array:

@@ -221,5 +221,5 @@ def truncate(
     if kept.off and not is_spread(temperature):
         x = cast(r.x, r.result)
         top = row_maximum(x, r.axis)
-        return r.elementwise(cast(or_nan(x, top < math.inf, top), r.result))
+        return r.elementwise(or_nan(x, top < math.inf, top))
     return r.elementwise(TRUNCATE(r, r.x, temperature, None, kept.k, kept.p, kept.min_p, top_k=kept.top_k))

@@ -97,7 +97,7 @@ class Call(NamedTuple):
         for i, one in enumerate(operands):
             if one is None or isinstance(one, float) or one.dtype == compute:
                 continue
-            if i == 0 or float_bits(namespace(operands[0]), one.dtype):
+            if i == 0 or float_bits(namespace(one), one.dtype):
                 operands = [*operands[:i], cast(one, compute), *operands[i + 1 :]]
         return operands
 

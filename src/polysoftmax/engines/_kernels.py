@@ -479,6 +479,12 @@ def _apart(x: Array, top: Any, parts: Array) -> tuple[int, Any]:
     return most, _tree(parts, count)
 
 
+@_part
+def _log_apart(most: Any, rest: Any) -> Any:
+    """Return log(most + rest), and all digits of the rest where one entry stands at the maximum."""
+    return log1p((most - type(rest)(1)) + rest)
+
+
 @_sum
 def _total_of_others(x: Array, top: Any, place: int) -> Any:
     at, total, zero = np.int32(place), x.dtype.type(0), x.dtype.type(0)
@@ -723,11 +729,10 @@ def _lane_totals(tile: Array, top: Array, apart: bool, keep: bool, part: Array, 
 @_part
 def _lane_log_totals(tile: Array, top: Array, part: Array, most: Array, total: Array) -> None:
     """Write the maximum of each lane, and log Σ exp(x - maximum), as ``log_total`` does."""
-    one = tile.dtype.type(1)
     _lane_tops(tile, top)
     _lane_totals(tile, top, True, False, part, most, total)
     for lane in range(_LANES):
-        total[lane] = log1p((most[lane] - one) + total[lane])
+        total[lane] = _log_apart(most[lane], total[lane])
 
 
 @_part
@@ -948,10 +953,9 @@ def apart_across(x: Array, first: int, last: int, top: Array, most: Array, rest:
 
 @_kernel
 def logsumexp_apart(top: Array, most: Array, rest: Array, out: Array) -> None:
-    """Write top + log(most + rest): the rest, and one less than how many entries stand at the maximum, are exact."""
-    one = top.dtype.type(1)
+    """Write the logsumexp of columns from what ``apart_across`` found of them."""
     for c in range(top.size):
-        out[c] = top[c] + log1p((most[c] - one) + rest[c])
+        out[c] = top[c] + _log_apart(most[c], rest[c])
 
 
 # Every step is done for some rows before the next: what it waits for at a row's end does not hold up the next row.
@@ -1082,8 +1086,7 @@ def log_total(x: Array, where: Array | None, top: Array, log_total: Array) -> No
             logs[i] = log1p(total[i] - one)
             if not (total[i] >= two or abs(tops[i] + logs[i]) >= one):
                 most, rest = _apart(lines[i], tops[i], parts)
-                count = parts.dtype.type(most)
-                logs[i] = log1p(count - one) + log1p(rest / count)
+                logs[i] = _log_apart(parts.dtype.type(most), rest)
 
 
 # Long rows are cut into pieces that fit the cache, numbered row by row; a thread is given some of them. What is said of

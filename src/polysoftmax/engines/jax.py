@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from polysoftmax._arrays import cast
+from polysoftmax._arrays import cast, float_bits, namespace
 from polysoftmax.engines import Call, portable
 
 if TYPE_CHECKING:
@@ -71,11 +71,12 @@ def _differentiable(key: Call, template: _Template) -> Callable[..., Array]:
     formula = call.formula
 
     def evaluate(*arrays: Array) -> Array:
-        operands = _fill(template, arrays)
-        if not (formula.promotes and operands[0].dtype.itemsize == 2 and call.compute == np.float32):
+        x, *others = operands = _fill(template, arrays)
+        is_narrow = float_bits(namespace(x), x.dtype) == 16 and call.compute == np.float32
+        if not (formula.promotes and is_narrow):
             return call.evaluate(operands)
         # XLA on the CPU keeps rows that are widened before the maximum as an array of their own.
-        return call.answer(formula.function(operands[0], *call.widen(operands)[1:], **call.options))
+        return call.answer(formula.function(x, *call.widen((None, *others))[1:], **call.options))
 
     if formula.jvp is None:
         return evaluate
