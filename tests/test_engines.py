@@ -113,6 +113,20 @@ def test_engines_agree(shape: tuple[int, ...], dtype: type) -> None:
             np.testing.assert_allclose(answer, plain, rtol=64 * unit, atol=64 * unit if op != "softmax" else 1e-7)
 
 
+@pytest.mark.parametrize("shape", [(20_000, 1), (1, 20), (30_000, 7), (600, 1000), (3_000_000,)])
+def test_blocks_compute_in_their_answer_and_never_in_the_input(shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    x.flags.writeable = False
+    for axis in range(x.ndim):
+        for op in (polysoftmax.softmax, polysoftmax.log_softmax):
+            with polysoftmax.engine("portable"):
+                plain = op(x, axis=axis)
+            with polysoftmax.engine("blocks"):
+                answer = op(x, axis=axis)
+            assert not np.shares_memory(answer, x)
+            np.testing.assert_allclose(answer, plain, rtol=4e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("has_fused", [True, False])
 @pytest.mark.parametrize(("shape", "is_native"), [((900, 1000), (True, True)), ((1100, 1000), (False, True))])
 def test_large_tensors_leave_torchs_kernels_for_fused_ones_alone(

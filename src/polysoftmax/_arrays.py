@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +17,7 @@ import array_api_compat
 from array_api_compat import device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 Array: TypeAlias = Any
@@ -484,11 +486,64 @@ def row_maximum(x: Array, axis: int) -> Array:
 
 
 def below_maximum(x: Array, axis: int) -> Array:
-    """Return ``x`` minus the maximum of every row."""
+    """Return ``x`` minus the maximum of every row, in new memory or what was lent."""
     found = library(x)
-    if found.name == "numpy" and x.ndim == 1:
+    if found.name != "numpy":
+        return x - row_maximum(x, axis)
+    if x.ndim == 1:
         return x - found.xp.maximum.reduce(x)  # a scalar, which takes half as long as an array of one
-    return x - row_maximum(x, axis)
+    return found.xp.subtract(x, row_maximum(x, axis), _lent.take(x))
+
+
+class _Lent(threading.local):
+    """Memory that NumPy's engine lends a formula on this thread, so that its answer is where it has to be."""
+
+    memory: Array | None = None
+
+    def take(self, like: Array) -> Array | None:
+        """Return the memory if it fits, once."""
+        memory, self.memory = self.memory, None
+        fits = memory is not None and memory.shape == like.shape and memory.dtype == like.dtype
+        return memory if fits else None
+
+
+_lent = _Lent()
+
+
+@contextmanager
+def lent(memory: Array | None) -> Iterator[None]:
+    """Lend a formula memory of the shape of its rows, which it may or may not use for its answer."""
+    _lent.memory = memory
+    try:
+        yield
+    finally:
+        _lent.memory = None
+
+
+# NumPy's steps are passes through memory. In place of an array that the formula made, and needs no more, they are
+# cheaper. Other libraries differentiate or compile the formula, so there the same steps make new arrays.
+
+
+def exp_in_place(x: Array) -> Array:
+    """Return exp(x), written over ``x`` on NumPy."""
+    found = library(x)
+    return found.xp.exp(x, x) if found.name == "numpy" else found.xp.exp(x)
+
+
+def divide_in_place(x: Array, by: Array | float) -> Array:
+    """Return ``x / by``, written over ``x`` on NumPy."""
+    if library(x).name != "numpy":
+        return x / by
+    x /= by
+    return x
+
+
+def subtract_in_place(x: Array, y: Array) -> Array:
+    """Return ``x - y``, written over ``x`` on NumPy."""
+    if library(x).name != "numpy":
+        return x - y
+    x -= y
+    return x
 
 
 _FEW, _FEW_OF_MANY, _MANY = 8, 32, 1 << 14

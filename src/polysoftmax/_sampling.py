@@ -18,6 +18,7 @@ from polysoftmax._arrays import (
     cast,
     default_index,
     device_for,
+    exp_in_place,
     float_bits,
     last_rows,
     namespace,
@@ -49,7 +50,7 @@ def _masses(x: Array, temperature: Array | float | None, where: Array | None) ->
     """Return the maximum of every row, and Σ exp((x - max) / temperature) over each of its blocks."""
     x = _masked(x, where)
     top = row_maximum(x, x.ndim - 1)
-    return top, block_sums(namespace(x).exp(over_temperature(x - top, temperature)), block_length(x.shape[-1]))
+    return top, block_sums(exp_in_place(over_temperature(x - top, temperature)), block_length(x.shape[-1]))
 
 
 def _draw(

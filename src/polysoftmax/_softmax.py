@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from polysoftmax._arrays import (
     accurate_sum,
     below_maximum,
+    divide_in_place,
+    exp_in_place,
     formulas_are_differentiated,
     namespace,
     or_nan,
@@ -23,6 +25,7 @@ from polysoftmax._arrays import (
     row_maximum,
     rows,
     stop_gradient,
+    subtract_in_place,
     where_any,
 )
 from polysoftmax.engines import RowFormula
@@ -46,12 +49,12 @@ def over_temperature(distance: Array, temperature: Array | float | None) -> Arra
     """Return ``distance / temperature`` for a distance from the maximum, and its limits at 0 and inf.
 
     At 0 only the maxima are left (z = 0, the rest -inf), at inf everything that has a logit above -inf is alike
-    (z = 0). Both are constants: their derivatives are 0.
+    (z = 0). Both are constants: their derivatives are 0. The distance itself may be overwritten.
     """
     if temperature is None:
         return distance
     if isinstance(temperature, float):
-        return distance / temperature
+        return divide_in_place(distance, temperature)
     xp = namespace(distance)
     gone = (distance == -math.inf) | ((temperature == 0) & (distance < 0))
     regular = (temperature > 0) & (temperature < math.inf)
@@ -70,14 +73,11 @@ _VANISHED = -1000.0
 """A score whose exponential is 0 in every dtype that is computed in."""
 
 
-def exponentials(z: Array, temperature: Array | float | None) -> Array:
-    """Return exp(z), whose derivative is 0 where it vanishes: that of z for the temperature may overflow there.
-
-    Without a temperature it is the exponential and no more, which tiny calls had better take at once.
-    """
+def exponentials(z: Array, temperature: Array | float | None, *, in_place: bool = False) -> Array:
+    """Return exp(z), whose derivative is 0 where it vanishes: that of z for the temperature may overflow there."""
     xp = namespace(z)
     if temperature is None or isinstance(temperature, float) or not formulas_are_differentiated(z):
-        return xp.exp(z)
+        return exp_in_place(z) if in_place else xp.exp(z)
     vanished = z < _VANISHED
     return xp.where(vanished, 0.0, xp.exp(xp.where(vanished, 0.0, z)))
 
@@ -139,12 +139,12 @@ def cotangents(
 
 
 def _softmax(x: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
-    xp = namespace(x)
     z = shifted(x, temperature, where, axis)
-    terms = xp.exp(z) if temperature is None else exponentials(z, temperature)
+    # Tiny calls had better not take the way round.
+    terms = exp_in_place(z) if temperature is None else exponentials(z, temperature, in_place=True)
     if where is None:
-        return terms / accurate_sum(terms, axis)
-    return xp.where(where, over_total(terms, axis), 0.0)
+        return divide_in_place(terms, accurate_sum(terms, axis))
+    return namespace(x).where(where, over_total(terms, axis), 0.0)
 
 
 def _softmax_jvp(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, *, axis: int) -> Array:
@@ -172,9 +172,9 @@ SOFTMAX = RowFormula("softmax", _softmax, jvp=_softmax_jvp, vjp=_softmax_vjp, fr
 def _log_softmax(x: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
     xp = namespace(x)
     z = shifted(x, temperature, where, axis)
-    total = accurate_sum(xp.exp(z) if temperature is None else exponentials(z, temperature), axis)
+    total = accurate_sum(exponentials(z, temperature), axis)
     if where is None:
-        return z - xp.log(total)
+        return subtract_in_place(z, xp.log(total))
     return xp.where(where, z - xp.log(xp.where(total == 0, 1.0, total)), -math.inf)
 
 
@@ -235,7 +235,7 @@ def log_of_sum(x: Array, top: Array, close: Array | None, axis: int) -> Array:
     are ``close`` (all if None): there log1p adds what lies below the maximum.
     """
     xp = namespace(x)
-    total = accurate_sum(xp.exp(x - top), axis)
+    total = accurate_sum(exp_in_place(x - top), axis)
     if formulas_are_differentiated(x):
         total = xp.where(total == 0, 1.0, total)
     outweighs = total < 1.25

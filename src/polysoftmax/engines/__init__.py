@@ -103,9 +103,11 @@ class Call(NamedTuple):
 
     def evaluate(self, operands: tuple[Array, ...]) -> Any:
         """Run the formula as it stands: the portable engine, and the definition of every other."""
-        wide = operands if self.formula.composed else self.widen(operands)
-        y = self.formula.function(*wide, **self.options)
-        return y if isinstance(y, tuple) else self.answer(y)
+        formula = self.formula
+        y = formula.function(*(operands if formula.composed else self.widen(operands)), **self.options)
+        if isinstance(y, tuple) or (y.dtype == self.result and not self.squeeze):
+            return y
+        return self.answer(y)
 
     def answer(self, y: Array) -> Array:
         """Bring what the formula computed to the dtype and shape that were asked for."""

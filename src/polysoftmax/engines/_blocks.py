@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polysoftmax._arrays import lent
 from polysoftmax.engines._threads import parallel
 
 if TYPE_CHECKING:
@@ -84,10 +85,10 @@ def like(x: Array, axis: int, length: int, dtype: Any) -> Array:
 class _Answers:
     """The arrays that blocks put their answers into, made when the first block is done and shows their kind."""
 
-    def __init__(self, x: Array, axis: int) -> None:
+    def __init__(self, x: Array, axis: int, whole: Array | None) -> None:
         self.x, self.axis = x, axis
         self.lock = threading.Lock()
-        self.arrays: tuple[Array, ...] | None = None
+        self.arrays: tuple[Array, ...] | None = None if whole is None else (whole,)
         self.several = False
 
     def put(self, piece: Piece, y: Array | tuple[Array, ...]) -> None:
@@ -98,7 +99,7 @@ class _Answers:
                     self.several = isinstance(y, tuple)
                     self.arrays = tuple(like(self.x, self.axis, p.shape[self.axis], p.dtype) for p in parts)
         for whole, part in zip(self.arrays, parts, strict=True):
-            whole[piece] = part
+            whole[piece] = part  # which NumPy leaves out if it stands there
 
     def all(self) -> Any:
         assert self.arrays is not None
@@ -111,12 +112,19 @@ def run_in_blocks(
     axis: int,
     blocks: list[Piece],
     threads: int,
+    whole: Array | None = None,
 ) -> Any:
-    """Call ``evaluate`` with the operands of every block, and put its answers, one or a tuple, into whole arrays."""
-    answers = _Answers(operands[0], axis)
+    """Call ``evaluate`` with the operands of every block, and put its answers, one or a tuple, into whole arrays.
+
+    A ``whole`` array that is known before the first answer is lent to the blocks as memory to compute in, where they
+    are contiguous: steps from line to line, each on a page of its own, would cost more than the copy.
+    """
+    answers = _Answers(operands[0], axis, whole)
 
     def work(i: int) -> None:
-        answers.put(blocks[i], evaluate(cut(operands, blocks[i])))
+        room = None if whole is None else whole[blocks[i]]
+        with lent(room if room is not None and room.flags.forc else None):
+            answers.put(blocks[i], evaluate(cut(operands, blocks[i])))
 
     parallel(work, len(blocks), threads)
     return answers.all()

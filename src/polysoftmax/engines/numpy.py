@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from polysoftmax._arrays import accurate_sum, lent
 from polysoftmax.engines import FORCED, FORMULAS, _blocks, chosen, fused
 from polysoftmax.engines._threads import num_threads, parallel
 
@@ -68,9 +69,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     axis = call.options["axis"]
     if not x.size or not _blocks.fits(x, axis, operands):
         return _evaluate(call, operands)
-    plan = _plan(x, axis, call.formula.name, fused.obstacle(call, operands), np.dtype(call.compute))
-    if plan.layout == "in pieces" and not _is_plain(call, operands):
-        plan = plan._replace(layout="as they stand", block=1)
+    obstacle = fused.obstacle(call, operands)
+    plan = _plan(x, axis, call.formula.name, obstacle, np.dtype(call.compute), in_pieces=_is_plain(call, operands))
     if call.formula.many_steps:
         plan = plan._replace(layout="as they stand", block=max(plan.block // 4, _MANY_STEPS))
     if plan.engine == "portable" or (call.formula.composed and plan.engine == "blocks"):
@@ -83,7 +83,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     else:
         evaluate = _evaluate_transposed if plan.layout == "transposed" else _evaluate
         blocks = _blocks.pieces(x, axis, plan.block)
-        y = _blocks.run_in_blocks(partial(evaluate, rows), operands, axis, blocks, plan.threads)
+        whole = _blocks.like(x, axis, x.shape[axis], call.result) if call.formula.name in _OF_ITS_SHAPE else None
+        y = _blocks.run_in_blocks(partial(evaluate, rows), operands, axis, blocks, plan.threads, whole)
     return np.squeeze(y, axis) if call.squeeze else y
 
 
@@ -97,7 +98,7 @@ def describe(x: Array, name: str) -> tuple[str, str]:
     compute = np.dtype(np.float32 if x.dtype.itemsize == 2 and x.dtype.kind in "fV" else np.float64)
     if x.dtype.kind == "f" and x.dtype.itemsize > 2:
         compute = x.dtype
-    plan = _plan(x, x.ndim - 1, name, fused.obstacle_by_name(name, compute), compute)
+    plan = _plan(x, x.ndim - 1, name, fused.obstacle_by_name(name, compute), compute, in_pieces=name in _IN_PIECES)
     if plan.engine == "portable":
         return plan.engine, plan.reason
     rows = f"blocks of {plan.block} rows of {x.shape[-1]}, {plan.layout}"
@@ -118,19 +119,29 @@ def _evaluate_transposed(call: Call, operands: tuple[Array, ...]) -> Any:
         np.ascontiguousarray(np.moveaxis(one, axis, 0)) if isinstance(one, np.ndarray) and one.ndim else one
         for one in operands
     )
-    y = call._replace(options={**call.options, "axis": 0}).evaluate(turned)
+    x = turned[0]
+    with lent(x if x.base is None else None):  # a copy, as it is where there was anything to turn
+        y = call._replace(options={**call.options, "axis": 0}).evaluate(turned)
     return tuple(np.moveaxis(one, 0, axis) for one in y) if isinstance(y, tuple) else np.moveaxis(y, 0, axis)
 
+
+_OF_ITS_SHAPE = ("softmax", "log_softmax")
+"""Formulas that answer an array of the shape of their rows and can compute it in the place where it has to stand."""
 
 _IN_PIECES = ("softmax", "log_softmax", "logsumexp")
 """Formulas whose answers for the pieces of a row tell that for the row."""
 
 _LONG_BYTES = 8 * _BLOCK_BYTES
-"""Size from which rows are cut: that takes two more passes than a row as it stands."""
+"""Size from which contiguous rows are cut: that takes two more passes than a row as it stands."""
+
+_LEAST_STEP = 16
+"""Entries of a row in a piece at least, or there would be too much to put together again."""
 
 
 def _is_plain(call: Call, operands: tuple[Array, ...]) -> bool:
-    """Whether a formula in ``_IN_PIECES`` has rows alone, at one temperature, and nothing to convert."""
+    """Whether a formula is in ``_IN_PIECES`` and has rows alone, at one temperature, and nothing to convert."""
+    if call.formula.name not in _IN_PIECES:
+        return False
     x, temperature, *others = operands
     is_one = temperature is None or (isinstance(temperature, float) and call.formula.name != "logsumexp")
     return x.dtype == call.compute == call.result and is_one and all(one is None for one in others)
@@ -140,27 +151,30 @@ def _is_plain(call: Call, operands: tuple[Array, ...]) -> bool:
 def _evaluate_in_pieces(call: Call, x: Array, temperature: float | None, plan: Plan) -> Array:
     """Run a formula on the pieces of long rows as if they were rows, and correct each answer for the other pieces."""
     name, axis = call.formula.name, call.options["axis"]
-    rows = x.reshape(-1, x.shape[axis])
-    starts = range(0, rows.shape[1], plan.block)
+    n = x.shape[axis]
+    rows = x.reshape(math.prod(x.shape[:axis]), n, -1)  # a view, as x is contiguous
+    starts = range(0, n, plan.block)
     pieces = [(i, j, slice(start, start + plan.block)) for i in range(len(rows)) for j, start in enumerate(starts)]
+    each = (len(rows), len(starts), rows.shape[2])
     alone = call._replace(options={**call.options, "axis": 1})
     if name == "logsumexp":
-        values = np.empty((len(rows), len(starts)), x.dtype)
+        values = np.empty(each, x.dtype)
 
         def value(k: int) -> None:
             i, j, part = pieces[k]
             values[i, j] = _evaluate(alone, (rows[i : i + 1, part], None, None))[0, 0]
 
         parallel(value, len(pieces), plan.threads)
-        return alone.evaluate((values, None, None)).reshape(*x.shape[:axis], 1)
+        return alone.evaluate((values, None, None)).reshape(*x.shape[:axis], 1, *x.shape[axis + 1 :])
     answer = np.empty_like(rows)
-    tops, greatest = np.empty((2, len(rows), len(starts)), x.dtype)
+    tops, greatest = np.empty((2, *each), x.dtype)
 
     def begin(k: int) -> None:
         i, j, part = pieces[k]
-        y = answer[i, part]
-        y[...] = _evaluate(alone, (rows[i : i + 1, part], temperature, None))[0]
-        tops[i, j], greatest[i, j] = np.max(rows[i, part]), np.max(y)
+        entries, y = rows[i : i + 1, part], answer[i : i + 1, part]
+        with lent(y):
+            y[...] = _evaluate(alone, (entries, temperature, None))
+        tops[i, j], greatest[i, j] = np.max(entries, axis=1)[0], np.max(y, axis=1)[0]
 
     parallel(begin, len(pieces), plan.threads)
     top = np.max(tops, axis=1, keepdims=True)
@@ -170,23 +184,28 @@ def _evaluate_in_pieces(call: Call, x: Array, temperature: float | None, plan: P
     is_gone = (tops == -math.inf) & (top > -math.inf)
     log_totals[is_gone] = -math.inf
     shift = np.max(log_totals, axis=1, keepdims=True)
-    log_total = shift + np.log(np.sum(np.exp(log_totals - shift), axis=1, keepdims=True))
+    log_shares = log_totals - shift - np.log(accurate_sum(np.exp(log_totals - shift), 1))
+    shares = np.exp(log_shares)
 
     def finish(k: int) -> None:
         i, j, part = pieces[k]
-        if is_gone[i, j]:
-            answer[i, part] = -math.inf if name == "log_softmax" else 0.0
-        elif name == "log_softmax":
-            answer[i, part] += log_totals[i, j] - log_total[i, 0]
+        y = answer[i, part]
+        if name == "log_softmax":
+            y += log_shares[i, j]
         else:
-            answer[i, part] *= np.exp(log_totals[i, j] - log_total[i, 0])
+            y *= shares[i, j]
+        if is_gone[i, j].any():
+            y[:, is_gone[i, j]] = -math.inf if name == "log_softmax" else 0.0
 
     parallel(finish, len(pieces), plan.threads)
     return answer.reshape(x.shape)
 
 
-def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any]) -> Plan:
-    """Decide how to run a formula; the size of a block follows from the array alone, never from the threads."""
+def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any], *, in_pieces: bool) -> Plan:
+    """Decide how to run a formula, whose rows may be cut or not.
+
+    The size of a block follows from the array alone, never from the threads.
+    """
     n, size = x.shape[axis], x.size
     threads = num_threads() if size >= _blocks.PARALLEL else 1
     if not obstacle and x.dtype == compute and axis == x.ndim - 1 and x.flags.c_contiguous and name[-4:] != "_vjp":
@@ -200,8 +219,11 @@ def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any])
     along = abs(x.strides[axis]) <= min(map(abs, x.strides))
     if along and n <= _SHORT:
         return Plan("blocks", obstacle, "transposed", block, threads)
-    if name in _IN_PIECES and n * compute.itemsize >= _LONG_BYTES and axis == x.ndim - 1 and x.flags.c_contiguous:
-        return Plan("blocks", obstacle, "in pieces", _BLOCK_BYTES // compute.itemsize, threads)
+    if in_pieces and size >= _blocks.PARALLEL and x.flags.c_contiguous:
+        line_bytes = math.prod(x.shape[axis + 1 :]) * compute.itemsize
+        step = _BLOCK_BYTES // line_bytes
+        if n * line_bytes >= _LONG_BYTES if along else (block < _ACROSS and step >= _LEAST_STEP):
+            return Plan("blocks", obstacle, "in pieces", step, threads)
     block = block if along else max(block, _ACROSS)
     if rows <= block or (x.size < _blocks.PARALLEL and chosen() not in FORCED):
         return Plan("portable", f"{obstacle}, and too little to share out: the array API formula as it stands")
