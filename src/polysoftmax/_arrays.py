@@ -592,6 +592,22 @@ def accurate_sum(x: Array, axis: int) -> Array:
     return xp.sum(x, axis=axis, keepdims=True)
 
 
+def adds_at_once(x: Array, axis: int) -> bool:
+    """Whether `sums_at_once` serves: in JAX, for rows so short that their entries are added one by one."""
+    return library(x).name == "jax" and 0 < x.shape[axis] <= _SEQUENTIAL
+
+
+def sums_at_once(arrays: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
+    """Sum several arrays of one shape along ``axis``, kept with length 1, in one pass; without a derivative."""
+    from jax import lax
+
+    def add(sums: tuple[Array, ...], entries: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(a + b for a, b in zip(sums, entries, strict=True))
+
+    zeros = tuple(one.dtype.type(0) for one in arrays)
+    return tuple(lax.expand_dims(one, (axis,)) for one in lax.reduce(arrays, zeros, add, (axis,)))
+
+
 def accurate_total(x: Array) -> Array:
     """Sum all entries as `accurate_sum` does, to an array without axes."""
     found = library(x)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from polysoftmax._arrays import (
     accurate_sum,
+    adds_at_once,
     below_maximum,
     divide_in_place,
     exp_in_place,
@@ -26,6 +27,7 @@ from polysoftmax._arrays import (
     rows,
     stop_gradient,
     subtract_in_place,
+    sums_at_once,
     where_any,
 )
 from polysoftmax.engines import RowFormula
@@ -235,7 +237,12 @@ def log_of_sum(x: Array, top: Array, close: Array | None, axis: int) -> Array:
     are ``close`` (all if None): there log1p adds what lies below the maximum.
     """
     xp = namespace(x)
-    total = accurate_sum(exp_in_place(x - top), axis)
+    terms = exp_in_place(x - top)
+    if adds_at_once(terms, axis):
+        total, rest = sums_at_once((terms, _below_one(terms)), axis)
+        outweighs = total < 1.25
+        return xp.where(outweighs if close is None else outweighs & close, xp.log1p(rest), xp.log(total))
+    total = accurate_sum(terms, axis)
     if formulas_are_differentiated(x):
         total = xp.where(total == 0, 1.0, total)
     outweighs = total < 1.25
@@ -249,9 +256,13 @@ def _log1p_below(x: Array, top: Array, axis: int) -> Array:
 
 def log1p_of_rest(terms: Array, axis: int) -> Array:
     """Return log Σ terms for rows where one term is 1 and the others are below 1/4 together."""
-    xp = namespace(terms)
+    return namespace(terms).log1p(accurate_sum(_below_one(terms), axis))
+
+
+def _below_one(terms: Array) -> Array:
+    """Return terms below 1 as they are, and 0 for a term of 1."""
     # Rounded down the one stays and the others are gone. XLA would not compare in the pass that adds them.
-    return xp.log1p(accurate_sum(terms - xp.floor(terms), axis))
+    return terms - namespace(terms).floor(terms)
 
 
 def _log_of_weighted_sum(terms: Array, at_top: Array, weights: Array, axis: int) -> Array:
