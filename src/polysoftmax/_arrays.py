@@ -416,10 +416,10 @@ def stop_gradient(x: Array) -> Array:
     name = library(x).name
     if name == "torch":
         return x.detach()
-    if name == "jax":
-        import jax
+    if name == "jax" and _is_tracer(x):
+        from jax import lax
 
-        return jax.lax.stop_gradient(x)
+        return lax.stop_gradient(x)
     return x
 
 

@@ -401,11 +401,15 @@ def as_key(value: Any, like: Array | None = None) -> Array:
                 f"PyTorch or CuPy, got {type(value).__name__}"
             )
             raise TypeError(msg)
-        found = key_data(value)
-        if found.ndim >= 1 and found.shape[-1] == 4:
-            found = _fold_four(found)
-        found = _int32(found, "a key")
+        found = at_once(_words_of, value)
     return found if like is None else move(found, like)
+
+
+def _words_of(keys: Array) -> Array:
+    found = key_data(keys)
+    if found.ndim >= 1 and found.shape[-1] == 4:
+        found = _fold_four(found)
+    return _int32(found, "a key")
 
 
 def _fold_four(four: Array) -> Array:
