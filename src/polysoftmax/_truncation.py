@@ -22,7 +22,7 @@ from polysoftmax._arrays import (
 )
 from polysoftmax._softmax import over_temperature
 from polysoftmax.engines import RowFormula
-from polysoftmax.engines.selection import end_of_prefix, first, greatest
+from polysoftmax.engines.selection import count, end_of_prefix, first, kth_greatest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,11 +69,9 @@ def truncated(
 
 def _first_k(x: Array, k: int) -> Array:
     """Return which entries are the k greatest, the lowest indices among equals."""
-    xp = namespace(x)
-    values = greatest(x, k)
-    least = xp.min(values, axis=-1, keepdims=True)
-    above = xp.sum(xp.astype(values > least, x.dtype), axis=-1, keepdims=True)
-    return (x > least) | first(x == least, k - above)
+    least = kth_greatest(x, k)
+    above = x > least
+    return above | first(x == least, k - cast(count(above), x.dtype))
 
 
 def _prefix(x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -60,20 +61,25 @@ def first_maximum(x: Array) -> Array:
     return xp.min(xp.where(at_top, xp.arange(x.shape[-1]), x.shape[-1]), axis=-1, keepdims=True)
 
 
-def greatest(x: Array, k: int) -> Array:
-    """Return the k greatest entries of every row in any order."""
+def kth_greatest(x: Array, k: int) -> Array:
+    """Return the k-th greatest entry of every row, kept with length 1."""
     found = library(x)
     xp = found.xp
     _refuse_lazy(found.name)
+    last = x.shape[-1] - k
     if found.name == "numpy":
-        return xp.partition(x, x.shape[-1] - k, axis=-1)[..., -k:]
+        return xp.partition(x, last, axis=-1)[..., last : last + 1]
     if found.name == "torch":
-        return x.topk(k, dim=-1, sorted=False).values
+        return x.topk(k, dim=-1, sorted=False).values.amin(-1, True)
     if found.name == "jax":
         from jax import lax
 
-        return lax.top_k(_candidates_in_jax(x, k)[0], k)[0]
-    return xp.sort(x, axis=-1)[..., -k:]
+        candidates, _ = _candidates_in_jax(x, k)
+        if candidates is x:  # k is no small part of the row, so XLA's search would take twice as long as this one
+            return _jax_search()(x, xp.ones_like(x), xp.full((*x.shape[:-1], 1), k, x.dtype))
+        # Not the last of them: XLA would sort the rows for that.
+        return xp.min(lax.top_k(candidates, k)[0], axis=-1, keepdims=True)
+    return xp.sort(x, axis=-1)[..., last : last + 1]
 
 
 def leading(x: Array, k: int) -> Array:
@@ -175,7 +181,9 @@ def end_of_prefix(
     if found.name == "jax":
         mass = stop_gradient(mass_of(x))
         target = xp.broadcast_to(target_of(accurate_sum(mass, x.ndim - 1)), (*x.shape[:-1], 1))
-        end, above = _jax_search()(stop_gradient(x), mass, stop_gradient(target))
+        x, target = stop_gradient(x), stop_gradient(target)
+        end = _jax_search()(x, mass, target)
+        above = xp.sum(xp.where(x > end, mass, 0.0), axis=-1, keepdims=True)
         return end, xp.maximum(xp.ceil((target - above) / mass_of(end)), 1.0)
     ordered = xp.sort(x, axis=-1, descending=True, stable=False)
     if found.name == "numpy":
@@ -183,7 +191,7 @@ def end_of_prefix(
     reached = _running_sum(block_sums(mass_of(ordered), _BLOCK), xp.float64)
     block, entries, last = _reaching(ordered, reached, mass_of, target_of(reached[..., -1:]))
     end = take_along(entries, last, x.ndim - 1)
-    return end, xp.astype(block * _BLOCK + last + 1 - _count(ordered > end), x.dtype)
+    return end, xp.astype(block * _BLOCK + last + 1 - count(ordered > end), x.dtype)
 
 
 def _reaching(x: Array, reached: Array, mass_of: Callable[[Array], Array], target: Array) -> tuple[Array, Array, Array]:
@@ -192,27 +200,31 @@ def _reaching(x: Array, reached: Array, mass_of: Callable[[Array], Array], targe
     ``reached`` is the running sum over whole blocks, which is enough for all blocks but that one.
     """
     xp = library(x).xp
-    block = _count(reached[..., :-1] < target)
+    block = count(reached[..., :-1] < target)
     before = take_along(reached, xp.maximum(block, xp.ones_like(block)) - 1, x.ndim - 1)
     entries, _ = block_of(x, block, _BLOCK)
     inside = xp.where(block > 0, before, 0.0) + _running_sum(mass_of(entries), reached.dtype)
-    return block, entries, _count(inside[..., :-1] < target)
+    return block, entries, count(inside[..., :-1] < target)
 
 
-def _count(flags: Array) -> Array:
+def count(flags: Array) -> Array:
+    """Return how many entries of every row are True, kept with length 1."""
     xp = library(flags).xp
     return xp.sum(xp.astype(flags, default_index(xp)), axis=-1, keepdims=True)
 
 
+_CACHED = 1 << 20
+"""Entries that JAX searches together on a CPU, so that they are in its cache for all bits."""
+
+
 @cache
-def _jax_search() -> Callable[[Array, Array, Array], tuple[Array, Array]]:
+def _jax_search() -> Callable[[Array, Array, Array], Array]:
     """Return the search in the form that JAX compiles once for each shape, under the caller's own jit or not."""
     import jax
     from jax import lax
     from jax import numpy as jnp
 
-    @jax.jit  # type: ignore[untyped-decorator]
-    def search(x: Array, mass: Array, target: Array) -> tuple[Array, Array]:
+    def search(x: Array, mass: Array, target: Array) -> Array:
         # XLA sorts slowly on a CPU. The end is found bit by bit instead, by a sum over the row for each.
         bits = jnp.finfo(x.dtype).bits
         whole = jnp.int32 if bits == 32 else jnp.int64
@@ -230,10 +242,27 @@ def _jax_search() -> Callable[[Array, Array, Array], tuple[Array, Array]]:
             return jnp.where((reached >= target) & (reached > 0), more, end)
 
         end = lax.fori_loop(0, bits, set_bit, jnp.full(target.shape, least, whole))
-        above = jnp.sum(jnp.where(order > end, mass, 0.0), axis=-1, keepdims=True)
-        return jnp.where(end == least, -jnp.inf, lax.bitcast_convert_type(flipped(end), x.dtype)), above
+        return jnp.where(end == least, -jnp.inf, lax.bitcast_convert_type(flipped(end), x.dtype))
 
-    return search  # type: ignore[no-any-return]
+    def search_in_cache(x: Array, mass: Array, target: Array) -> Array:
+        batch, n = x.shape[:-1], x.shape[-1]
+        lines = math.prod(batch)
+        parts = -(-lines // max(1, _CACHED // n))
+        if parts < 2:
+            return search(x, mass, target)
+        each = -(-lines // parts)
+
+        def cut(one: Array) -> Array:
+            flat = jnp.pad(one.reshape(lines, -1), ((0, parts * each - lines), (0, 0)))
+            return flat.reshape(parts, each, -1)
+
+        end = lax.map(lambda part: search(*part), tuple(map(cut, (x, mass, target))))
+        return end.reshape(-1)[:lines].reshape(*batch, 1)
+
+    def anywhere(x: Array, mass: Array, target: Array) -> Array:
+        return lax.platform_dependent(x, mass, target, cpu=search_in_cache, default=search)
+
+    return jax.jit(anywhere)  # type: ignore[no-any-return]
 
 
 def _running_sum(x: Array, dtype: DType) -> Array:
