@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import polysoftmax
+from polysoftmax.engines import selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,6 +97,24 @@ def check_survivors(lib: Adapter, rows: np.ndarray, parameters: dict[str, float]
 def test_survivors(lib: Adapter, parameters: dict[str, float]) -> None:
     for rows in batches():
         check_survivors(lib, rows, parameters)
+
+
+@pytest.mark.parametrize("parameters", [{"top_k": 13}, {"top_k": 3, "top_p": 0.7}, {"top_p": 0.8}], ids=str)
+def test_jax_searches_rows_in_parts(parameters: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of two and of three rows, the last of them not full, of logits with ties at the end."""
+    jnp = pytest.importorskip("jax.numpy")
+    from polysoftmax.engines import jax as jax_engine
+
+    rows = np.float32(np.random.default_rng(5).integers(-8, 8, (2, 4, 50)) / 4)
+    expected = np.full(rows.shape, -INF)
+    for i in np.ndindex(2, 4):
+        chosen = survivors(tuple(rows[i].tolist()), **parameters)
+        expected[i][chosen] = rows[i][chosen]
+    for most in (100, 150):
+        monkeypatch.setattr(selection, "_CACHED", most)
+        jax_engine._compiled.cache_clear()
+        selection._jax_search.cache_clear()
+        np.testing.assert_array_equal(polysoftmax.truncate(jnp.asarray(rows), **parameters), expected)
 
 
 @ordered
