@@ -601,11 +601,13 @@ def sums_at_once(arrays: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
     """Sum several arrays of one shape along ``axis``, kept with length 1, in one pass; without a derivative."""
     from jax import lax
 
-    def add(sums: tuple[Array, ...], entries: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(a + b for a, b in zip(sums, entries, strict=True))
-
     zeros = tuple(one.dtype.type(0) for one in arrays)
-    return tuple(lax.expand_dims(one, (axis,)) for one in lax.reduce(arrays, zeros, add, (axis,)))
+    return tuple(lax.expand_dims(one, (axis,)) for one in lax.reduce(arrays, zeros, _add_each, (axis,)))
+
+
+def _add_each(sums: tuple[Array, ...], entries: tuple[Array, ...]) -> tuple[Array, ...]:
+    # In the module: JAX would compile for every new function that it is given.
+    return tuple(a + b for a, b in zip(sums, entries, strict=True))
 
 
 def accurate_total(x: Array) -> Array:
