@@ -115,6 +115,7 @@ def test_jax_searches_rows_in_parts(parameters: dict[str, float], monkeypatch: p
         jax_engine._compiled.cache_clear()
         selection._jax_search.cache_clear()
         np.testing.assert_array_equal(polysoftmax.truncate(jnp.asarray(rows), **parameters), expected)
+    selection._jax_search.cache_clear()  # other tests shall not find its small parts
 
 
 @ordered

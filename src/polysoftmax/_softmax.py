@@ -238,16 +238,14 @@ def log_of_sum(x: Array, top: Array, close: Array | None, axis: int) -> Array:
     """
     xp = namespace(x)
     terms = exp_in_place(x - top)
-    if adds_at_once(terms, axis):
-        total, rest = sums_at_once((terms, _below_one(terms)), axis)
-        outweighs = total < 1.25
-        return xp.where(outweighs if close is None else outweighs & close, xp.log1p(rest), xp.log(total))
-    total = accurate_sum(terms, axis)
+    at_once = adds_at_once(terms, axis)
+    total, *rest = sums_at_once((terms, _below_one(terms)), axis) if at_once else (accurate_sum(terms, axis),)
     if formulas_are_differentiated(x):
         total = xp.where(total == 0, 1.0, total)
     outweighs = total < 1.25
+    matters = outweighs if close is None else outweighs & close
     y = xp.log(total)
-    return where_any(outweighs if close is None else outweighs & close, _log1p_below, (x, top), axis, y)
+    return xp.where(matters, xp.log1p(*rest), y) if at_once else where_any(matters, _log1p_below, (x, top), axis, y)
 
 
 def _log1p_below(x: Array, top: Array, axis: int) -> Array:

@@ -222,7 +222,8 @@ def _plan(x: Array, axis: int, name: str, obstacle: str, compute: np.dtype[Any],
     if in_pieces and size >= _blocks.PARALLEL and x.flags.c_contiguous:
         line_bytes = math.prod(x.shape[axis + 1 :]) * compute.itemsize
         step = _BLOCK_BYTES // line_bytes
-        if n * line_bytes >= _LONG_BYTES if along else (block < _ACROSS and step >= _LEAST_STEP):
+        is_long = n * line_bytes >= _LONG_BYTES if along else block < _ACROSS and step >= _LEAST_STEP
+        if is_long:
             return Plan("blocks", obstacle, "in pieces", step, threads)
     block = block if along else max(block, _ACROSS)
     if rows <= block or (x.size < _blocks.PARALLEL and chosen() not in FORCED):

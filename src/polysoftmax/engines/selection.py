@@ -76,7 +76,7 @@ def kth_greatest(x: Array, k: int) -> Array:
 
         candidates, _ = _candidates_in_jax(x, k)
         if candidates is x:  # k is no small part of the row, so XLA's search would take twice as long as this one
-            return _jax_search()(x, xp.ones_like(x), xp.full((*x.shape[:-1], 1), k, x.dtype))
+            return _jax_search()(stop_gradient(x), xp.ones_like(x), xp.full((*x.shape[:-1], 1), k, x.dtype))
         # Not the last of them: XLA would sort the rows for that.
         return xp.min(lax.top_k(candidates, k)[0], axis=-1, keepdims=True)
     return xp.sort(x, axis=-1)[..., last : last + 1]
