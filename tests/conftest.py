@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# JAX would take three quarters of a GPU's memory with its first array, and leave the others too little.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 from polysoftmax.testing import Adapter, Backend, missing, open_backend
 
 if TYPE_CHECKING:

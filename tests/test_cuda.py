@@ -1,4 +1,4 @@
-"""The CUDA engine where there is no GPU: machine code, the cache, which calls are covered, what a launch is given."""
+"""The CUDA engine where there is no GPU: which calls are covered, and what their kernels are given."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from contextlib import nullcontext
-from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -19,108 +16,10 @@ import pytest
 import polysoftmax as ps
 from polysoftmax import _arrays, _sampling, engines
 from polysoftmax.engines import Call, cuda
-from polysoftmax.engines.cuda import _calls, _compile, _devices, _source
-from polysoftmax.engines.cuda._every import every_kernel
-from polysoftmax.engines.cuda._plan import Kernel, Machine, Plan, plan_masses, plan_rows
+from polysoftmax.engines.cuda import _calls, _devices, _source
+from polysoftmax.engines.cuda._plan import Machine, Plan, plan_masses, plan_rows
 
 H100 = Machine(132, clusters=True)
-
-needs_compiler = pytest.mark.skipif(not engines.has_cuda_core(), reason="cuda.core is not installed")
-
-
-def representative() -> list[tuple[Kernel, int]]:
-    """The kernel that holds most, and is first to spill, of each formula for each architecture.
-
-    In float64 for two of them, and in float32 for one. ``python -m polysoftmax.engines.cuda`` compiles them all.
-    """
-    heaviest: dict[tuple[str, int], Kernel] = {}
-    for kernel, without_clusters in every_kernel().items():
-        for arch in (80, 90, 100):
-            if (arch == 80 and not without_clusters) or (kernel.compute == "float64") == (arch == 90):
-                continue
-            other = heaviest.setdefault((kernel.formula, arch), kernel)
-            if (kernel.general, kernel.packs * kernel.width) > (other.general, other.packs * other.width):
-                heaviest[kernel.formula, arch] = kernel
-    return [(kernel, arch) for (_, arch), kernel in heaviest.items()]
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("kernel", "arch"), [pytest.param(*job, id=f"{job[0].name}-{job[1]}") for job in representative()]
-)
-def test_kernels_compile_and_keep_everything_in_registers(kernel, arch):
-    compiled = _compile.compile_kernel(kernel, arch)
-    assert compiled.code.startswith(b"\x7fELF")
-    assert kernel.name.encode() in compiled.code
-    assert compiled.spilled == 0
-    assert compiled.registers * kernel.block <= 65536
-
-
-@needs_compiler
-def test_wide_accesses_are_wide():
-    from cuda.bindings import nvrtc
-
-    kernel = plan_rows("softmax", "bfloat16", "bfloat16", 8, 4096, aligned=True, general=False, machine=H100).kernel
-    _, program = nvrtc.nvrtcCreateProgram(_source.source(kernel).encode(), b"k.cu", 0, [], [])
-    nvrtc.nvrtcCompileProgram(program, 2, [b"--std=c++17", b"--gpu-architecture=compute_90"])
-    text = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
-    nvrtc.nvrtcGetPTX(program, text)
-    assert len(re.findall(rb"ld\.global(\.nc)?\.v4", text)) >= kernel.packs
-    assert text.count(b"st.global.v4") >= kernel.packs
-
-
-@pytest.fixture
-def counted(monkeypatch, tmp_path):
-    """A compiler that counts, and an empty cache."""
-    made = []
-
-    def compile_kernel(kernel, arch):
-        made.append((kernel, arch))
-        return _compile.Compiled(f"{kernel.name} {arch}".encode(), 32, 0)
-
-    monkeypatch.setattr(_compile, "compile_kernel", compile_kernel)
-    monkeypatch.setattr(_compile, "_compiler", lambda: "nvrtc 13.0")
-    monkeypatch.setenv("POLYSOFTMAX_CACHE_DIR", str(tmp_path / "cache"))
-    return SimpleNamespace(made=made, folder=tmp_path / "cache")
-
-
-KERNEL = plan_rows("softmax", "float32", "float32", 8, 4096, aligned=True, general=False, machine=H100).kernel
-
-
-def test_machine_code_is_made_once_for_each_architecture_and_compiler(counted, monkeypatch):
-    codes = [_compile.machine_code(KERNEL, arch) for arch in (90, 90, 80, 90)]
-    assert codes == [f"{KERNEL.name} {arch}".encode() for arch in (90, 90, 80, 90)]
-    assert [arch for _, arch in counted.made] == [90, 80]
-    assert len(list(counted.folder.iterdir())) == 2
-    monkeypatch.setattr(_compile, "_compiler", lambda: "nvrtc 13.1")
-    _compile.machine_code(KERNEL, 90)
-    assert len(counted.made) == 3
-
-
-def test_a_cache_that_cannot_be_written_to_costs_a_compilation(counted, monkeypatch, tmp_path):
-    in_the_way = tmp_path / "file"
-    in_the_way.touch()
-    monkeypatch.setenv("POLYSOFTMAX_CACHE_DIR", str(in_the_way))
-    assert _compile.machine_code(KERNEL, 90) == _compile.machine_code(KERNEL, 90)
-    assert len(counted.made) == 2
-
-
-def test_threads_load_a_kernel_once():
-    made, key = [], ("a key of this test", object())
-    started = threading.Barrier(16)
-
-    def load():
-        started.wait()
-        found.append(_compile._load(key, lambda: made.append(1) or object()))
-
-    found = []
-    threads = [threading.Thread(target=load) for _ in range(16)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
-    assert len(made) == 1
-    assert len(set(map(id, found))) == 1
 
 
 class FakeDevice:
@@ -267,7 +166,7 @@ X, WIDE = np.zeros((4, 64), np.float32), np.zeros((1, 1 << 12), np.float32)
         (lambda: ps.cross_entropy(X, np.zeros(4, int), weight=np.ones(64)), None),
         (lambda: ps.softmax_vjp(X, X.astype(np.float16)), "the cotangent is float16"),
         (lambda: ps.entropy(X), "no CUDA kernel for entropy"),
-        (lambda: ps.truncate(X.astype(int), top_k=3), "not int64"),
+        (lambda: ps.truncate(X.astype(int), top_k=3), None),
         (
             lambda: _sampling.LEADING(_arrays.rows(WIDE, -1), WIDE, None, top_k=1025),
             "up to 1024 leading tokens, not 1025",
@@ -367,27 +266,6 @@ def test_tensors_on_a_gpu_that_are_none_run_as_they_stand():
     assert (found.engine, "for a FakeTensor on cuda:0" in found.reason) == ("portable", True)
 
 
-def test_a_library_without_a_device_is_told_so(monkeypatch):
-    absent = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
-    monkeypatch.setitem(sys.modules, "cupy", absent)
-    with pytest.raises(ImportError, match="CuPy finds no CUDA device"):
-        _devices._CupyDevice(0)
-    torch = pytest.importorskip("torch")
-    if torch.version.cuda is None:
-        with pytest.raises(ImportError, match="this PyTorch is not built for CUDA"):
-            _devices._TorchDevice(0)
-
-
-@pytest.mark.parametrize(("arch", "clusters"), [(75, None), (80, False), (89, False), (90, True), (120, True)])
-def test_what_a_compute_capability_can_do(arch, clusters):
-    if clusters is None:
-        with pytest.raises(ImportError, match=r"compute capability 7\.5, and the kernels need 8\.0"):
-            _compile.machine_of(arch, 40, clusters=True)
-    else:
-        assert _compile.machine_of(arch, 40, clusters=True) == Machine(40, clusters)
-        assert not _compile.machine_of(arch, 40, clusters=False).clusters
-
-
 def test_limits_of_the_temperature_are_made_on_the_device():
     """As a CUDA graph has it, whose capture takes no copy from the host; torch.full is no such copy."""
     torch = pytest.importorskip("torch")
@@ -404,77 +282,6 @@ def test_limits_of_the_temperature_are_made_on_the_device():
     torch.testing.assert_close(y, torch.full((3, 4), 0.25))
     assert "aten.full.default" in names
     assert not [one for one in names if "lift_fresh" in one or "_to_copy" in one]
-
-
-PLAN = Plan(KERNEL, 7, 2304)
-
-
-class FakeCore:
-    """The parts of ``cuda.core`` that a launch takes, remembering what they were given."""
-
-    def __init__(self):
-        self.said, self.streams = [], []
-
-    def Device(self, ordinal):
-        return SimpleNamespace(set_current=lambda: self.said.append(("device", ordinal)))
-
-    @property
-    def ObjectCode(self):
-        return SimpleNamespace(from_cubin=lambda code: SimpleNamespace(get_kernel=lambda name: (code, name)))
-
-    @property
-    def Stream(self):
-        return SimpleNamespace(from_handle=lambda handle: self.streams.append(handle) or ("stream", handle))
-
-    def LaunchConfig(self, **options):
-        return options
-
-    def launch(self, *what):
-        self.said.append(what)
-
-
-def test_a_launch_goes_to_the_stream_and_device_of_the_caller(counted, monkeypatch):
-    core = FakeCore()
-    monkeypatch.setitem(sys.modules, "cuda.core", core)
-    monkeypatch.setattr(_compile, "_loaded", {})
-    cluster = PLAN._replace(kernel=replace(KERNEL, cluster=4))
-    for plan in (PLAN, PLAN, cluster):
-        _compile.launch(plan, 90, 1, 1234, (5, 1.5))
-    code = f"{KERNEL.name} 90".encode()
-    assert len(core.streams) == 1
-    config = {"grid": 7, "cluster": None, "block": KERNEL.block, "shmem_size": 2304}
-    assert core.said[:2] == [("device", 1), (("stream", 1234), config, (code, KERNEL.name), 5, 1.5)]
-    assert core.said[5][1]["cluster"] == 4
-    assert len(counted.made) == 2
-
-
-def test_cupy_alone_compiles_and_launches_the_same_source(monkeypatch):
-    said = []
-
-    class RawModule:
-        def __init__(self, **options):
-            said.append(options)
-
-        def get_function(self, name):
-            return lambda *what, **options: said.append((name, what, options))
-
-    device = SimpleNamespace(compute_capability="90", attributes={"MultiProcessorCount": 132}, id=0)
-    inside = nullcontext(device)
-    for name in ("compute_capability", "attributes", "id"):
-        setattr(inside, name, getattr(device, name))
-    fake = SimpleNamespace(
-        RawModule=RawModule, cuda=SimpleNamespace(is_available=lambda: True, Device=lambda ordinal: inside)
-    )
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(_devices, "has_cuda_core", lambda: False)
-    monkeypatch.setattr(_compile, "_loaded", {})
-    found = _devices._CupyDevice(0)
-    assert found.machine == Machine(132, clusters=False)
-    found.launch(PLAN, (5, 1.5))
-    found.launch(PLAN, (6, 1.5))
-    assert said[0]["code"] == _source.source(KERNEL)
-    assert said[0]["backend"] == "nvrtc"
-    assert said[1:] == [(KERNEL.name, ((7,), (KERNEL.block,), (one, 1.5)), {"shared_mem": 2304}) for one in (5, 6)]
 
 
 def test_fields_of_structured_arrays_are_not_covered():
@@ -512,17 +319,6 @@ def test_importing_the_engine_imports_neither_cuda_nor_a_backend():
     assert found.stdout.strip() == "[]"
 
 
-def test_the_benchmark_says_that_it_needs_a_gpu():
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    root = os.path.dirname(os.path.dirname(__file__))
-    command = [sys.executable, "-m", "benchmarks.gpu"]
-    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr == "benchmarks.gpu needs a CUDA device, and PyTorch finds none\n"
-
-
 def test_the_tests_on_a_gpu_say_that_they_need_one():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
@@ -533,73 +329,3 @@ def test_the_tests_on_a_gpu_say_that_they_need_one():
     found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr == "Exit: these tests need a GPU: torch finds no CUDA device\n"
-
-
-def test_the_benchmark_races_the_same_operation(monkeypatch):
-    """On the CPU with fewer rows: what each contender answers, but for those that need a GPU or a compiler."""
-    gpu, torch = pytest.importorskip("benchmarks.gpu"), pytest.importorskip("torch")
-    monkeypatch.setattr(gpu, "WORKING_SET", 1 << 16)
-    monkeypatch.setattr(gpu, "find_spec", lambda _: None)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    assert {one.n for one in gpu.cases(quick=False)} == {*gpu.LENGTHS, 128256, 50257}
-    seen = set()
-    for case in gpu.cases(quick=False):
-        if case.n not in (1024, 50257) or case.dtype != "bfloat16":
-            continue
-        calls = gpu.contenders(torch, replace(case, rows=2), "cpu")
-        with ps.engine("portable"):
-            ours, theirs = (calls[name]() for name in (gpu.OURS, "torch"))
-        seen.add(case.op)
-        calls[gpu.COPY](), calls[gpu.READ]()
-        assert ours.shape == theirs.reshape(ours.shape).shape
-        if not case.op.startswith("sample"):
-            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
-    assert len(seen) == 7
-
-
-def test_the_benchmark_measures_nothing_in_place_of_the_kernels(monkeypatch):
-    gpu, torch = pytest.importorskip("benchmarks.gpu"), pytest.importorskip("torch")
-    assert "torch's own kernel" in gpu.without_kernels(torch, "cpu")
-    with monkeypatch.context() as changed:
-        changed.setattr(ps, "explain", lambda x, op: SimpleNamespace(engine="cuda"))
-        assert gpu.without_kernels(torch, "cpu") == ""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert "pip install polysoftmax[cuda]" in gpu.without_kernels(torch, "cpu")
-
-
-def test_the_benchmark_queues_calls_before_the_first_runs():
-    gpu, said = pytest.importorskip("benchmarks.gpu"), []
-
-    class Event:
-        def __init__(self, **options):
-            assert options == {"enable_timing": True}
-
-        def record(self):
-            said.append("event")
-
-        def synchronize(self):
-            said.append("wait")
-
-        def elapsed_time(self, end):
-            return 3.0
-
-    torch = SimpleNamespace(cuda=SimpleNamespace(Event=Event, _sleep=said.append))
-    seconds = gpu.stopwatch(torch)(lambda: said.append("call"), 1000)
-    assert said == [gpu.HEAD_START, "event", *["call"] * gpu.QUEUED, "event", "wait"]
-    assert seconds == pytest.approx(3e-3 / gpu.QUEUED)
-
-
-def test_the_benchmark_reports_and_draws(tmp_path):
-    """With times that are made up, since there is nothing to take them from: 1 ms, and 2 ms for the peers."""
-    gpu = pytest.importorskip("benchmarks.gpu")
-    results = []
-    for case in gpu.cases(quick=True):
-        size = case.rows * case.n * (4 if case.dtype == "float32" else 2)
-        assert case.op.startswith("sample") or size == gpu.WORKING_SET // 2
-        times = {gpu.OURS: 1e-3, gpu.COPY: 0.9e-3, gpu.READ: 0.5e-3, "torch": 2e-3}
-        seconds = {name: {"median": one, "low": one, "high": one} for name, one in times.items()}
-        results.append({"case": vars(case), "bytes": case.traffic * size, "seconds": seconds})
-    line = gpu.line(results[0])
-    assert ("268 GB/s" in line, "90% of the limit" in line, "torch 2.00x" in line) == (True, True, True)
-    gpu.plot(results, tmp_path / "gpu.png")
-    assert (tmp_path / "gpu.png").stat().st_size > 10_000

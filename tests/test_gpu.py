@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +47,8 @@ class Cupy:
         cupy = pytest.importorskip("cupy")
         if not cupy.cuda.is_available():
             pytest.skip("CuPy finds no CUDA device")
+        if "POLYSOFTMAX_SANITIZED" in os.environ:
+            cupy.cuda.set_allocator(None)  # without its pool, allocations end where the arrays do
         self.xp = cupy
 
     def array(self, x, dtype=None):
@@ -319,18 +317,3 @@ def test_a_device_that_is_not_the_current_one(gpu):
 
 def test_explain(gpu):
     assert cuda.describe(gpu.array(logits(9, 4096)), "softmax")[0] == "cuda"
-
-
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_compute_sanitizer(gpu, tool):
-    """Errors of memory, races and barriers in a reduced set of these tests."""
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None or "POLYSOFTMAX_SANITIZED" in os.environ:
-        pytest.skip("compute-sanitizer is not installed, or this is its run")
-    reduced = "(test_forward or test_vjp or test_sample or test_filters) and (129 or 4097 or 50257) and float32"
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", sys.executable]
-    command += ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"{reduced} and {gpu.name}", str(Path(__file__))]
-    # Without its pool, PyTorch's allocations end where the arrays do.
-    changes = {"POLYSOFTMAX_SANITIZED": tool, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    found = subprocess.run(command, env={**os.environ, **changes}, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout[-4000:]

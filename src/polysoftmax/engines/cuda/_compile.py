@@ -1,26 +1,19 @@
-"""Kernels from source to launch: compiled by NVRTC, kept on disk and in memory, launched through ``cuda.core``.
+"""Kernels compiled by NVRTC: for which devices, with which options, and what the compiler says of them.
 
-Nothing here needs a driver but the launch itself.
+Nothing here needs a driver but `target_of`.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import io
-import os
 import re
-import sys
-import tempfile
-import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polysoftmax.engines.cuda._plan import Machine
 from polysoftmax.engines.cuda._source import source
 
 if TYPE_CHECKING:
-    from polysoftmax.engines.cuda._plan import Kernel, Plan
+    from polysoftmax.engines.cuda._plan import Kernel
 
 CLUSTERS_SINCE: Final = 90
 """Compute capability that first had thread block clusters."""
@@ -28,8 +21,11 @@ CLUSTERS_SINCE: Final = 90
 OLDEST: Final = 80
 """Compute capability that first rounded to bfloat16 in an instruction."""
 
-_OPTIONS: Final = ("--std=c++17", "--diag-suppress=128,177")
-"""The suppressed remarks: a loop of no steps, and a constant that one kernel has no use for."""
+OPTIONS: Final = ("--std=c++17", "--device-as-default-execution-space", "--diag-suppress=128", "--diag-suppress=177")
+"""What NVRTC is told, whoever calls it. Without the second, NVRTC 13.0 and 13.1 take lambdas for code of the host.
+
+The suppressed remarks: a loop of no steps, and a constant that one kernel has no use for.
+"""
 
 
 def machine_of(arch: int, processors: int, *, clusters: bool) -> Machine:
@@ -40,107 +36,77 @@ def machine_of(arch: int, processors: int, *, clusters: bool) -> Machine:
     return Machine(processors, clusters and arch >= CLUSTERS_SINCE)
 
 
+def target_of(arch: int) -> int:
+    """Return the compute capability to compile for on a device: its own, or the newest before it in its family.
+
+    Parameters
+    ----------
+    arch : int
+        Compute capability of the device, such as 90.
+
+    Raises
+    ------
+    ImportError
+        With the reason, where nothing could be compiled for the device, or its driver would refuse the machine code.
+    """
+    try:
+        import cuda.core  # noqa: F401 - the launches need it: an installation in pieces is found here
+        from cuda.bindings import driver, nvrtc
+    except ImportError as error:
+        msg = f"cuda.core cannot be imported ({error}): pip install -U polysoftmax[cuda]"
+        raise ImportError(msg) from error
+    try:
+        _, major, minor = nvrtc.nvrtcVersion()
+        _, known = nvrtc.nvrtcGetSupportedArchs()
+        _, version = driver.cuDriverGetVersion()
+    except RuntimeError as error:  # what the bindings raise where a library, or a function of it, is missing
+        msg = f"{str(error).splitlines()[0].rstrip(': .')}: pip install -U polysoftmax[cuda]"
+        raise ImportError(msg) from error
+    if version // 1000 < major:
+        theirs = f"this one is for CUDA {version // 1000}.{version % 1000 // 10}"
+        msg = f"NVRTC {major}.{minor} needs a driver for CUDA {major}, and {theirs}: update the driver"
+        raise ImportError(msg)
+    # Machine code runs on later members of its family, and nowhere else.
+    family: list[int] = [one for one in known if one // 10 == arch // 10 and one <= arch]
+    if not family:
+        msg = f"NVRTC {major}.{minor} does not know compute capability {arch / 10}: pip install -U nvidia-cuda-nvrtc"
+        raise ImportError(msg)
+    return max(family)
+
+
 class Compiled(NamedTuple):
-    """Machine code, and what the assembler says of it."""
+    """Machine code, the PTX that it was assembled from, and what the assembler says of it."""
 
     code: bytes
+    ptx: str
     registers: int
     spilled: int
 
 
 def compile_kernel(kernel: Kernel, arch: int) -> Compiled:
     """Compile a kernel for a compute capability such as 90."""
+    from cuda.bindings import nvrtc
     from cuda.core import Program, ProgramOptions
 
-    options = ProgramOptions(arch=f"sm_{arch}", std="c++17", diag_suppress=[128, 177], ptxas_options=["-v"])
+    options = ProgramOptions(
+        arch=f"sm_{arch}",
+        std="c++17",
+        device_as_default_execution_space=True,
+        diag_suppress=[128, 177],
+        ptxas_options=["-v"],
+    )
     log = io.StringIO()
-    code = Program(source(kernel), "c++", options).compile("cubin", logs=log).code
+    program = Program(source(kernel), "c++", options)
+    code = program.compile("cubin", logs=log).code
+    ptx = b" " * nvrtc.nvrtcGetPTXSize(program.handle)[1]
+    nvrtc.nvrtcGetPTX(program.handle, ptx)
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
     registers = max(map(int, re.findall(r"Used (\d+) registers", log.getvalue())), default=0)
-    return Compiled(bytes(code), registers, spilled)
+    return Compiled(bytes(code), ptx.decode().rstrip("\0"), registers, spilled)
 
 
-def cache_folder() -> Path:
-    """Return the folder that keeps compiled kernels: ``POLYSOFTMAX_CACHE_DIR``, or one in the user's cache folder."""
-    asked = os.environ.get("POLYSOFTMAX_CACHE_DIR")
-    if asked:
-        return Path(asked)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "polysoftmax" / "cuda"
-
-
-def machine_code(kernel: Kernel, arch: int) -> bytes:
-    """Return the machine code of a kernel, from the disk if it has been compiled before."""
-    path = cache_folder() / f"{kernel.name}-sm_{arch}-{_fingerprint(kernel)}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        code = compile_kernel(kernel, arch).code
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Other processes may be reading and writing: the file appears at once and whole.
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)
-    except OSError:  # a folder that cannot be written to costs the next process a compilation
-        pass
-    return code
-
-
-def _fingerprint(kernel: Kernel) -> str:
-    """Tell sources and compilers apart."""
-    return hashlib.sha256("\0".join([source(kernel), *_OPTIONS, _compiler()]).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def _compiler() -> str:
+def compiler() -> str:
+    """Return the name and version of the compiler."""
     from cuda.bindings import nvrtc
 
-    return "nvrtc {1}.{2}".format(*nvrtc.nvrtcVersion())
-
-
-_lock = threading.Lock()
-_loaded: dict[tuple[Any, ...], Any] = {}
-
-
-def _load(key: tuple[Any, ...], make: Any) -> Any:
-    """Return what was made for ``key``; each is made once, whatever the threads."""
-    found = _loaded.get(key)
-    if found is None:
-        with _lock:
-            found = _loaded.get(key)
-            if found is None:
-                found = _loaded[key] = make()
-    return found
-
-
-def launch(plan: Plan, arch: int, ordinal: int, stream: int, arguments: tuple[int | float, ...]) -> None:
-    """Launch a kernel on a stream of a device, both of the caller's library."""
-    from cuda.core import Device, LaunchConfig, ObjectCode, Stream
-    from cuda.core import launch as launch_now
-
-    Device(ordinal).set_current()
-    kernel = plan.kernel
-
-    def load() -> Any:
-        return ObjectCode.from_cubin(machine_code(kernel, arch)).get_kernel(kernel.name)
-
-    loaded = _load((kernel, arch, ordinal), load)
-    # To make a stream costs more than the launch. Its handle may come back for another device's stream.
-    on = _load(("stream", ordinal, stream), lambda: Stream.from_handle(stream))
-    # With a cluster, the grid counts clusters.
-    cluster = kernel.cluster if kernel.cluster > 1 else None
-    config = LaunchConfig(grid=plan.grid, cluster=cluster, block=kernel.block, shmem_size=plan.shared)
-    launch_now(on, config, loaded, *arguments)
-
-
-def raw_kernel(cupy: Any, kernel: Kernel, ordinal: int) -> Any:
-    """Return a kernel that CuPy compiles, and keeps on disk, itself."""
-
-    def load() -> Any:
-        return cupy.RawModule(code=source(kernel), options=_OPTIONS, backend="nvrtc").get_function(kernel.name)
-
-    return _load(("cupy", kernel, ordinal), load)
+    return "NVRTC {1}.{2}".format(*nvrtc.nvrtcVersion())

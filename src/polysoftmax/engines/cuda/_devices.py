@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from polysoftmax._arrays import library
 from polysoftmax.engines import has_cuda_core
-from polysoftmax.engines.cuda import _compile
+from polysoftmax.engines.cuda import _compile, _launch
 from polysoftmax.engines.cuda._plan import SIZES
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from polysoftmax._arrays import Array, DType
     from polysoftmax.engines.cuda._plan import Machine, Plan
 
@@ -44,7 +47,7 @@ def dtype_name(dtype: DType) -> str:
     return str(dtype).rpartition(".")[2].removesuffix("'>")
 
 
-_devices: dict[tuple[str, int], Device] = {}
+_devices: dict[tuple[str, int], Device | str] = {}
 
 
 def device_of(x: Array) -> Device | str:
@@ -62,9 +65,10 @@ def device_of(x: Array) -> Device | str:
     found = _devices.get(key)
     if found is None:
         try:
-            found = _devices[key] = kind(key[1])
+            found = kind(key[1])
         except ImportError as error:
-            return f"no CUDA kernels here: {error}"
+            found = f"no CUDA kernels here: {error}"
+        _devices[key] = found
     return found
 
 
@@ -79,10 +83,11 @@ class _TorchDevice:
             msg = "cuda.core is not installed: pip install polysoftmax[cuda]"
             raise ImportError(msg)
         found = torch.cuda.get_device_properties(ordinal)
+        arch = found.major * 10 + found.minor
         self.torch = torch
         self.ordinal = ordinal
-        self.arch = found.major * 10 + found.minor
-        self.machine = _compile.machine_of(self.arch, found.multi_processor_count, clusters=True)
+        self.machine = _compile.machine_of(arch, found.multi_processor_count, clusters=True)
+        self.target = _compile.target_of(arch)
 
     def view(self, x: Array) -> View:
         return View(x.data_ptr(), tuple(x.shape), tuple(x.stride()), dtype_name(x.dtype))
@@ -93,9 +98,8 @@ class _TorchDevice:
         return self.torch.empty(shape, dtype=dtype, device=f"cuda:{self.ordinal}")
 
     def launch(self, plan: Plan, arguments: tuple[int | float, ...]) -> None:
-        with self.torch.cuda.device(self.ordinal):
-            stream = self.torch.cuda.current_stream(self.ordinal).cuda_stream
-            _compile.launch(plan, self.arch, self.ordinal, stream, arguments)
+        stream = self.torch.cuda.current_stream(self.ordinal).cuda_stream
+        _launch.launch(plan, self.target, self.ordinal, stream, arguments)
 
 
 class _CupyDevice:
@@ -107,11 +111,12 @@ class _CupyDevice:
             raise ImportError(msg)
         self.cupy = cupy
         self.device = cupy.cuda.Device(ordinal)
-        self.arch = int(self.device.compute_capability)
-        self.core = has_cuda_core()
+        arch = int(self.device.compute_capability)
+        core = has_cuda_core()
         processors = self.device.attributes["MultiProcessorCount"]
         # CuPy's own launches know no clusters.
-        self.machine = _compile.machine_of(self.arch, processors, clusters=self.core)
+        self.machine = _compile.machine_of(arch, processors, clusters=core)
+        self.target = _compile.target_of(arch) if core else None
 
     def view(self, x: Array) -> View:
         dtype = dtype_name(x.dtype)
@@ -121,14 +126,19 @@ class _CupyDevice:
         return View(x.data.ptr, tuple(x.shape), tuple(one // size for one in x.strides), dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
-        with self.device:
+        with self.current():
             return self.cupy.empty(shape, dtype)
 
     def launch(self, plan: Plan, arguments: tuple[int | float, ...]) -> None:
-        with self.device:
-            if self.core:
-                stream = self.cupy.cuda.get_current_stream().ptr
-                _compile.launch(plan, self.arch, self.device.id, stream, arguments)
-            else:
-                kernel = _compile.raw_kernel(self.cupy, plan.kernel, self.device.id)
-                kernel((plan.grid,), (plan.kernel.block,), arguments, shared_mem=plan.shared)
+        if self.target is not None:
+            stream = self.cupy.cuda.get_current_stream(self.device.id).ptr
+            _launch.launch(plan, self.target, self.device.id, stream, arguments)
+            return
+        with self.current():
+            kernel = _launch.raw_kernel(self.cupy, plan.kernel, self.device.id)
+            kernel((plan.grid,), (plan.kernel.block,), arguments, shared_mem=plan.shared)
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Make the device current, unless it is: at its end, CuPy's own ``with`` replaces the caller's context."""
+        is_current = self.cupy.cuda.runtime.getDevice() == self.device.id
+        return nullcontext() if is_current else self.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING
 
+from polysoftmax.engines.cuda._compile import CLUSTERS_SINCE
 from polysoftmax.engines.cuda._plan import (
     FILTERS,
     ROW_FORMULAS,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _LENGTHS = sorted({m for i in range(21) for m in (1 << i, 3 << i) if m <= 3 << 19})
 _ROWS = (1, 8, 30, 10_000)
+_ARCHITECTURES = {"float16": 80, "bfloat16": 90, "float32": 100, "float64": 90}
 _MACHINES = (Machine(132, clusters=True), Machine(108, clusters=False))
 
 
@@ -33,6 +35,24 @@ def every_kernel() -> dict[Kernel, bool]:
         for kernel in _chosen(machine):
             found[kernel] = found.get(kernel, False) or not machine.clusters
     return found
+
+
+def heaviest_kernels() -> list[tuple[Kernel, int]]:
+    """Return the kernel that holds most, and is first to spill, of each formula and dtype, with an architecture."""
+    heaviest: dict[tuple[str, str], tuple[Kernel, int]] = {}
+    for kernel, without_clusters in every_kernel().items():
+        arch = _ARCHITECTURES[kernel.x]
+        if arch < CLUSTERS_SINCE and not without_clusters:
+            continue
+        other, _ = heaviest.setdefault((kernel.formula, kernel.x), (kernel, arch))
+        if _weight(kernel) > _weight(other):
+            heaviest[kernel.formula, kernel.x] = kernel, arch
+    return list(heaviest.values())
+
+
+def _weight(kernel: Kernel) -> tuple[bool, bool, int, int, int]:
+    # A thread of a large block has the fewest registers.
+    return kernel.general, kernel.width > 1, kernel.block, kernel.packs * kernel.width, SIZES[kernel.y]
 
 
 def _chosen(machine: Machine) -> Iterator[Kernel]:

@@ -64,6 +64,15 @@ struct Access<16> {
     using Type = uint4;
 };
 
+// In PTX, since the compiler splits many a store of 16 bytes of float or double into two of 8.
+DEVICE void store_16_bytes(void* to, const void* from) {
+    Word words[4];
+    memcpy(words, from, sizeof(words));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
 template <class T, int W>
 struct Pack {
     static constexpr int SIZE = W * sizeof(T), STEP = SIZE < 16 ? SIZE : 16;
@@ -74,7 +83,11 @@ struct Pack {
         UNROLL for (int i = 0; i < SIZE / STEP; i++) ((Unit*)at)[i] = ((const Unit*)from)[i];
     }
     DEVICE void store(T* to) const {
-        UNROLL for (int i = 0; i < SIZE / STEP; i++) ((Unit*)to)[i] = ((const Unit*)at)[i];
+        if constexpr (STEP == 16) {
+            UNROLL for (int i = 0; i < SIZE; i += 16) store_16_bytes((char*)to + i, (const char*)at + i);
+        } else {
+            *(Unit*)to = *(const Unit*)at;
+        }
     }
 };
 

@@ -340,11 +340,11 @@ struct RowKernel {
     }
 
     DEVICE void write_zeros() {
-        Pack<Y, 1> zero;
-        zero.at[0] = Rounded<Y>::of(0);
-        if (present) {
-            for (Index i = member; i < a.n; i += TEAM) zero.store(out + i);
-        }
+        visit(false, [&](Index position, const auto& pack, const auto&) {
+            Pack<Y, sizeof(pack.at) / sizeof(X)> zeros;
+            for (Y& one : zeros.at) one = Rounded<Y>::of(0);
+            zeros.store(out + position);
+        });
     }
 
     DEVICE void run() {
