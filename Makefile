@@ -5,8 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# The range of NVRTC that the extra admits; its ends are installed into folders of their own, for the kernels' tests.
+NVRTC := $(shell sed -n 's/.*"\(nvidia-cuda-nvrtc[^"]*\)".*/\1/p' pyproject.toml)
+NVRTC_OLDEST := $(VENV)/nvrtc-oldest
+NVRTC_NEWEST := $(VENV)/nvrtc-newest
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench test-gpu bench-gpu test-kernels clean
+.PHONY: help demo test lint docs bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
 
 help: ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -20,7 +25,8 @@ demo: $(VENV)/installed-all ## Fit a character model to English text on every CP
 # One BLAS thread a worker: two workers' threads would spend most of their time waiting for each other.
 test: export OMP_NUM_THREADS ?= 1
 test: export OPENBLAS_NUM_THREADS ?= 1
-test: $(VENV)/installed-test ## Run the whole test suite: every backend found, engines on and portable.
+test: export POLYSOFTMAX_TEST_NVRTC ?= $(abspath $(NVRTC_OLDEST))
+test: $(VENV)/installed-test $(NVRTC_OLDEST) ## Run the whole test suite: every backend found, engines on and portable.
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/installed-test $(VENV)/installed-lint ## Check style and types.
@@ -34,23 +40,38 @@ docs: $(VENV)/installed-docs ## Build the documentation into docs/_build/html; a
 bench: $(VENV)/installed-test ## Race every function against its peers; the table, JSON and plots go to benchmarks/results.
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+gpu: ## On a machine with a GPU, with the libraries of PYTHON: is it right, and how fast is it?
+	@$(PYTHON) tools/gpu_session.py $(ARGS)
+
+gpu-prepare: $(VENV)/installed-test $(NVRTC_OLDEST) ## Without a GPU: compile what make gpu launches, by the oldest NVRTC, into .gpu/cache.
+	@$(BIN)/python tools/gpu_session.py --prepare --nvrtc $(NVRTC_OLDEST) $(ARGS)
+
+gpu-report: $(VENV)/installed-all ## Without a GPU: make a table and plots of what make gpu wrote; ARGS=FOLDER if not .gpu/results.
+	@$(BIN)/python -m tools.gpu_report $(or $(ARGS),.gpu/results)
+
 test-gpu: export POLYSOFTMAX_TEST_BACKENDS ?= cupy,torch:cuda,jax:cuda
-test-gpu: $(VENV)/installed-gpu ## On a machine with a GPU: the suite on CuPy, PyTorch and JAX there, and the CUDA kernels.
+test-gpu: $(VENV)/installed-gpu ## On a machine with a GPU and a network: the whole suite on CuPy, PyTorch and JAX there.
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
-bench-gpu: $(VENV)/installed-gpu ## On a machine with a GPU: race the CUDA kernels; JSON and plots go to benchmarks/results.
-	@$(BIN)/python -m benchmarks.gpu $(ARGS)
-
-test-kernels: $(VENV)/installed-test ## Compile every CUDA kernel for every architecture; this needs no GPU, but some patience.
-	@$(BIN)/python -m polysoftmax.engines.cuda $(ARGS)
+test-kernels: $(VENV)/installed-test $(NVRTC_OLDEST) $(NVRTC_NEWEST) ## Compile one CUDA kernel in ten (ARGS='--every 1': all), with the oldest and the newest NVRTC.
+	@for nvrtc in $(NVRTC_OLDEST) $(NVRTC_NEWEST); do \
+	    $(BIN)/python -m polysoftmax.engines.cuda --nvrtc $$nvrtc $(or $(ARGS),--every 10) || exit 1; \
+	done
 
 clean: ## Remove the environment and all that was built.
-	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) .gpu/cache build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing polysoftmax[$*] into $(VENV); the first time, this takes a few minutes."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(NVRTC_OLDEST): NVRTC := $(shell echo '$(NVRTC)' | sed 's/>=\([0-9.]*\).*/==\1/')
+$(NVRTC_OLDEST) $(NVRTC_NEWEST): pyproject.toml | $(BIN)/pip
+	@echo "Installing $(NVRTC) into $@."
+	@rm -rf $@
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $@ '$(NVRTC)'
 	@touch $@
 
 # The target is pip, not python: where venv fails half-way (Debian without python3-venv), the next run tries again.

@@ -13,16 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import machine
 from benchmarks.cases import OPS, available
 
+BACKENDS = ("numpy", "torch", "jax")
 WIDTH = 116
 """Columns that the tables need; a narrower terminal folds their lines."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--backend", action="append", choices=("numpy", "torch", "jax", "cupy"), help="may be repeated")
+    parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
     parser.add_argument("--op", action="append", choices=OPS, help="may be repeated; default all")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds, under a minute")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda has not yet been run")
     parser.add_argument(
         "--threads", type=int, default=machine.cpus(), help="of polysoftmax and torch (default: all CPUs)"
     )
@@ -41,17 +41,12 @@ def main() -> None:
     # Only now: what follows imports the library, which must not find Numba if it was told so.
     from benchmarks import peers, plots, run, table
 
-    possible = ("numpy", "torch", "jax") if chosen.device == "cpu" else ("torch", "cupy", "jax")
-    backends = tuple(b for b in chosen.backend or possible if b in possible and peers.installed(b))
-    if chosen.device == "cuda":
-        backends = tuple(b for b in backends if peers.library(b).has_gpu())
+    backends = tuple(filter(peers.installed, chosen.backend or BACKENDS))
     if not backends:
-        wanted = ", ".join(chosen.backend or possible)
-        sys.exit(f"none of {wanted} is installed and sees a {chosen.device} device: install one, or choose another")
+        sys.exit(f"none of {', '.join(chosen.backend or BACKENDS)} is installed: install one, or choose another")
     options = run.Options(
         backends=backends,
         ops=available(tuple(chosen.op or OPS)),
-        device=chosen.device,
         quick=chosen.quick,
         fast=machine.has_numba(),
         compiled=chosen.compile,

@@ -35,9 +35,12 @@ NARROW: tuple[Shape, ...] = ((100_000, 10), (10_000, 256), (64, 50_257))
 QUICK: tuple[Shape, ...] = ((10,), (1000, 1000), (100_000, 10), (64, 50_257))
 QUICK_DRAWS: tuple[Shape, ...] = ((1, 128_256),)
 
-GPU_LENGTHS = (256, 1024, 4096, 16_384, 32_768, 65_536, 131_072, 262_144)
-GPU_DRAWS: tuple[Shape, ...] = ((64, 50_257), (128, 128_256))
-GPU_BYTES = 256 * 2**20
+GPU_LENGTHS = (256, 1024, 4096, 16_384, 32_768, 131_072, 262_144)
+GPU_LENGTHS_OF_OTHERS = (4096, 32_768, 131_072)
+GPU_DRAWS: tuple[Shape, ...] = ((128, 128_256), (64, 50_257))
+GPU_BYTES = 128 * 2**20
+GPU_WORKING_SET = 320 * 2**20
+"""Bytes of the inputs that take turns: more than any cache holds."""
 
 SHORT_DTYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -82,6 +85,11 @@ class Case:
         """Library and mode in one word, as tables and plots name them."""
         return self.backend if self.mode == "eager" else f"{self.backend} {self.mode}"
 
+    @property
+    def name(self) -> str:
+        """Name to choose a case by, in letters that a command line takes as they are."""
+        return "-".join([self.op, self.dtype, "x".join(map(str, self.shape))])
+
     def __str__(self) -> str:
         size = "×".join(str(n) for n in self.shape)
         first = " axis 0" if self.axis == 0 else ""
@@ -125,22 +133,15 @@ def _shapes(op: str, *, quick: bool) -> tuple[Shape, ...]:
     return LADDER + SHORT + LONG if op in FORWARD else CORE
 
 
-def gpu_cases(backend: str, ops: tuple[str, ...], *, quick: bool) -> list[Case]:
-    """Return cases of a constant number of bytes, more than any cache holds, over the row lengths."""
-    modes = ("jit",) if backend == "jax" else ("eager",)
-    lengths = GPU_LENGTHS[::3] if quick else GPU_LENGTHS
-    # NumPy, and so CuPy, has no bfloat16 of its own.
-    dtypes = ("float16", "float32") if backend == "cupy" else ("bfloat16", "float16", "float32")
+def gpu_cases() -> list[Case]:
+    """Return what is measured on a GPU: a constant number of bytes over the row lengths, and draws of tokens."""
     cases = []
-    for op in ops:
-        if op in SAMPLING:
-            cases += [Case(op, backend, mode, shape) for mode in modes for shape in GPU_DRAWS]
-            continue
-        for dtype in dtypes:
-            rows = [GPU_BYTES // (n * ITEMSIZE[dtype]) for n in lengths]
-            cases += [
-                Case(op, backend, mode, (m, n), dtype) for mode in modes for m, n in zip(rows, lengths, strict=True)
-            ]
+    for dtype in ("bfloat16", "float32"):
+        for op in (*FORWARD, "cross_entropy", "cross_entropy_grad"):
+            lengths = GPU_LENGTHS if op == "softmax" else GPU_LENGTHS_OF_OTHERS
+            shapes = [(GPU_BYTES // (n * ITEMSIZE[dtype]), n) for n in lengths]
+            cases += [Case(op, "torch", "eager", shape, dtype) for shape in shapes]
+        cases += [Case(op, "torch", "eager", shape, dtype) for op in SAMPLING for shape in GPU_DRAWS]
     return cases
 
 

@@ -68,8 +68,8 @@ def _status(field: str) -> int:
 
 def peak(case: Case, name: str) -> int:
     """Return the bytes that a call takes at its worst, beyond its arguments and its result."""
-    arguments = peers.operands(case, "cpu")
-    time_one = peers.library(case.backend).stopwatch("cpu")
+    arguments = peers.operands(case)
+    time_one = peers.library(case.backend).stopwatch()
     call = peers.contestants(case, arguments)[name]
     time_one(call, 1)  # imports and compiles
     result_bytes = _result_bytes(call, time_one)

@@ -34,6 +34,7 @@ STYLE = {
 }
 # Marker, greatest row length, and what the legend calls it.
 ROWS = (("^", 32, "rows of up to 32"), ("o", 8192, "rows of 33 to 8192"), ("s", math.inf, "longer rows"))
+X_LABEL = "elements of the input"
 PANEL = (4.6, 3.2)
 CALL_BOUND = 10_000
 """Elements below which a call's overhead, not the bytes moved, is its time."""
@@ -64,47 +65,42 @@ class Picture:
 
 def draw(result: dict[str, Any], out: Path) -> None:
     """Write ``ratio-LIBRARY.png`` and ``throughput-LIBRARY.png`` for every library of the run."""
-    facts, options = result["machine"], result["options"]
-    on_cpu = options["device"] == "cpu"
-    where = f"{facts['cpu']}, {options['threads']} threads" if on_cpu else facts["gpu"]
-    extra = f", {'with' if options['fast'] else 'without'} Numba" if on_cpu else ""
-    about = f"float32, last axis; {where}{extra}"
-    x_label = "elements of the input" if on_cpu else "entries in a row, at a constant number of bytes"
+    options = result["options"]
+    numba = f"{'with' if options['fast'] else 'without'} Numba"
+    about = f"float32, last axis; {result['machine']['cpu']}, {options['threads']} threads, {numba}"
     for backend in dict.fromkeys(case["backend"] for case in result["cases"]):
         cases = [c for c in result["cases"] if (c["backend"], c["axis"], c["dtype"]) == (backend, -1, "float32")]
-        size = "elements" if on_cpu else "length"
         title = f"polysoftmax on {backend}: time of a peer / ours, above 1× ours is faster\n{about}"
-        _save(Picture(list(_ratios(cases, size)), title, "peer / ours", x_label, True), out / f"ratio-{backend}.png")
+        _save(Picture(list(_ratios(cases)), title, "peer / ours", X_LABEL, True), out / f"ratio-{backend}.png")
         title = f"polysoftmax on {backend}: GB/s, every input and result counted once\n{about}"
         large = [case for case in cases if case["elements"] >= CALL_BOUND]
         if large:
-            speeds = Picture(list(_speeds(large, size)), title, "GB/s", x_label, False)
+            speeds = Picture(list(_speeds(large)), title, "GB/s", X_LABEL, False)
             _save(speeds, out / f"throughput-{backend}.png")
 
 
-def _ratios(cases: list[dict[str, Any]], size: str) -> Iterator[Point]:
+def _ratios(cases: list[dict[str, Any]]) -> Iterator[Point]:
     for case in cases:
         for peer in case["peers"]:
-            if peer["name"] not in {"copy", "read"}:
-                yield _point(case, size, peer["name"], peer["ratio"])
+            if peer["name"] != "copy":
+                yield _point(case, peer["name"], peer["ratio"])
 
 
-def _speeds(cases: list[dict[str, Any]], size: str) -> Iterator[Point]:
+def _speeds(cases: list[dict[str, Any]]) -> Iterator[Point]:
     copies: dict[int, list[float]] = {}
     for case in cases:
-        copies.setdefault(case[size], []).append(case["copy_gb_per_s"])
+        copies.setdefault(case["elements"], []).append(case["copy_gb_per_s"])
     for case in cases:
-        yield _point(case, size, "ours", case["gb_per_s"])
-        yield Point(case["op"], COPY, case[size], statistics.median(copies[case[size]]), 0, True)
+        yield _point(case, "ours", case["gb_per_s"])
+        yield Point(case["op"], COPY, case["elements"], statistics.median(copies[case["elements"]]), 0, True)
         for peer in case["peers"]:
-            if peer["name"] not in {"copy", "read"}:
-                yield _point(case, size, peer["name"], peer["gb_per_s"])
+            if peer["name"] != "copy":
+                yield _point(case, peer["name"], peer["gb_per_s"])
 
 
-def _point(case: dict[str, Any], size: str, name: str, y: float) -> Point:
+def _point(case: dict[str, Any], name: str, y: float) -> Point:
     series = name if case["mode"] == "eager" else f"{name}, {case['mode']}"
-    joined = size == "length" or tuple(case["shape"]) in LADDER
-    return Point(case["op"], series, case[size], y, case["length"], joined)
+    return Point(case["op"], series, case["elements"], y, case["length"], tuple(case["shape"]) in LADDER)
 
 
 def _colours(points: list[Point]) -> dict[str, str]:

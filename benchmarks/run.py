@@ -11,8 +11,8 @@ import numpy as np
 
 import polysoftmax
 from benchmarks import machine, memory, peers, timing
-from benchmarks.cases import Case, cpu_cases, dropped, gpu_cases
-from benchmarks.targets import gpu_target, target
+from benchmarks.cases import Case, cpu_cases, dropped
+from benchmarks.targets import target
 from polysoftmax.engines import FORMULAS
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ class Options:
 
     backends: tuple[str, ...]
     ops: tuple[str, ...]
-    device: str = "cpu"
     quick: bool = False
     fast: bool = True
     compiled: bool = False
@@ -37,19 +36,18 @@ class Options:
 
 
 def cases(options: Options) -> list[Case]:
-    make = cpu_cases if options.device == "cpu" else gpu_cases
-    return [case for backend in options.backends for case in make(backend, options.ops, quick=options.quick)]
+    return [case for backend in options.backends for case in cpu_cases(backend, options.ops, quick=options.quick)]
 
 
 def memory_cases(options: Options) -> list[Case]:
-    wanted = options.memory and options.device == "cpu" and memory.supported()
+    wanted = options.memory and memory.supported()
     return memory.cases(options.backends, options.ops, quick=options.quick) if wanted else []
 
 
 def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
     """Measure everything; ``report`` is told what comes next."""
     peers.set_threads(options.threads)
-    facts = machine.machine(options.device)
+    facts = machine.machine("cpu")
     timed, weighed = [], []
     for case in cases(options):
         report(f"{case.op}  {case.runner}  {case}")
@@ -71,15 +69,12 @@ def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
 
 def measure(case: Case, options: Options, cache: int) -> dict[str, Any]:
     """Time a case, ours and its peers in interleaved rounds, and set the targets beside the ratios."""
-    arguments = peers.operands(case, options.device)
+    arguments = peers.operands(case)
     lib = peers.library(case.backend)
     calls = peers.contestants(case, arguments, compiled=options.compiled)
-    if options.device == "cpu":
-        calls["copy"] = timing.threaded_copy(np.ones(case.nbytes, np.uint8), options.threads)
-    else:
-        calls |= {"copy": lib.copy(arguments[0]), "read": lib.read(arguments[0])}
+    calls["copy"] = timing.threaded_copy(np.ones(case.nbytes, np.uint8), options.threads)
     effort = timing.QUICK if options.quick else timing.Effort()
-    samples = timing.race(calls, lib.stopwatch(options.device), effort)
+    samples = timing.race(calls, lib.stopwatch(), effort)
     engine = _engine(case, arguments[0])
     ours = samples.pop(peers.OURS)
     entry = asdict(case) | {
@@ -96,11 +91,7 @@ def measure(case: Case, options: Options, cache: int) -> dict[str, Any]:
         "peers": [],
     }
     for name, theirs in samples.items():
-        aim = (
-            target(case, name, fast=options.fast, cache=cache, engine=engine)
-            if options.device == "cpu"
-            else gpu_target(case, name)
-        )
+        aim = target(case, name, fast=options.fast, cache=cache, engine=engine)
         paired = timing.summary([b / a for a, b in zip(ours, theirs, strict=True)])
         peer = {"name": name, **_times(theirs)}
         peer["gb_per_s"] = _significant(case.traffic / statistics.median(theirs) / 1e9)

@@ -54,7 +54,7 @@ def _facts(result: dict[str, Any]) -> list[str]:
     fast = "with" if options["fast"] else "without"
     quick = ", quick run" if options["quick"] else ""
     return [
-        f"{facts.get('gpu', facts['cpu'])}, {facts['cpus']} CPUs, {caches}; {facts['system']}; {result['date']}",
+        f"{facts['cpu']}, {facts['cpus']} CPUs, {caches}; {facts['system']}; {result['date']}",
         f"{options['threads']} threads, {fast} Numba (the extra “fast”){quick}",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         LEGEND,
@@ -77,7 +77,7 @@ def _times(result: dict[str, Any], op: str, *, markdown: bool) -> Table:
         share = case["gb_per_s"] / case["copy_gb_per_s"]
         first = (case["runner"], case["label"], *_ms(case["ours"]), f"{case['gb_per_s']:.3g}", f"{share:.0%}")
         for peer in case["peers"]:
-            if peer["name"] in {"copy", "read"} and peer["target"] is None:
+            if peer["name"] == "copy" and peer["target"] is None:
                 continue
             grid.add_row(*first, *_peer(peer, quartiles=markdown))
             first = ("", "", "", "", "", "")

@@ -95,14 +95,14 @@ def _sampling(case: Case, peer: str, *, fast: bool) -> Target | None:
     return Target(25.0 if fast and case.backend != "jax" and case.shape == (64, 50_257) else 8.0)
 
 
-def gpu_target(case: Case, peer: str) -> Target | None:
-    """Return the target on a GPU, where the peer ``copy`` moves the same bytes from device to device."""
-    if case.op.startswith("sample") or case.op == "cross_entropy":
+def gpu_target(op: str, length: int, peer: str) -> Target | None:
+    """Return the target on a GPU, where the peers ``copy`` and ``read`` move the same bytes."""
+    if op in {"sample", "cross_entropy"}:
         if peer == "read":
             return Target(0.85)
-        return Target(5.0) if case.op == "sample" and peer in {"torch", "jax"} else None
-    if case.op not in {"softmax", "log_softmax"}:
+        return Target(5.0) if op == "sample" and peer in {"torch", "jax"} else None
+    if op not in {"softmax", "log_softmax"}:
         return None
     if peer == "copy":
-        return Target(0.9) if case.length >= 4096 else None
+        return Target(0.9) if length >= 4096 else None
     return {"torch": Target(1.0), "cupyx": Target(4.0)}.get(peer)

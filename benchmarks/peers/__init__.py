@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from benchmarks.cases import Case
 
 Array = Any
-BACKENDS = ("numpy", "torch", "jax", "cupy")
 TOP_K = 50
 TOP_P = 0.9
 SEED = 7
@@ -31,8 +30,8 @@ def installed(backend: str) -> bool:
 def library(backend: str) -> Any:
     """Return the module with a library's peers.
 
-    It has ``asarray(x, dtype, device)``, ``key()``, ``gradient(loss)``, ``pullback(function)``, ``stopwatch(device)``,
-    ``copy(x)``, ``read(x)`` and ``PEERS``; ``jit`` where the library has one.
+    It has ``PEERS``, and where a library is measured on the CPU ``asarray(x, dtype)``, ``key()``, ``gradient(loss)``,
+    ``pullback(function)`` and ``stopwatch()``; ``jit`` where the library has one.
     """
     return import_module(f"benchmarks.peers.{backend}")
 
@@ -57,16 +56,16 @@ def _pool() -> np.ndarray:
     return np.random.default_rng(0).standard_normal(1_000_003, dtype=np.float32) * 3
 
 
-def operands(case: Case, device: str) -> tuple[Array, ...]:
+def operands(case: Case) -> tuple[Array, ...]:
     """Return the arguments that ours and the peers are called with."""
     lib = library(case.backend)
     base = logits(case.shape)
-    x = lib.asarray(base, case.dtype, device)
+    x = lib.asarray(base, case.dtype)
     if case.op == "softmax_vjp":
-        return x, lib.asarray(base[..., ::-1].copy(), case.dtype, device)
+        return x, lib.asarray(base[..., ::-1].copy(), case.dtype)
     if case.op.startswith("cross_entropy"):
         targets = np.asarray(np.random.default_rng(1).integers(0, case.length, size=case.shape[:-1]))
-        return x, lib.asarray(targets, "int32" if case.backend == "jax" else "int64", device)
+        return x, lib.asarray(targets, "int32" if case.backend == "jax" else "int64")
     return (x, lib.key()) if case.op.startswith("sample") else (x,)
 
 

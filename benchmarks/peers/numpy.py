@@ -21,12 +21,7 @@ pullback = None
 _RNG = np.random.default_rng(SEED)
 
 
-def has_gpu() -> bool:
-    return False
-
-
-def asarray(x: np.ndarray, dtype: str, device: str) -> Array:
-    del device
+def asarray(x: np.ndarray, dtype: str) -> Array:
     return x.astype(dtype, copy=False)
 
 
@@ -34,8 +29,7 @@ def key() -> int:
     return SEED
 
 
-def stopwatch(device: str) -> Callable[..., float]:
-    del device
+def stopwatch() -> Callable[..., float]:
     return wall(lambda y: y)
 
 

@@ -20,40 +20,16 @@ Array = Any
 Axis = int
 
 
-def has_gpu() -> bool:
-    return torch.cuda.is_available()
-
-
-def asarray(x: np.ndarray, dtype: str, device: str) -> Array:
-    return torch.from_numpy(x).to(device=device, dtype=getattr(torch, dtype))
+def asarray(x: np.ndarray, dtype: str) -> Array:
+    return torch.from_numpy(x).to(getattr(torch, dtype))
 
 
 def key() -> int:
     return SEED
 
 
-def stopwatch(device: str) -> Callable[..., float]:
-    return wall(lambda y: y) if device == "cpu" else _events
-
-
-def _events(function: Callable[[], Array], number: int) -> float:
-    """Time by events on the current stream. Not yet run: no GPU was at hand."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(number):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / number
-
-
-def copy(x: Array) -> Callable[[], Array]:
-    target = torch.empty_like(x)
-    return lambda: target.copy_(x)
-
-
-def read(x: Array) -> Callable[[], Array]:
-    return lambda: torch.sum(x)
+def stopwatch() -> Callable[..., float]:
+    return wall(lambda y: y)
 
 
 def gradient(loss: Callable[..., Array]) -> Callable[..., Array]:

@@ -1,0 +1,55 @@
+"""A GPU that launches nothing: CPU tensors take the way of CUDA tensors up to the launch."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from polysoftmax.engines.cuda._plan import Machine, Plan
+
+H100_PROCESSORS = 132
+"""Multiprocessors of an H100 or H200 (SXM), on which the layout of few long rows depends."""
+
+
+class FakeDevice:
+    """Plans as a device with these multiprocessors does; ``launched`` is called in place of a launch."""
+
+    def __init__(self, machine: Machine, launched: Callable[[Plan], object]) -> None:
+        self.machine = machine
+        self.launched = launched
+
+    def view(self, x: Any) -> Any:
+        from polysoftmax.engines.cuda import _devices
+
+        return _devices._TorchDevice.view(self, x)  # type: ignore[arg-type]
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        import torch
+
+        # What nothing writes to takes no memory, whatever its size.
+        return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+    def launch(self, plan: Plan, arguments: tuple[int | float, ...]) -> None:
+        del arguments
+        self.launched(plan)
+
+
+@contextmanager
+def fake_gpu(launched: Callable[[Plan], object], machine: Machine | None = None) -> Iterator[FakeDevice]:
+    """Let CPU tensors pass for CUDA tensors of a fake device, with the engine of kernels on."""
+    import polysoftmax as ps
+    import polysoftmax.engines.torch as engine
+    from polysoftmax.engines.cuda import _devices
+    from polysoftmax.engines.cuda._plan import Machine
+
+    device = FakeDevice(machine or Machine(H100_PROCESSORS, clusters=True), launched)
+    with (
+        patch.object(engine, "_on_gpu", lambda _: True),
+        patch.object(_devices, "device_of", lambda _: device),
+        ps.engine("cuda"),
+    ):
+        yield device
