@@ -193,8 +193,7 @@ def pullback(lib: Adapter, function: Callable[..., Any], cotangent: Any, *primal
         def of_all(cotangent: Any, *primals: Any) -> Any:
             return jax.vjp(function, *primals)[1](cotangent)
 
-        found = (jax.jit(of_all) if lib.backend is Backend.JAX_JIT else of_all)(cotangent, *primals)
-        return tuple(found)
+        return tuple(lib.program(of_all)(cotangent, *primals))
     import torch
 
     if lib.backend is Backend.TORCH_FUNC:
@@ -213,7 +212,7 @@ def pushforward(lib: Adapter, function: Callable[..., Any], primals: Any, tangen
         def of_all(primals: Any, tangents: Any) -> Any:
             return jax.jvp(function, primals, tangents)[1]
 
-        return (jax.jit(of_all) if lib.backend is Backend.JAX_JIT else of_all)(primals, tangents)
+        return lib.program(of_all)(primals, tangents)
     import torch
     from torch.autograd import forward_ad
 

@@ -89,7 +89,7 @@ def gradient(lib: Adapter, function: Callable[[Any], Any], x: Any) -> Any:
     if lib.backend.library == "jax":
         import jax
 
-        return jax.jit(jax.grad(function))(x) if lib.backend is Backend.JAX_JIT else jax.grad(function)(x)
+        return lib.program(jax.grad(function))(x)
     import torch
 
     if lib.backend is Backend.TORCH_FUNC:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from polysoftmax.testing import CAPABILITIES, Backend, missing
+from polysoftmax.testing import CAPABILITIES, FORMATS, Backend, missing, rounded
+from polysoftmax.testing._work import unmultiplied
 
 TESTS = Path(__file__).parent
 
@@ -47,3 +50,17 @@ def test_unknown_names_are_an_error() -> None:
 
 def test_every_backend_says_what_it_can() -> None:
     assert list(CAPABILITIES) == list(Backend)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_products_of_the_fused_backend_round_to_the_values(dtype: str) -> None:
+    rng = np.random.default_rng(list(dtype.encode()))
+    is_narrow = dtype not in ("float32", "float64")
+    largest = FORMATS[dtype].largest if is_narrow else 1000  # which no factor below 1 reaches
+    x = rounded(np.append(10 * rng.normal(size=1000), [0, 1, -2, np.inf, -np.inf, np.nan, largest]), dtype)
+    v, c = unmultiplied(x, dtype)
+    assert isinstance(c, float) != is_narrow
+    np.testing.assert_array_equal(rounded(v * c, dtype), x)
+    triples = zip(v, np.broadcast_to(c, x.shape), x, strict=True)
+    exact = [Fraction(a) * Fraction(b) == Fraction(y) for a, b, y in triples if np.isfinite(y)]
+    assert sum(exact) < 0.1 * len(exact)

@@ -174,7 +174,7 @@ def cast(x: Array, dtype: DType) -> Array:
         return x
     found = library(x)
     if found.name != "numpy":
-        return found.xp.astype(x, dtype)
+        return found.xp.astype(as_rounded(x), dtype)
     with found.xp.errstate(over="ignore"):  # what is too large for 16 bits is inf
         return x.astype(dtype)
 
@@ -276,10 +276,10 @@ class Rows:
         """Bring a parameter, a number or an array with one entry a row, into the form of the rows.
 
         Tried in this order: 0-d; the reduced shape; the input's number of dimensions with length 1 on the
-        reduced axes, and 1 or the input's length elsewhere.
+        reduced axes, and 1 or the input's length elsewhere. A number is rounded to what an array of it would hold.
         """
         if is_number(value):
-            return float(value)
+            return self._rounded(float(value))
         if isinstance(value, bool | complex) or not is_array(value):
             msg = f"{name} must be a real number or an array of the logits' library, got {type(value).__name__}"
             raise TypeError(msg)
@@ -301,6 +301,17 @@ class Rows:
             )
             raise ValueError(msg)
         return self._flatten(value)
+
+    def _rounded(self, value: float) -> float:
+        """Round a number to the compute dtype; what is out of range for every parameter, or for float32, stays."""
+        if not 0.0 < value < _TOO_LARGE or float_bits(self.xp, self.compute) != 32:
+            return value
+        # In arithmetic, which torch.compile follows, and without an array, which costs microseconds. Differences of
+        # doubles with 29 bits above the number leave the 24 of float32 (Veltkamp), and fewer below its normal numbers.
+        if value < _LEAST_NORMAL:
+            return value + _LEAST_SHIFT - _LEAST_SHIFT
+        large = value * (2.0**29 + 1)
+        return large - (large - value)
 
     def temperature(self, value: Array | Number) -> Array | float | None:
         """Bring a temperature into the form of the rows; None where it is 1 and nothing is to be divided."""
@@ -328,6 +339,10 @@ class Rows:
             msg = f"{name} must hold real numbers, got dtype {value.dtype}"
             raise TypeError(msg)
         return cast(value, self.compute)
+
+
+_TOO_LARGE, _LEAST_NORMAL, _LEAST_SHIFT = 2.0**128, 2.0**-126, 1.5 * 2.0**-97
+"""Where float32 ends, where its numbers have 24 bits, and a double whose last bit is that of the smaller ones."""
 
 
 def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
@@ -489,10 +504,44 @@ def below_maximum(x: Array, axis: int) -> Array:
     """Return ``x`` minus the maximum of every row, in new memory or what was lent."""
     found = library(x)
     if found.name != "numpy":
-        return x - row_maximum(x, axis)
+        return below(x, row_maximum(x, axis))
     if x.ndim == 1:
         return x - found.xp.maximum.reduce(x)  # a scalar, which takes half as long as an array of one
     return found.xp.subtract(x, row_maximum(x, axis), _lent.take(x))
+
+
+def as_rounded(x: Array) -> Array:
+    """Return 16-bit numbers rounded to their dtype: a compiler that computes in 32 bits may leave that out."""
+    engine = _engine_that_compiles(x)
+    is_narrow = engine is not None and float_bits(namespace(x), x.dtype) == 16
+    return engine.as_rounded(x) if is_narrow else x
+
+
+def below(x: Array, top: Array) -> Array:
+    """Return ``x - top`` for a bound ``top`` of every row, and exactly 0 where ``x`` is equal to it.
+
+    A compiler may compute ``x`` anew for each use, and contract a product and the subtraction to one operation, which
+    leaves the rounding of the product. It cannot look through a minimum.
+    """
+    engine = _engine_that_compiles(x)
+    return x - top if engine is None else engine.below(x, top)
+
+
+def _engine_that_compiles(x: Array) -> Any:
+    """Return the engine of a library that compiles what is computed from ``x``, and None if none does."""
+    name = library(x).name
+    if name == "jax" and _is_tracer(x):
+        from polysoftmax.engines import jax as engine
+
+        return engine
+    if name == "torch":
+        import torch
+
+        if torch.compiler.is_compiling():
+            from polysoftmax.engines import torch as engine  # type: ignore[no-redef]
+
+            return engine
+    return None
 
 
 class _Lent(threading.local):
@@ -662,6 +711,7 @@ def values_are_free(x: Array) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()  # something that traces, perhaps without values
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -728,6 +778,11 @@ def block_of(z: Array, block: Array, size: int) -> tuple[Array, Array]:
     index = xp.astype(block, xp.int32) * size + xp.arange(size, dtype=xp.int32, device=device_for(z))
     inside = xp.astype(xp.minimum(index, xp.full_like(index, n - 1)), default_index(xp))
     return xp.where(index < n, xp.take_along_axis(z, inside, axis=-1), -math.inf), index
+
+
+def indices(x: Array) -> Array:
+    """Return the indices along the last axis as int32."""
+    return namespace(x).arange(x.shape[-1], dtype=namespace(x).int32, device=device_for(x))
 
 
 def along_axis(vector: Array, ndim: int, axis: int) -> Array:

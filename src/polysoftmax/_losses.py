@@ -16,6 +16,7 @@ from polysoftmax._arrays import (
     accurate_sum,
     accurate_total,
     along_axis,
+    below,
     cast,
     default_index,
     device_for,
@@ -64,7 +65,7 @@ def _cross_entropy(
     if is_index and not label_smoothing:
         known = (targets >= 0) & (targets < x.shape[axis])
         index = xp.where(known, targets, 0)
-        distance = top - take_along(x, index, axis)
+        distance = -below(take_along(x, index, axis), top)
         log_total = log_of_sum(x, top, distance < 1.0, axis)  # NaN below an infinite maximum, and so is the loss
         nll = log_total + distance
         y = nll if weight is None else _times(take_along(xp.broadcast_to(weight, x.shape), index, axis), nll)
@@ -73,7 +74,7 @@ def _cross_entropy(
         x = cast(x, top.dtype)  # smoothing makes numbers of the dtype of x
         log_total = log_of_sum(x, top, None, axis)
         c = _class_weights(x, targets, weight, label_smoothing, axis)
-        y = accurate_sum(_times(c, log_total + (top - x)), axis)
+        y = accurate_sum(_times(c, log_total - below(x, top)), axis)
     if z_loss:
         y = y + z_loss * (top + log_total) ** 2
     return y if counts is None else xp.where(counts, y, 0.0)
@@ -134,7 +135,7 @@ def _cross_entropy_slopes(
     if ignore_index is not None:
         counts = targets != ignore_index
         x, targets = xp.where(counts, x, 0.0), xp.where(counts, targets, 0)
-    distance = x - row_maximum(x, axis)
+    distance = below(x, row_maximum(x, axis))
     terms = xp.exp(distance)
     total = accurate_sum(terms, axis)
     p = terms / total

@@ -14,24 +14,26 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from polysoftmax._arrays import (
     accurate_sum,
+    below,
     block_of,
     cast,
     default_index,
-    device_for,
     exp_in_place,
     float_bits,
+    formulas_are_differentiated,
+    indices,
     last_rows,
     namespace,
     or_nan,
     row_maximum,
     rows,
     stop_gradient,
-    take_along,
+    values_are_free,
 )
 from polysoftmax._softmax import over_temperature
-from polysoftmax._truncation import TRUNCATE, along_last, filters, is_spread, truncated
+from polysoftmax._truncation import TRUNCATE, along_last, are_few, filtered_few, filters, is_spread, leading_of
 from polysoftmax.engines import RowFormula
-from polysoftmax.engines.selection import block_sums, first_maximum, leading
+from polysoftmax.engines.selection import block_sums, first_maximum
 from polysoftmax.random import BLOCKS, TOKENS, as_key, gumbel_of, row_keys, words
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
 
 def block_length(n: int) -> int:
     """Return how many tokens a block holds, for rows of n; it is frozen, since the draw depends on it."""
-    return max(2, min(256, 1 << (((n - 1).bit_length() + 1) // 2)))
+    last = int(n) - 1  # torch.jit.trace gives lengths as tensors
+    return max(2, min(256, 1 << ((last.bit_length() + 1) // 2)))
 
 
 # Three formulas, because what is done for every token of a row should run in other blocks than what is done for a few.
@@ -50,7 +53,7 @@ def _masses(x: Array, temperature: Array | float | None, where: Array | None) ->
     """Return the maximum of every row, and Σ exp((x - max) / temperature) over each of its blocks."""
     x = _masked(x, where)
     top = row_maximum(x, x.ndim - 1)
-    return top, block_sums(exp_in_place(over_temperature(x - top, temperature)), block_length(x.shape[-1]))
+    return top, block_sums(exp_in_place(over_temperature(below(x, top), temperature)), block_length(x.shape[-1]))
 
 
 def _draw(
@@ -69,9 +72,9 @@ def _draw(
     xp = namespace(x)
     x = _masked(x, where)
     keys = row_keys(keys, mass.shape[:-1]) if is_one_key else keys
-    block = _best(mass, xp.log(mass), keys, _indices(mass), BLOCKS, temperature)
+    block = _best(mass, xp.log(mass), keys, indices(mass), BLOCKS, temperature)
     inside, index = block_of(x, block, size)
-    z = over_temperature(inside - top, temperature)
+    z = over_temperature(below(inside, top), temperature)
     position = _best(xp.exp(z), z, keys, index, TOKENS, temperature)
     return _answer(top, temperature, accurate_sum(mass, mass.ndim - 1), z, index, position, logprobs)
 
@@ -93,13 +96,13 @@ def _draw_leading(
     xp = namespace(x)
     keys = row_keys(keys, x.shape[:-1]) if is_one_key else keys
     if p is not None or min_p is not None:
-        x = truncated(x, temperature, None, None, p, min_p, top_k=None)
-    z = over_temperature(x - top, temperature)
+        x, *_ = filtered_few(x, index, temperature, p, min_p)
+    z = over_temperature(below(x, top), temperature)
     terms = xp.exp(z)
     block = index // size
     same = block[..., :, None] == block[..., None, :]
     mass = xp.sum(xp.where(same, terms[..., None, :], 0.0), axis=-1)
-    won = _indices(x) == _best(mass, xp.log(mass), keys, block, BLOCKS, temperature)
+    won = indices(x) == _best(mass, xp.log(mass), keys, block, BLOCKS, temperature)
     z = xp.where(block == xp.max(xp.where(won, block, -1), axis=-1, keepdims=True), z, -math.inf)
     position = _best(xp.exp(z), z, keys, index, TOKENS, temperature)
     return _answer(top, temperature, accurate_sum(terms, z.ndim - 1), z, index, position, logprobs)
@@ -115,7 +118,7 @@ def _answer(
     logprobs: bool,
 ) -> tuple[Array, ...]:
     xp = namespace(z)
-    won = _indices(z) == position
+    won = indices(z) == position
     token = xp.max(xp.where(won, index, -1), axis=-1, keepdims=True)
     # A bad logit, filter or temperature makes the total NaN, but XLA loses NaN in some sums of exponentials.
     drawn = (top > -math.inf) & (top < math.inf) & (total > 0)
@@ -130,19 +133,12 @@ def _answer(
 
 def _leading(x: Array, where: Array | None, *, top_k: int) -> tuple[Array, Array, Array]:
     """Return the maximum of every row, its top_k greatest logits, and their indices in increasing order."""
-    xp = namespace(x)
-    x = _masked(x, where)
-    index = leading(x, top_k)
-    values = take_along(x, index, x.ndim - 1)
-    return row_maximum(values, x.ndim - 1), values, xp.astype(index, xp.int32)
+    values, index = leading_of(_masked(x, where), top_k)
+    return row_maximum(values, values.ndim - 1), values, index
 
 
 def _masked(x: Array, where: Array | None) -> Array:
     return x if where is None else namespace(x).where(where, x, -math.inf)
-
-
-def _indices(x: Array) -> Array:
-    return namespace(x).arange(x.shape[-1], dtype=namespace(x).int32, device=device_for(x))
 
 
 def _best(
@@ -187,8 +183,13 @@ def _sample(
     r = rows(x, axis)
     if is_one_key and not in_kernels:
         keys, is_one_key = row_keys(keys, x.shape[:-1]), False
-    if top_k is not None and 2 * top_k**2 <= r.length:  # survivors are compared with each other
+    by_mass = not (p is None and min_p is None)
+    # Where PyTorch records gradients, a kernel may run for TRUNCATE and none for the draw: then TRUNCATE has to decide.
+    recorded = by_mass and formulas_are_differentiated(x) and values_are_free(x)
+    if top_k is not None and are_few(top_k, r.length) and not recorded:
         top, first, second = LEADING(r, x, where, top_k=top_k)
+        if by_mass and not in_kernels:
+            first, p, min_p = filtered_few(first, second, temperature, p, min_p)[0], None, None
         others: tuple[Array, ...] = (second, top, keys, temperature, p, min_p)
         draw = DRAW_LEADING
     else:
@@ -297,6 +298,10 @@ def sample(
     chunks, threads or device. Tokens are therefore equal everywhere, except where two scores lie within rounding of
     each other. A single key is folded with each row's number, so that rows differ; give keys per row, and a row's
     token does not depend on its neighbours.
+
+    The filters leave exactly what `truncate` leaves with the same options and engine, so both calls draw from the same
+    tokens, also where the mass of a prefix lies within rounding of p. There, engines and libraries may differ by a
+    token. The numbers are rounded to the dtype that is computed in (see `truncate`).
 
     A removed, masked or -inf token is never drawn. The draw is exact: two levels of the Gumbel-max trick, over blocks
     and within one. Sources: Gumbel, "Statistical theory of extreme values", 1954; Maddison, Tarlow and Minka, "A*

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from polysoftmax._arrays import (
     accurate_sum,
     adds_at_once,
+    below,
     below_maximum,
     divide_in_place,
     exp_in_place,
@@ -44,7 +45,7 @@ def shifted(x: Array, temperature: Array | float | None, where: Array | None, ax
     x = xp.where(where, x, -math.inf)
     # -inf - -inf is NaN, which is the answer for a row of -inf, but not for a row without entries.
     top = xp.where(xp.any(where, axis=axis, keepdims=True), row_maximum(x, axis), 0.0)
-    return over_temperature(x - top, temperature)
+    return over_temperature(below(x, top), temperature)
 
 
 def over_temperature(distance: Array, temperature: Array | float | None) -> Array:
@@ -237,7 +238,7 @@ def log_of_sum(x: Array, top: Array, close: Array | None, axis: int) -> Array:
     are ``close`` (all if None): there log1p adds what lies below the maximum.
     """
     xp = namespace(x)
-    terms = exp_in_place(x - top)
+    terms = exp_in_place(below(x, top))
     at_once = adds_at_once(terms, axis)
     total, *rest = sums_at_once((terms, _below_one(terms)), axis) if at_once else (accurate_sum(terms, axis),)
     if formulas_are_differentiated(x):
@@ -249,7 +250,7 @@ def log_of_sum(x: Array, top: Array, close: Array | None, axis: int) -> Array:
 
 
 def _log1p_below(x: Array, top: Array, axis: int) -> Array:
-    return log1p_of_rest(namespace(x).exp(x - top), axis)
+    return log1p_of_rest(namespace(x).exp(below(x, top)), axis)
 
 
 def log1p_of_rest(terms: Array, axis: int) -> Array:
@@ -303,7 +304,7 @@ def _logsumexp_slopes(x: Array, weights: Array | None, where: Array | None, axis
     """Return the gradients of the logsumexp for x, which is p, and for the weights; 0 for what does not exist."""
     xp = namespace(x)
     x, weights = _existing(x, weights, where)
-    terms = xp.exp(x - _finite(row_maximum(x, axis)))
+    terms = xp.exp(below(x, _finite(row_maximum(x, axis))))
     if weights is None:
         return over_total(terms, axis), None
     shares = terms * weights

@@ -13,16 +13,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from polysoftmax._arrays import (
     Array,
     Rows,
+    below,
     cast,
+    float_bits,
+    indices,
     is_number,
     namespace,
     or_nan,
     row_maximum,
     rows,
+    stop_gradient,
+    take_along,
 )
 from polysoftmax._softmax import over_temperature
 from polysoftmax.engines import RowFormula
-from polysoftmax.engines.selection import count, end_of_prefix, first, kth_greatest
+from polysoftmax.engines.selection import count, end_of_prefix, first, kth_greatest, leading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +50,30 @@ def truncated(
     if where is not None:
         x = xp.where(where, x, -math.inf)
     top = row_maximum(x, x.ndim - 1)
+    by_mass = not (p is None and min_p is None)
+    if by_mass and top_k is not None and are_few(top_k, x.shape[-1]):
+        values, index = leading_of(stop_gradient(x), top_k)
+        _, end, last = filtered_few(values, index, temperature, p, min_p)
+        kept = xp.where(_up_to(x, indices(x), end, last), x, -math.inf)
+    else:
+        kept = _filtered(x, top, temperature, k, p, min_p, top_k)
+    answered = top < math.inf
+    for bound, most in ((k, math.inf), (p, 1.0), (min_p, 1.0), (temperature, math.inf)):
+        if bound is not None and not isinstance(bound, float):
+            answered = answered & (bound >= 0) & (bound <= most)  # False for NaN
+    return or_nan(kept, answered, top)
+
+
+def _filtered(
+    x: Array,
+    top: Array,
+    temperature: Array | float | None,
+    k: Array | None,
+    p: Array | float | None,
+    min_p: Array | float | None,
+    top_k: int | None,
+) -> Array:
+    xp = namespace(x)
     kept = x
     if top_k is not None:
         kept = xp.where(_first_k(kept, top_k), kept, -math.inf)
@@ -53,18 +82,49 @@ def truncated(
         kept = xp.where((k == 0) | inside, kept, -math.inf)
 
     def mass_of(entries: Array) -> Array:
-        return xp.exp(over_temperature(entries - top, temperature))
+        return xp.exp(over_temperature(below(entries, top), temperature))
 
     if p is not None:
-        inside = _prefix(kept, mass_of, lambda total: p * total)
+        # In the compute dtype, which the whole mass may be wider than. A number has been rounded to it, except where
+        # torch.compile has a symbol for it, with which it simplifies that arithmetic away.
+        share = p * xp.ones_like(top)
+        inside = _prefix(kept, mass_of, lambda total: share * total)
         kept = xp.where(inside if isinstance(p, float) else inside | (p >= 1), kept, -math.inf)
     if min_p is not None:
         kept = xp.where(mass_of(kept) >= min_p, kept, -math.inf)
-    answered = top < math.inf
-    for bound, most in ((k, math.inf), (p, 1.0), (min_p, 1.0), (temperature, math.inf)):
-        if bound is not None and not isinstance(bound, float):
-            answered = answered & (bound >= 0) & (bound <= most)  # False for NaN
-    return or_nan(kept, answered, top)
+    return kept
+
+
+def are_few(top_k: int, n: int) -> bool:
+    """Whether top_k of n tokens are so few that they are taken out of the row, and each is compared with each other."""
+    return 2 * top_k**2 <= n
+
+
+def leading_of(x: Array, top_k: int) -> tuple[Array, Array]:
+    """Return the top_k greatest logits of every row, and their indices, which increase."""
+    index = leading(x, top_k)
+    return take_along(x, index, x.ndim - 1), namespace(x).astype(index, namespace(x).int32)
+
+
+def filtered_few(
+    x: Array, index: Array, temperature: Array | float | None, p: Array | float | None, min_p: Array | float | None
+) -> tuple[Array, Array, Array]:
+    """Return what top_p and min_p leave of the few tokens that top_k left, the least logit of it, and its last index.
+
+    `truncated` and the draw both ask here, because a sum in another order could end at another token.
+    """
+    xp = namespace(x)
+    left = truncated(x, temperature, None, None, p, min_p, top_k=None)
+    end = xp.min(xp.where(left > -math.inf, left, math.inf), axis=-1, keepdims=True)
+    last = xp.max(xp.where(left == end, index, -1), axis=-1, keepdims=True)
+    # Exponentials grow with the logits only up to rounding, so min_p may leave a gap, which a prefix has not. What is
+    # NaN, because the row has no answer, stays.
+    return xp.where(_up_to(x, index, end, last), x, left), end, last
+
+
+def _up_to(x: Array, index: Array, end: Array, last: Array) -> Array:
+    """Return which entries come before a last one in order, or are it."""
+    return (x > end) | ((x == end) & (index <= last))
 
 
 def _first_k(x: Array, k: int) -> Array:
@@ -100,7 +160,18 @@ def is_spread(operand: Array | float | None) -> bool:
     return operand is not None and not isinstance(operand, float) and operand.ndim > 0
 
 
-TRUNCATE = RowFormula("truncate", along_last(truncated), many_steps=True)
+def _truncated_vjp(
+    operands: tuple[Array, ...], y: Array, cotangent: Array, wanted: tuple[bool, ...], **options: Any
+) -> tuple[Array | None, ...]:
+    """Return the gradient for the rows: what survives moves with its logit, and the filters are constants."""
+    del options
+    xp = namespace(y)
+    others = (xp.zeros_like(one) if asked else None for one, asked in zip(operands[1:], wanted[1:], strict=True))
+    return xp.where(y > -math.inf, cotangent, 0.0), *others
+
+
+# With a rule PyTorch's engine runs the kernel for logits that need a gradient, too, and a draw from these runs it.
+TRUNCATE = RowFormula("truncate", along_last(truncated), vjp=_truncated_vjp, from_output=True, many_steps=True)
 
 
 class Filters(NamedTuple):
@@ -141,13 +212,13 @@ def _whole(top_k: Array | int) -> int:
 def _share(r: Rows, value: Array | Number | None, name: str, off: float) -> Array | float | None:
     if value is None:
         return None
-    value = r.parameter(value, name)
-    if isinstance(value, float):
-        if not 0.0 <= value <= 1.0:
-            msg = f"{name} must lie in [0, 1], got {value}"
-            raise ValueError(msg)
-        return None if value == off else value
-    return value
+    given = r.parameter(value, name)
+    if not isinstance(given, float):
+        return given
+    if not 0.0 <= float(value) <= 1.0:  # as it was given: 1 + 1e-9 is out of range
+        msg = f"{name} must lie in [0, 1], got {float(value)}"
+        raise ValueError(msg)
+    return None if given == off else given
 
 
 def truncate(
@@ -198,9 +269,14 @@ def truncate(
     -----
     The filters are applied in this order, each to what the one before left, renormalised; the most likely token
     always survives. Each parameter is a number, or an array with one entry a row (see `softmax`); a bad entry makes
-    its own row NaN. A row with NaN or +inf becomes NaN; a row of -inf stays. Sources: top-k: Fan, Lewis and Dauphin,
-    ACL 2018; top-p: Holtzman et al., "The curious case of neural text degeneration", ICLR 2020; min-p: Nguyen et al.,
-    ICLR 2025.
+    its own row NaN. A row with NaN or +inf becomes NaN; a row of -inf stays.
+
+    A number is rounded to the dtype that is computed in, as an array of it would be: ``top_p=0.9`` is 0.89999998 for
+    logits of 32 bits or fewer. Where the mass of a prefix lies within rounding of p, libraries and engines may differ
+    by a token. `sample` never differs from the ``truncate`` of the same engine: one function decides for both.
+
+    Sources: top-k: Fan, Lewis and Dauphin, ACL 2018; top-p: Holtzman et al., "The curious case of neural text
+    degeneration", ICLR 2020; min-p: Nguyen et al., ICLR 2025.
 
     Examples
     --------
@@ -220,4 +296,6 @@ def truncate(
         x = cast(r.x, r.result)
         top = row_maximum(x, r.axis)
         return r.elementwise(or_nan(x, top < math.inf, top))
-    return r.elementwise(TRUNCATE(r, r.x, temperature, None, kept.k, kept.p, kept.min_p, top_k=kept.top_k))
+    # Integers are widened here as they are for a draw, which may change how they lie in memory, and so the engine.
+    x = r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)
+    return r.elementwise(TRUNCATE(r, x, temperature, None, kept.k, kept.p, kept.min_p, top_k=kept.top_k))

@@ -33,7 +33,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """
     if torch.compiler.is_compiling():
         return _run_compiled(call, operands)
-    if _transformed():
+    if _is_transformed():
         return call.evaluate(operands)
     if _is_recorded(operands):
         return call.evaluate(operands) if call.formula.vjp is None else _apply(call, *operands)
@@ -79,9 +79,28 @@ def _run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
     return call.evaluate(operands)
 
 
-def _transformed() -> bool:
-    # PyTorch has no public question for either.
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[no-any-return]
+def below(x: Array, top: Array) -> Array:
+    """Return ``x - top`` for a bound ``top``, exactly 0 where they are equal, whatever the compiler makes of ``x``."""
+    return torch.clamp(x, max=top) - top  # the derivative of a minimum would be 1/2 at the maximum
+
+
+def as_rounded(x: Array) -> Array:
+    """Return 16-bit numbers rounded to their dtype; Inductor computes in 32 bits, and leaves roundings out."""
+    rounded = (x.detach().view(torch.int16) & -1).view(x.dtype)  # without the step between, both views go
+    if not torch.is_grad_enabled():
+        return rounded
+    slope = torch.where(torch.isfinite(x), x, 0.0)
+    return rounded + (slope - slope.detach())
+
+
+def _is_transformed() -> bool:
+    """Whether PyTorch batches, differentiates forward or by ``torch.func``, or records for ``torch.jit.trace``."""
+    # PyTorch has no public question for the first two, and no cheap one for the last.
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:

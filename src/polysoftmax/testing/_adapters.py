@@ -12,6 +12,7 @@ import numpy as np
 from polysoftmax.engines import engine as choose_engine
 from polysoftmax.testing._backends import Backend
 from polysoftmax.testing._formats import FORMATS, rounded
+from polysoftmax.testing._work import unmultiplied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -94,6 +95,10 @@ class Adapter:
 
     def _run(self, spec: _Call, arrays: list[Array]) -> Any:
         return spec(*arrays)
+
+    def program(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of nested tuples of arrays as the backend runs it."""
+        return function
 
     def require(self, y: Array, shape: tuple[int, ...], dtype: str) -> None:
         """Raise ``AssertionError`` unless an answer has the namespace, dtype, shape and device it should."""
@@ -208,14 +213,49 @@ class _Jax(Adapter):
         assert not getattr(y, "weak_type", False), "the answer is weakly typed"
 
     def _run(self, spec: _Call, arrays: list[Array]) -> Any:
-        return self._compiled(spec)(*arrays) if self.backend is Backend.JAX_JIT else spec(*arrays)
+        function: Any = spec
+        return self.program(function)(*arrays)
 
-    @functools.cache  # noqa: B019 (adapters live as long as the process)
-    def _compiled(self, spec: _Call) -> Callable[..., Any]:
+    def program(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(self._run_fused, function) if self.backend is Backend.JAX_FUSED else function
+
+    def _run_fused(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        """Call a function in a program that computes its arrays by a product."""
         import jax
 
-        # Not the tuple itself: programs are kept by weak references, which it does not have.
-        return jax.jit(lambda *arrays: spec(*arrays))  # type: ignore[no-any-return]  # noqa: PLW0108
+        leaves, structure = jax.tree.flatten(arrays)
+        before, factors, constants = [], [], []
+        for one in leaves:
+            v, c = self._unmultiplied(one)
+            constant = c if isinstance(c, float) else None
+            before.append(v)
+            constants.append(constant)
+            factors.append(None if constant else c)
+        return self._compiled(function, tuple(constants), structure)(before, factors)
+
+    def _unmultiplied(self, x: Array) -> tuple[Array, Any]:
+        """Return an array and its factor: a number, another array, or None."""
+        dtype = self.dtype_name(x)
+        if dtype not in FORMATS:
+            return x, None
+        v, c = unmultiplied(self.values(x), dtype)
+        return self._make(v, dtype), c if isinstance(c, float) else self._make(c, dtype)
+
+    @functools.cache  # noqa: B019 (adapters live as long as the process)
+    def _compiled(
+        self, function: Callable[..., Any], constants: tuple[float | None, ...], structure: Any
+    ) -> Callable[..., Any]:
+        import jax
+
+        def multiplied(before: list[Array], factors: list[Array | None]) -> Any:
+            each = [
+                self.xp.asarray(constant, v.dtype) if constant else factor
+                for v, factor, constant in zip(before, factors, constants, strict=True)
+            ]
+            arrays = [v if c is None else v * c for v, c in zip(before, each, strict=True)]
+            return function(*jax.tree.unflatten(structure, arrays))
+
+        return jax.jit(multiplied)  # type: ignore[no-any-return]
 
 
 class _Torch(Adapter):

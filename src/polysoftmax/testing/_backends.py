@@ -22,7 +22,7 @@ class Backend(Enum):
     STRICT_2025 = "array_api_strict:2025.12"
     DASK = "dask"
     JAX = "jax"
-    JAX_JIT = "jax:jit"
+    JAX_FUSED = "jax:fused"
     JAX_X64 = "jax:x64"
     TORCH = "torch"
     TORCH_AUTOGRAD = "torch:autograd"
@@ -126,7 +126,7 @@ CAPABILITIES = {
         "lazily, in chunks", _FLOATS, ("int8", "int32", "int64", "uint8"), "float64", "int64", ("auto",), lazy=True
     ),
     Backend.JAX: _jax("eager"),
-    Backend.JAX_JIT: _jax("under jax.jit", engines=("auto",), traced=True),
+    Backend.JAX_FUSED: _jax("under jax.jit, which computes the arrays too", engines=("auto",), traced=True),
     Backend.JAX_X64: _jax("eager, with 64-bit types", engines=("auto",), x64=True),
     Backend.TORCH: _torch("eager"),
     Backend.TORCH_AUTOGRAD: _torch("eager, recorded by autograd"),

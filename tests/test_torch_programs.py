@@ -1,0 +1,92 @@
+"""Programs that PyTorch records or compiles: the formula is in them, whatever computes its logits before."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import polysoftmax as ps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+torch = pytest.importorskip("torch")
+
+ROWS = 8
+TARGETS = torch.arange(ROWS) % 3
+TEMPERATURES = torch.tensor([0.0, 1e-9, 1.0, 0.7, 2.0, torch.inf, 0.5, 0.0])
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "softmax": ps.softmax,
+    "softmax along axis 0": lambda x: ps.softmax(x, axis=0),
+    "softmax, temperatures": lambda x: ps.softmax(x, temperature=TEMPERATURES),
+    "softmax, T = 0": lambda x: ps.softmax(x, temperature=0),
+    "softmax, mask": lambda x: ps.softmax(x, where=x > 0),
+    "log_softmax": ps.log_softmax,
+    "logsumexp": ps.logsumexp,
+    "softmax_vjp": lambda x: ps.softmax_vjp(x, torch.cos(x)),
+    "cross_entropy": lambda x: ps.cross_entropy(x, TARGETS, reduction="none"),
+    "cross_entropy, probabilities": lambda x: ps.cross_entropy(x, torch.softmax(x, -1)),
+    "entropy": ps.entropy,
+    "kl_divergence": lambda x: ps.kl_divergence(x, -x),
+    "truncate, top_k": lambda x: ps.truncate(x, top_k=3),
+    "truncate, top_p": lambda x: ps.truncate(x, top_p=0.7),
+    "sample": lambda x: ps.sample(x, 7),
+    "sample, top_k": lambda x: ps.sample(x, 7, top_k=2),
+}
+
+
+def logits(seed: int, n: int, dtype: Any = torch.float32) -> Any:
+    x = 4 * torch.randn(ROWS, n, generator=torch.Generator().manual_seed(seed))
+    x[:, 1] += torch.linspace(0, 40, ROWS)  # the last rows are confident
+    return x.to(dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("n", [7, 4000])  # formulas that run as they stand, and those that have kernels
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_trace_holds_the_formula_and_not_its_answer(name: str, n: int) -> None:
+    function = FUNCTIONS[name]
+    program = torch.jit.trace(function, logits(1, n), check_trace=False)
+    x = logits(2, n)
+    torch.testing.assert_close(program(x), function(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_has_gradients() -> None:
+    def loss(x: Any) -> Any:
+        return ps.cross_entropy(x, TARGETS)
+
+    program = torch.jit.trace(loss, logits(1, 300), check_trace=False)
+    found, want = (logits(2, 300).requires_grad_() for _ in range(2))
+    program(found).backward()
+    loss(want).backward()
+    torch.testing.assert_close(found.grad, want.grad)
+
+
+SOME = ("softmax, temperatures", "softmax, T = 0", "logsumexp", "cross_entropy", "entropy")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_work_before_a_call(dtype: str) -> None:
+    """Inductor computes 16 bits in 32, and would leave the rounding of the product out."""
+
+    def answers(x: Any) -> tuple[Any, ...]:
+        return tuple(FUNCTIONS[name](x) for name in SOME)
+
+    v = logits(3, 100, getattr(torch, dtype)).requires_grad_()
+    found = torch.compile(lambda v: answers(v * 0.73), fullgraph=True, dynamic=False)(v)
+    x = (v.detach() * 0.73).requires_grad_()
+    want = answers(x)
+    for name, a, b in zip(SOME, found, want, strict=True):
+        # Below float32's rounding of the logits, which a loss of a confident row does not see.
+        np.testing.assert_allclose(*(y.detach().double() for y in (a, b)), rtol=2e-5, atol=1e-12, err_msg=name)
+    (by_v,) = torch.autograd.grad(found[3].float().sum(), v)
+    (by_x,) = torch.autograd.grad(want[3].float().sum(), x)
+    unit = torch.finfo(v.dtype).eps
+    np.testing.assert_allclose(by_v.double(), 0.73 * by_x.double(), rtol=4 * unit, atol=2e-7)
