@@ -438,8 +438,17 @@ def draw(x: Array, keys: Array, temperature: Array | None, size: int, tokens: Ar
         _write_draws(keys[i], greedy, total, z, index, blocks, block, start, score, space, tokens[i], logprobs[i])
 
 
+@_part
+def _write_left(row: Array, index: Array, answered: bool, out: Array) -> None:
+    """Write the row with -inf for all but what is left, whose indices are given; NaN where it has no answer."""
+    out[:] = -math.inf if answered else math.nan
+    if answered:
+        for at in index:
+            out[at] = row[at]
+
+
 @_kernel
-def draw_filtered(
+def filter_and_draw(
     x: Array,
     keys: Array,
     temperature: Array,
@@ -449,9 +458,14 @@ def draw_filtered(
     size: int,
     tokens: Array,
     logprobs: Array,
+    out: Array,
 ) -> None:
-    """Do what ``draw`` does with what the filters leave of each row: a count of 0, and shares of 1 and 0, are off."""
-    n = x.shape[1]
+    """Do what ``draw`` does with what the filters leave of each row: a count of 0, and shares of 1 and 0, are off.
+
+    What is left is written to ``out``, unless that has rows without entries; without keys nothing is drawn. It is one
+    kernel for both, since another copy of the sums could be compiled to other vectors, and end at another token.
+    """
+    n, draws, writes = x.shape[1], tokens.shape[1] > 0, out.shape[1] > 0
     # Two arrays and not five: what a few large ones give back is kept for the next call, many small ones would be
     # returned to the system, which takes several times longer to give the pages anew than the draw takes.
     whole, real = np.empty((3, n + 1), np.full(1, _place(x[0, 0])).dtype), np.empty((2, n + 1), x.dtype)
@@ -465,7 +479,7 @@ def draw_filtered(
     bottom, ceiling = _place(x.dtype.type(-math.inf)), _place(x.dtype.type(math.inf))
     for i in range(x.shape[0]):
         t, k, p, least_p = temperature[i], count[i], share[i], least_share[i]
-        greedy, runs, total = t == 0, 0, math.nan
+        greedy, runs, total, left, answered = t == 0, 0, math.nan, 0, False
         if k >= 0 and 0 <= p <= 1 and 0 <= least_p <= 1 and t >= 0:
             most_kept = math.ceil(k) if k < n else 0
             left, lowest = _candidates(x[i], most_kept, maxima, places, index, space)
@@ -475,14 +489,17 @@ def draw_filtered(
             most = bottom
             for j in range(left):
                 most = max(most, places[j])
-            if lowest >= bottom and bottom < most < ceiling:
+            answered = lowest >= bottom and most < ceiling
+            if answered and most > bottom:
                 top = number(most)
-                _distances(places[:left], top, t, z, terms)
+                if p < 1 or least_p > 0 or draws:
+                    _distances(places[:left], top, t, z, terms)
                 if p < 1:
                     target = p * _weight_from(places[:left], terms, bottom)
                     end, room = _end_of_prefix(places[:left], terms[:left], target, space, z)
                     left = _keep(left, end, room, places, index)
-                    _distances(places[:left], top, t, z, terms)
+                    if least_p > 0 or draws:
+                        _distances(places[:left], top, t, z, terms)
                 if least_p > 0:
                     kept = 0
                     for j in range(left):
@@ -490,6 +507,9 @@ def draw_filtered(
                         z[kept], terms[kept], index[kept] = z[j], term, index[j]
                         kept += term >= least_p
                     left = kept
-                runs = _runs(index[:left], terms, shift, block, start, mass)
-                total = _scores(mass, greedy, runs, score)
+                if draws:
+                    runs = _runs(index[:left], terms, shift, block, start, mass)
+                    total = _scores(mass, greedy, runs, score)
+        if writes:
+            _write_left(x[i], index[:left], answered, out[i])
         _write_draws(keys[i], greedy, total, z, index, runs, block, start, score, random, tokens[i], logprobs[i])

@@ -232,7 +232,7 @@ def run(call: Call, operands: tuple[Array, ...], block: int, threads: int) -> An
     """Run a call in its kernel, in blocks of so many rows."""
     x, axis, name = operands[0], call.options["axis"], call.formula.name
     if name in _DRAWS:
-        return _run_draws(call, operands, _blocks.pieces(x, axis, block), threads)
+        return _DRAWS[name](call, operands, _blocks.pieces(x, axis, block), threads)
     if axis < x.ndim - 1 and _is_across(call, operands):
         return _run_across(call, x, threads)
     if x.shape[axis] >= _LONG and _is_long(call, operands):
@@ -552,18 +552,48 @@ _OFF = (1.0, 0.0, 1.0, 0.0)
 """The temperature, top_k, top_p and min_p that change nothing."""
 
 
+def _parameters(call: Call, temperature: Array, k: Array, p: Array, min_p: Array) -> list[Array]:
+    top_k = call.options["top_k"]
+    given = (temperature, k if top_k is None else float(top_k), p, min_p)
+    return [off if one is None else one for one, off in zip(given, _OFF, strict=True)]
+
+
+def _run_truncate(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Piece], threads: int) -> Array:
+    """Run the filters of a draw, without one."""
+    from polysoftmax.engines import _draws
+
+    x, temperature, where, *filters = operands
+    axis = call.options["axis"]
+    operands = (x, where, *_parameters(call, temperature, *filters))
+    answer = _blocks.like(x, axis, x.shape[axis], call.result)
+
+    def work(i: int) -> None:
+        parts, target = operands, answer
+        if len(blocks) > 1:
+            parts, target = _blocks.cut(operands, blocks[i]), answer[blocks[i]]
+        block = _Block(_kernels(), call, parts)
+        rows = block.x if where is None else np.where(block.rows(1), block.x, -math.inf)
+        no_words, no_tokens = (np.empty((len(rows), 0), dtype) for dtype in (np.int32, np.int64))
+        target = _last(target, axis)
+        ready = target.dtype == rows.dtype and target.flags.c_contiguous
+        out = target.reshape(rows.shape) if ready else np.empty_like(rows)
+        parameters = map(block.per_row, (2, 3, 4, 5))
+        _draws.filter_and_draw(rows, no_words, *parameters, 2, no_tokens, np.empty((len(rows), 0), rows.dtype), out)
+        if not ready:
+            target[...] = _converted(block.kernels, out, target.dtype).reshape(target.shape)
+
+    parallel(work, len(blocks), threads)
+    return answer
+
+
 def _run_draws(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Piece], threads: int) -> tuple[Array, ...]:
     from polysoftmax.engines import _draws
 
     x, keys, temperature, where, *filters = operands
-    top_k, axis = call.options["top_k"], call.options["axis"]
-    if top_k is not None:
-        filters[0] = float(top_k)
-    is_filtered = any(one is not None for one in filters)
+    axis = call.options["axis"]
+    is_filtered = call.options["top_k"] is not None or any(one is not None for one in filters)
     if is_filtered:
-        temperature, *filters = (
-            off if one is None else one for one, off in zip((temperature, *filters), _OFF, strict=True)
-        )
+        temperature, *filters = _parameters(call, temperature, *filters)
     if call.options["is_one_key"]:
         key = keys.reshape(2)
         keys = np.empty((*x.shape[:axis], 2), np.int32)
@@ -582,9 +612,9 @@ def _run_draws(call: Call, operands: tuple[Array, ...], blocks: list[_blocks.Pie
         tokens, logprobs = [np.empty((len(rows), keys.shape[1] // 2), one.dtype) for one in answers]
         size = call.options["size"]
         if is_filtered:
-            # The target of top_p is a number of float64 in the formula, too.
-            k, p, min_p = block.per_row(4), block.per_row(5, np.dtype(np.float64)), block.per_row(6)
-            _draws.draw_filtered(rows, keys, temperature, k, p, min_p, size, tokens, logprobs)
+            parameters = temperature, *map(block.per_row, (4, 5, 6))
+            nothing = np.empty((len(rows), 0), rows.dtype)
+            _draws.filter_and_draw(rows, keys, *parameters, size, tokens, logprobs, nothing)
         else:
             _draws.draw(rows, keys, temperature, size, tokens, logprobs)
         for target, one in zip(targets, (tokens, logprobs), strict=True):
@@ -611,5 +641,5 @@ _FORMULAS: dict[str, tuple[Callable[[Any, _Block | _Part, Array], None], bool]] 
 }
 """Each formula's kernel, and whether its answer has the length of the rows (else 1)."""
 
-_DRAWS = ("sample",)
+_DRAWS: dict[str, Callable[..., Any]] = {"sample": _run_draws, "truncate": _run_truncate}
 """Formulas whose kernels stand in a file of their own."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from polysoftmax._arrays import accurate_sum, lent
-from polysoftmax.engines import FORCED, FORMULAS, _blocks, chosen, fused
+from polysoftmax.engines import FORCED, _blocks, chosen, fused
 from polysoftmax.engines._threads import num_threads, parallel
 
 if TYPE_CHECKING:
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 SMALL = 10_000
 SMALL_DRAW = 1000
-"""Entries below which a formula runs as it stands; the draw takes so many small steps that its kernel pays sooner."""
+"""Entries below which a formula runs as it stands; the draw takes so many small steps that its kernel pays sooner.
+
+What is left by the filters is decided in the same place as the draw from it.
+"""
+
+_DRAWS = ("sample", "truncate")
 
 _BLOCK_BYTES = 1 << 20
 _LEAST_BYTES = 1 << 19
@@ -63,7 +68,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula. NaN and inf are answers here, documented and tested, and no reason to warn."""
     x = operands[0]
     engine = chosen()
-    is_small = x.size < (SMALL_DRAW if call.formula.composed else SMALL)
+    is_small = x.size < (SMALL_DRAW if call.formula.name in _DRAWS else SMALL)
     if (is_small and engine not in FORCED) or engine == "portable" or type(x) is not np.ndarray:
         return _evaluate(call, operands)
     axis = call.options["axis"]
@@ -71,7 +76,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
         return _evaluate(call, operands)
     obstacle = fused.obstacle(call, operands)
     plan = _plan(x, axis, call.formula.name, obstacle, np.dtype(call.compute), in_pieces=_is_plain(call, operands))
-    if call.formula.many_steps:
+    if call.formula.many_steps and plan.engine != "fused":
         plan = plan._replace(layout="as they stand", block=max(plan.block // 4, _MANY_STEPS))
     if plan.engine == "portable" or (call.formula.composed and plan.engine == "blocks"):
         return _evaluate(call, operands)
@@ -92,7 +97,7 @@ def describe(x: Array, name: str) -> tuple[str, str]:
     """Name the engine for a formula along the last axis of ``x``, and why it was chosen."""
     if type(x) is not np.ndarray:
         return "portable", "the array API formula as it stands: the array is not NumPy's own"
-    least = SMALL_DRAW if FORMULAS[name].composed else SMALL
+    least = SMALL_DRAW if name in _DRAWS else SMALL
     if not x.size or not x.ndim or (x.size < least and chosen() not in FORCED):
         return "portable", f"the array API formula as it stands: fewer than {least} entries"
     compute = np.dtype(np.float32 if x.dtype.itemsize == 2 and x.dtype.kind in "fV" else np.float64)

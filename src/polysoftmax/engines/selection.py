@@ -179,7 +179,10 @@ def end_of_prefix(
     xp = found.xp
     _refuse_lazy(found.name)
     if found.name == "jax":
-        mass = stop_gradient(mass_of(x))
+        from jax import lax
+
+        # Computed once: in each program XLA may compile another exponential for the sum than for the search.
+        mass = lax.optimization_barrier(stop_gradient(mass_of(x)))
         target = xp.broadcast_to(target_of(accurate_sum(mass, x.ndim - 1)), (*x.shape[:-1], 1))
         x, target = stop_gradient(x), stop_gradient(target)
         end = _jax_search()(x, mass, target)
