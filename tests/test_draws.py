@@ -75,11 +75,11 @@ def count_left(
 ) -> tuple[int, np.ndarray]:
     """Return how many tokens are left of a row, in double precision, and all of them in order.
 
-    With a shift of -1 or 1 it is the least or greatest number that the rounding of the dtype allows: a sum of n terms
-    has an error of (16 + log2 n + D) roundings, D the mean of |z|, and a term one of 3 + |z|; twice that, because the
-    sums here, of doubles, round as well.
+    With a shift of -1 or 1 it is the least or greatest number that the rounding of the dtype allows. A share is one sum
+    over another, each within 16 + log2 n + 2D roundings, D the mean of |z|, which has two: the difference and the
+    division. A term is within 3 + 2|z|. All are counted twice for doubles, in which the sums here round as well.
     """
-    u = np.finfo(row.dtype).eps
+    u = np.finfo(row.dtype).eps / (1 if row.dtype == np.float64 else 2)
     temperature, top_p, min_p = (float(row.dtype.type(one)) for one in (temperature, top_p, min_p))
     order = np.argsort(-row, kind="stable")[: np.isfinite(row).sum()]
     order = order[: int(top_k) if top_k else None]
@@ -88,12 +88,12 @@ def count_left(
     mass, steep = np.exp(z), np.where(z > -math.inf, -z, 0.0)
     mean = (mass * steep).sum() / mass.sum()
     if top_p < 1:
-        share = top_p * (1 + shift * (16 + math.log2(len(row)) + mean) * u)
+        share = top_p * (1 + shift * 2 * (16 + math.log2(len(row)) + 2 * mean) * u)
         at = int((np.cumsum(mass) < share * math.fsum(mass)).sum())
         while at and math.fsum(mass[:at]) >= share * math.fsum(mass):  # the cumulative sum has an error of its own
             at -= 1
         mass, steep = mass[: at + 1], steep[: at + 1]
-    return int((mass >= min_p * (1 - shift * (3 + steep) * u)).sum()), order
+    return int((mass >= min_p * (1 - shift * (3 + 2 * steep) * u)).sum()), order
 
 
 def check_left(left: np.ndarray, row: np.ndarray, *parameters: float) -> None:

@@ -68,6 +68,32 @@ def test_a_trace_has_gradients() -> None:
     torch.testing.assert_close(found.grad, want.grad)
 
 
+DIFFERENTIABLE = ("softmax, temperatures", "log_softmax", "logsumexp", "cross_entropy", "entropy", "kl_divergence")
+
+
+@pytest.mark.parametrize("n", [7, 4000])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_batched_cotangents(name: str, n: int) -> None:
+    x = logits(4, n).requires_grad_()
+    y = FUNCTIONS[name](x)
+    cotangents = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(5))
+    (found,) = torch.autograd.grad(y, x, cotangents, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in cotangents]
+    # The formula, and kernels that add 4000 cotangents in another order: 64 roundings of their sum, about 60.
+    torch.testing.assert_close(found, torch.stack(each), rtol=0, atol=64 * 60 * 2.0**-24)
+
+
+@pytest.mark.parametrize("name", ["softmax", "logsumexp", "entropy"])
+def test_vectorized_hessians(name: str) -> None:
+    def moment(x: Any) -> Any:
+        y = FUNCTIONS[name](x)
+        return (y * torch.cos(torch.arange(y.numel()).reshape(y.shape))).sum()
+
+    x = logits(6, 3, torch.float64)
+    found, want = (torch.autograd.functional.hessian(moment, x, vectorize=how) for how in (True, False))
+    torch.testing.assert_close(found, want)
+
+
 SOME = ("softmax, temperatures", "softmax, T = 0", "logsumexp", "cross_entropy", "entropy")
 
 

@@ -1,7 +1,7 @@
 """Logits that are computed in the caller's own program: the answers are those for the same logits in memory.
 
 A compiler computes such logits anew for each use, contracts a product with the subtraction of the maximum, and leaves
-roundings to 16 bits out. ``POLYSOFTMAX_TEST_WORK=all`` runs every kind of work at every length and dtype, in an hour.
+roundings to 16 bits out. ``POLYSOFTMAX_TEST_WORK=all`` runs every kind of work, length and dtype, in some hours.
 """
 
 from __future__ import annotations

@@ -440,7 +440,10 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
         elif y.dtype != call.compute:
             # The answer was rounded to 16 bits; its gradient is to be rounded once, too, and not twice.
             y = run(call._replace(result=call.compute), tuple(operands))
-        return None, *gradients(call, tuple(operands), y, cotangent, ctx.needs_input_grad[1:], run)
+        # With is_grads_batched a cotangent has no memory that a kernel could read, and PyTorch has no public question.
+        is_batched = torch._C._functorch.is_legacy_batchedtensor(cotangent)
+        run_formula = Call.evaluate if is_batched else run
+        return None, *gradients(call, tuple(operands), y, cotangent, ctx.needs_input_grad[1:], run_formula)
 
 
 _apply = super(torch.autograd.Function, _Formula).apply  # its own apply asks for transforms again, and at length
