@@ -143,7 +143,8 @@ def close(found: Any, want: Any, dtype: str, *, absolute: bool) -> None:
     compute = FORMATS[dtype].compute.unit
     unit = FORMATS[dtype].unit if found.dtype.itemsize == 2 else compute
     least = 64 * compute if absolute else 64 * compute**2
-    np.testing.assert_allclose(found.astype(np.float64), want.astype(np.float64), rtol=64 * unit, atol=least)
+    # Two programs may take other exponentials, each within d + D + 16 + log2 n roundings, where d is up to 45 / 0.7.
+    np.testing.assert_allclose(found.astype(np.float64), want.astype(np.float64), rtol=128 * unit, atol=least)
 
 
 CANCELS = frozenset({"softmax_jvp", "gradient of softmax", "gradient of cross_entropy"})

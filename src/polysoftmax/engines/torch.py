@@ -89,8 +89,9 @@ def as_rounded(x: Array) -> Array:
     rounded = (x.detach().view(torch.int16) & -1).view(x.dtype)  # without the step between, both views go
     if not torch.is_grad_enabled():
         return rounded
-    slope = torch.where(torch.isfinite(x), x, 0.0)
-    return rounded + (slope - slope.detach())
+    finite = torch.isfinite(x)
+    slope = torch.where(finite, x, 0.0)
+    return torch.where(finite, rounded + (slope - slope.detach()), x)  # the gradient at -inf need not be 0
 
 
 def _is_transformed() -> bool:
