@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 _ASKED = "POLYSOFTMAX_TEST_BACKENDS"
 
+_OP_BY_OP = "test_contract"
+"""The one file of tests in which a library that compiles runs formulas as they stand, one operation after another.
+
+Each operation is a compilation then, and the formula is the one that it compiles whole everywhere else.
+"""
+
 
 def _asked() -> list[Backend]:
     names = [name.strip() for name in os.environ.get(_ASKED, "").split(",") if name.strip()]
@@ -50,6 +56,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             continue
         marks = [pytest.mark.gpu] if can.gpu else []
         for engine in can.engines:
+            if can.compiles and engine == "portable" and metafunc.module.__name__.rpartition(".")[2] != _OP_BY_OP:
+                continue
             for dtype in can.dtypes if with_dtype else ("",):
                 values = ((backend, engine), dtype) if with_dtype else ((backend, engine),)
                 name = "-".join(filter(None, (backend.value, engine, dtype)))

@@ -1,7 +1,8 @@
 """Logits that are computed in the caller's own program: the answers are those for the same logits in memory.
 
 A compiler computes such logits anew for each use, contracts a product with the subtraction of the maximum, and leaves
-roundings to 16 bits out. ``POLYSOFTMAX_TEST_WORK=all`` runs every kind of work, length and dtype, in some hours.
+roundings to 16 bits out. Each function is tested after one kind of work; ``POLYSOFTMAX_TEST_WORK=all`` runs every
+function after every kind, in every dtype and many lengths, in some hours.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from itertools import product
+from itertools import cycle, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,23 +159,18 @@ def compare(name: str, work: str, dtype: str, given: tuple[Any, ...], x: Any) ->
     jax.tree.map(lambda a, b: close(a, b, dtype, absolute=name in CANCELS), found, function(x))
 
 
-@pytest.mark.parametrize(
-    ("work", "dtype", "n", "part"),
-    [(*case, 0) for case in EVERY]
-    if os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
-    else [(*case, 1 + i % 2) for i, case in enumerate(FEW)],
-)
-def test_answers_are_those_for_logits_in_memory(work: str, dtype: str, n: int, part: int) -> None:
-    """All functions, or every second one."""
+def cases() -> list[Any]:
+    """Every function after the kinds of work in turn, or all after all."""
+    everything = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
+    pairs = product(FUNCTIONS, EVERY) if everything else zip(FUNCTIONS, cycle(FEW), strict=False)
+    return [pytest.param(name, *case, id=f"{name}-{'-'.join(map(str, case))}") for name, case in pairs]
+
+
+@pytest.mark.parametrize(("name", "work", "dtype", "n"), cases())
+def test_answers_are_those_for_logits_in_memory(name: str, work: str, dtype: str, n: int) -> None:
     with jax.enable_x64(dtype == "float64"):
         given = before(dtype, n)
-        x = jax.jit(WORK[work])(*given)
-        for name in list(FUNCTIONS)[part // 2 :: 2 if part else 1]:
-            try:
-                compare(name, work, dtype, given, x)
-            except AssertionError as error:
-                error.add_note(f"{name} of {work} in {dtype}, n = {n}")
-                raise
+        compare(name, work, dtype, given, jax.jit(WORK[work])(*given))
 
 
 def test_logits_past_the_integers_of_their_dtype() -> None:
