@@ -1,4 +1,5 @@
-# Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt change.
+# Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml, constraints.txt or the
+# C++ sources change.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,8 +11,14 @@ NVRTC := $(shell sed -n 's/.*"\(nvidia-cuda-nvrtc[^"]*\)".*/\1/p' pyproject.toml
 NVRTC_OLDEST := $(VENV)/nvrtc-oldest
 NVRTC_NEWEST := $(VENV)/nvrtc-newest
 
+NATIVE := CMakeLists.txt $(wildcard src/polysoftmax/native/*.cpp src/polysoftmax/native/*.hpp)
+
+# Where there is a compiler, an error in the C++ sources is an error here. Elsewhere, polysoftmax does without the library.
+COMPILERS := $(shell for one in $${CXX:-c++ g++ clang++}; do command -v $$one; done; true)
+export POLYSOFTMAX_NATIVE ?= $(if $(COMPILERS),required)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
+.PHONY: help demo test test-build fuzz-native lint docs bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
 
 help: ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -28,6 +35,12 @@ test: export OPENBLAS_NUM_THREADS ?= 1
 test: export POLYSOFTMAX_TEST_NVRTC ?= $(abspath $(NVRTC_OLDEST))
 test: $(VENV)/installed-test $(NVRTC_OLDEST) ## Run the whole test suite: every backend found, engines on and portable.
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-build: $(VENV)/installed-test ## Build wheels and a source distribution, and install without a compiler: the tests that call pip.
+	@$(BIN)/python -m pytest -m build tests/test_native_build.py $(ARGS)
+
+fuzz-native: $(VENV)/installed-test ## Run random problems through the C++ library, compiled with the sanitizers; ARGS='--cases N --seed N'.
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/native_fuzz.py $(ARGS)
 
 lint: $(VENV)/installed-test $(VENV)/installed-lint ## Check style and types.
 	@$(BIN)/ruff check .
@@ -60,11 +73,18 @@ test-kernels: $(VENV)/installed-test $(NVRTC_OLDEST) $(NVRTC_NEWEST) ## Compile 
 
 clean: ## Remove the environment and all that was built.
 	rm -rf $(VENV) .gpu/cache build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f src/polysoftmax/native/libpolysoftmax.so
 	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/pip
+# Without isolation, so that the build folder stays valid and a change of one C++ file compiles that file alone.
+$(VENV)/installed-%: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build-tools
 	@echo "Installing polysoftmax[$*] into $(VENV); the first time, this takes a few minutes."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+	    --no-build-isolation -e '.[$*]'
+	@touch $@
+
+$(VENV)/build-tools: | $(BIN)/pip
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check cmake ninja scikit-build-core
 	@touch $@
 
 $(NVRTC_OLDEST): NVRTC := $(shell echo '$(NVRTC)' | sed 's/>=\([0-9.]*\).*/==\1/')

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import machine
+from benchmarks import machine, peers, plots, run, table
 from benchmarks.cases import OPS, available
 
 BACKENDS = ("numpy", "torch", "jax")
@@ -26,7 +26,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=machine.cpus(), help="of polysoftmax and torch (default: all CPUs)"
     )
-    parser.add_argument("--without-fast", action="store_true", help="as if Numba were not installed")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the plain formula as one more peer")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/DATE-MACHINE)")
@@ -36,11 +35,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Parse the options, run, show, and write JSON, Markdown and plots."""
     chosen = parse()
-    if chosen.without_fast:
-        machine.without_numba()
-    # Only now: what follows imports the library, which must not find Numba if it was told so.
-    from benchmarks import peers, plots, run, table
-
     backends = tuple(filter(peers.installed, chosen.backend or BACKENDS))
     if not backends:
         sys.exit(f"none of {', '.join(chosen.backend or BACKENDS)} is installed: install one, or choose another")
@@ -48,7 +42,6 @@ def main() -> None:
         backends=backends,
         ops=available(tuple(chosen.op or OPS)),
         quick=chosen.quick,
-        fast=machine.has_numba(),
         compiled=chosen.compile,
         memory=not chosen.no_memory,
         threads=chosen.threads,
@@ -68,7 +61,7 @@ def main() -> None:
         task = progress.add_task("", total=total, completed=-1)
         result = run.run(options, lambda text: progress.update(task, description=text, advance=1))
     table.show(result, console)
-    name = f"{result['date']}-{machine.short_name(result['machine'])}" + ("" if options.fast else "-without-fast")
+    name = f"{result['date']}-{machine.short_name(result['machine'])}"
     out = chosen.out or Path(__file__).parent / "results" / name
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,23 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("polysoftmax", "numpy", "scipy", "torch", "jax", "jaxlib", "numba", "array-api-compat")
+PACKAGES = ("polysoftmax", "numpy", "scipy", "torch", "jax", "jaxlib", "array-api-compat")
 PACKAGES_ON_GPU = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "triton", "cupy-cuda13x", "quack-kernels")
-
-
-def without_numba() -> None:
-    """Make the process one in which Numba is not installed."""
-    sys.modules["numba"] = None  # type: ignore[assignment]
-
-
-def has_numba() -> bool:
-    return find_spec("numba") is not None
 
 
 def cpus() -> int:
@@ -46,8 +36,6 @@ def machine(device: str) -> dict[str, Any]:
 def versions(more: tuple[str, ...] = ()) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in (*PACKAGES, *more):
-        if name == "numba" and not has_numba():
-            continue
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -60,11 +48,6 @@ def short_name(facts: dict[str, Any]) -> str:
     name = facts.get("gpu") or f"{facts['cpu']} {facts['cpus']} cpus"
     name = re.sub(r"\(r\)|\(tm\)|@.*?hz|cpu(?!s)|processor|\d+-core", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-
-
-def last_cache(facts: dict[str, Any]) -> int:
-    """Return the size of the largest cache in bytes, 32 MiB where the system does not tell."""
-    return max(facts["caches"].values(), default=32 * 2**20)
 
 
 def _cpu_model() -> str:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import machine, peers
+from benchmarks import peers
 from benchmarks.cases import FORWARD, Case, available
 from benchmarks.targets import MEMORY_SLACK
 
@@ -45,11 +45,11 @@ def cases(backends: tuple[str, ...], ops: tuple[str, ...], *, quick: bool) -> li
     ]
 
 
-def measure(case: Case, *, fast: bool, threads: int) -> dict[str, Any]:
+def measure(case: Case, *, threads: int) -> dict[str, Any]:
     """Return the peak of ours and of the first peer, each from a process of its own."""
     entry = asdict(case) | {"runner": case.runner, "input_mib": case.nbytes / 2**20}
     for name in (peers.OURS, next(iter(peers.library(case.backend).PEERS[case.op]))):
-        order = json.dumps({"case": asdict(case), "name": name, "fast": fast, "threads": threads})
+        order = json.dumps({"case": asdict(case), "name": name, "threads": threads})
         command = [sys.executable, "-m", "benchmarks.memory", order]
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         extra = json.loads(answer.stdout.splitlines()[-1])
@@ -90,8 +90,6 @@ def _result_bytes(call: Callable[[], Any], time_one: Callable[..., float]) -> in
 
 def _main() -> None:
     order = json.loads(sys.argv[1])
-    if not order["fast"]:
-        machine.without_numba()
     case = Case(**order["case"] | {"shape": tuple(order["case"]["shape"])})
     peers.set_threads(order["threads"])
     print(peak(case, order["name"]))

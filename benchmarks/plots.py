@@ -66,8 +66,7 @@ class Picture:
 def draw(result: dict[str, Any], out: Path) -> None:
     """Write ``ratio-LIBRARY.png`` and ``throughput-LIBRARY.png`` for every library of the run."""
     options = result["options"]
-    numba = f"{'with' if options['fast'] else 'without'} Numba"
-    about = f"float32, last axis; {result['machine']['cpu']}, {options['threads']} threads, {numba}"
+    about = f"float32, last axis; {result['machine']['cpu']}, {options['threads']} threads"
     for backend in dict.fromkeys(case["backend"] for case in result["cases"]):
         cases = [c for c in result["cases"] if (c["backend"], c["axis"], c["dtype"]) == (backend, -1, "float32")]
         title = f"polysoftmax on {backend}: time of a peer / ours, above 1× ours is faster\n{about}"

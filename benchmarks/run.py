@@ -29,7 +29,6 @@ class Options:
     backends: tuple[str, ...]
     ops: tuple[str, ...]
     quick: bool = False
-    fast: bool = True
     compiled: bool = False
     memory: bool = True
     threads: int = 1
@@ -51,10 +50,10 @@ def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
     timed, weighed = [], []
     for case in cases(options):
         report(f"{case.op}  {case.runner}  {case}")
-        timed.append(measure(case, options, machine.last_cache(facts)))
+        timed.append(measure(case, options))
     for case in memory_cases(options):
         report(f"memory of {case.op}  {case.runner}  {case}")
-        weighed.append(memory.measure(case, fast=options.fast, threads=options.threads))
+        weighed.append(memory.measure(case, threads=options.threads))
     return {
         "format": FORMAT,
         "date": datetime.now(UTC).date().isoformat(),
@@ -67,7 +66,7 @@ def run(options: Options, report: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def measure(case: Case, options: Options, cache: int) -> dict[str, Any]:
+def measure(case: Case, options: Options) -> dict[str, Any]:
     """Time a case, ours and its peers in interleaved rounds, and set the targets beside the ratios."""
     arguments = peers.operands(case)
     lib = peers.library(case.backend)
@@ -91,7 +90,7 @@ def measure(case: Case, options: Options, cache: int) -> dict[str, Any]:
         "peers": [],
     }
     for name, theirs in samples.items():
-        aim = target(case, name, fast=options.fast, cache=cache, engine=engine)
+        aim = target(case, name)
         paired = timing.summary([b / a for a, b in zip(ours, theirs, strict=True)])
         peer = {"name": name, **_times(theirs)}
         peer["gb_per_s"] = _significant(case.traffic / statistics.median(theirs) / 1e9)

@@ -51,11 +51,10 @@ def _heading(console: Console, title: str, *, markdown: bool) -> None:
 def _facts(result: dict[str, Any]) -> list[str]:
     facts, options = result["machine"], result["options"]
     caches = ", ".join(f"{name} {size // 1024} KiB" for name, size in facts["caches"].items())
-    fast = "with" if options["fast"] else "without"
     quick = ", quick run" if options["quick"] else ""
     return [
         f"{facts['cpu']}, {facts['cpus']} CPUs, {caches}; {facts['system']}; {result['date']}",
-        f"{options['threads']} threads, {fast} Numba (the extra “fast”){quick}",
+        f"{options['threads']} threads{quick}",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         LEGEND,
     ]

@@ -72,27 +72,27 @@ def test_peers_answer_the_same_question(targets: tuple[ModuleType, ModuleType], 
 
 
 @pytest.mark.parametrize(
-    ("backend", "op", "shape", "peer", "fast", "text"),
+    ("backend", "op", "shape", "peer", "text"),
     [
-        ("numpy", "softmax", (10,), "scipy", True, "≥ 1×"),
-        ("numpy", "softmax", (100,), "scipy", True, None),
-        ("numpy", "softmax", (1000, 1000), "scipy", True, "≥ 3×"),
-        ("numpy", "softmax", (50_000, 32), "scipy", True, "≥ 5×"),
-        ("numpy", "softmax", (50_000, 32), "scipy", False, "≥ 1.3×"),
-        ("numpy", "softmax", (100_000, 16), "scipy", False, "≥ 4×"),
-        ("numpy", "softmax", (1000, 1000), "torch, no copy", True, None),
-        ("numpy", "softmax", (8192, 8192), "torch, no copy", True, "≥ 1×"),
-        ("numpy", "softmax", (8192, 8192), "naive", True, None),
-        ("torch", "log_softmax", (10,), "torch", True, "≤ +10 µs"),
-        ("torch", "cross_entropy_grad", (10,), "torch", True, "≤ +25 µs"),
-        ("torch", "cross_entropy", (100_000, 10), "torch", True, "≥ 3×"),
-        ("torch", "softmax", (64, 50_257), "torch", False, None),
-        ("jax", "logsumexp", (64, 50_257), "jax", True, "≥ 0.7×"),
-        ("numpy", "sample", (64, 50_257), "gumbel", True, "≥ 25×"),
-        ("jax", "sample", (64, 50_257), "jax", True, "≥ 8×"),
-        ("torch", "sample", (4096, 1000), "torch", False, "≥ 4×"),
-        ("torch", "sample_top_k", (64, 50_257), "torch", True, "≥ 1×"),
-        ("jax", "sample_top_p", (64, 50_257), "jax", True, "≥ 3×"),
+        ("numpy", "softmax", (10,), "scipy", "≥ 1.5×"),
+        ("numpy", "softmax", (10,), "naive", "≥ 0.8×"),
+        ("numpy", "softmax", (100,), "scipy", None),
+        ("numpy", "softmax", (1000, 1000), "scipy", "≥ 3×"),
+        ("numpy", "softmax", (50_000, 32), "scipy", "≥ 5×"),
+        ("numpy", "softmax", (90, 100), "torch, no copy", None),
+        ("numpy", "softmax", (1000, 1000), "torch, no copy", "≥ 1×"),
+        ("numpy", "softmax", (8192, 8192), "naive", None),
+        ("torch", "log_softmax", (10,), "torch", "≤ +5 µs"),
+        ("torch", "cross_entropy_grad", (10,), "torch", "≤ +20 µs"),
+        ("torch", "cross_entropy", (100_000, 10), "torch", "≥ 3×"),
+        ("torch", "softmax", (64, 50_257), "torch", "≥ 1×"),
+        ("jax", "logsumexp", (64, 50_257), "jax", "≥ 0.7×"),
+        ("numpy", "sample", (64, 50_257), "gumbel", "≥ 25×"),
+        ("jax", "sample", (64, 50_257), "jax", "≥ 8×"),
+        ("torch", "sample", (4096, 1000), "torch", "≥ 4×"),
+        ("torch", "sample", (30_000, 10), "torch", "≥ 1×"),
+        ("torch", "sample_top_k", (64, 50_257), "torch", "≥ 1×"),
+        ("jax", "sample_top_p", (64, 50_257), "jax", "≥ 3×"),
     ],
 )
 def test_targets_are_those_of_the_design(
@@ -101,11 +101,10 @@ def test_targets_are_those_of_the_design(
     op: str,
     shape: tuple[int, ...],
     peer: str,
-    fast: bool,
     text: str | None,
 ) -> None:
     cases, module = targets
-    found = module.target(cases.Case(op, backend, "eager", shape), peer, fast=fast, cache=32 * 2**20)
+    found = module.target(cases.Case(op, backend, "eager", shape), peer)
     assert (str(found) if found else None) == text
 
 

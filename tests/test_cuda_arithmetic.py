@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import polysoftmax as ps
-from polysoftmax import _softmax, random
+from polysoftmax import _softmax, _threefry, random
+from polysoftmax._formula import words as words_for
 from polysoftmax.engines import FORMULAS
 from polysoftmax.engines.cuda import _source
 
@@ -150,9 +151,9 @@ def test_words_are_those_of_the_random_module(host):
     keys, index = words(6, 1).reshape(3, 2), words(5000, 3)
     keys, index = np.repeat(keys, len(index), axis=0), np.tile(index, 3)
     signed = keys.view(np.int32)
-    for domain in (random.BLOCKS, random.TOKENS, random.KEYS):
+    for domain in (_threefry.BLOCKS, _threefry.TOKENS, _threefry.KEYS):
         found = both_words(host, keys, np.stack([index, np.full_like(index, domain)], axis=1)).view(np.int32)
-        np.testing.assert_array_equal(found[:, 0], random.words(*signed.T, index.view(np.int32), domain))
+        np.testing.assert_array_equal(found[:, 0], _threefry.words(*signed.T, index.view(np.int32), domain))
     np.testing.assert_array_equal(found, random.fold_in(signed, index.view(np.int32)))
 
 
@@ -170,11 +171,11 @@ def test_known_answer_of_random123(host):
 
 def test_uniforms_are_equal_and_gumbels_agree(host):
     word = np.concatenate([words(100_000), np.asarray([0, 1, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000], np.uint32)])
-    np.testing.assert_array_equal(host("uniform", word, dtype=np.float32), random.uniform_of(word.view(np.int32)))
+    np.testing.assert_array_equal(host("uniform", word, dtype=np.float32), _threefry.uniform_of(word.view(np.int32)))
     found = host("gumbel", word, dtype=np.float32)
     assert np.isfinite(found).all()
     # Two logarithms, each within an ulp or two, on values of up to 22.
-    np.testing.assert_allclose(found, random.gumbel_of(word.view(np.int32)), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found, _threefry.gumbel_of(word.view(np.int32)), rtol=1e-6, atol=1e-6)
 
 
 DISTANCES = np.asarray([0.0, -1e-40, -0.5, -3.0, -90.0, -1e30, -3e38, -np.inf, np.nan], np.float32)
@@ -184,10 +185,10 @@ GRID = [np.ascontiguousarray(one.ravel()) for one in np.meshgrid(DISTANCES, TEMP
 
 @np.errstate(all="ignore")
 def test_temperature_and_its_limits(host):
-    expected = _softmax.over_temperature(*GRID)
+    expected = _softmax.over_temperature(words_for(GRID[0]), *GRID)
     np.testing.assert_array_equal(host("z_of", *GRID, dtype=np.float32), expected)
     slope = np.where(np.isnan(GRID[0]), 2.0, GRID[0]).astype(np.float32)
-    expected_slope = _softmax.over_regular_temperature(slope, GRID[1])
+    expected_slope = _softmax.over_regular(words_for(slope), slope, GRID[1])
     np.testing.assert_array_equal(host("regular", slope, GRID[1], dtype=np.float32), expected_slope)
     # A term is exp(z), but that its exponent is rounded; a distance below 1e-37 over a T like it counts as none.
     ordinary = ~((GRID[1] > 0) & (GRID[1] < 1e-37) & (GRID[0] == np.float32(-1e-40)))
@@ -224,9 +225,11 @@ def test_merged_parts_of_a_row(host, name):
         return
     assert top == x.max()
     np.testing.assert_allclose(total, np.exp(wide - wide.max()).sum(), rtol=32 * 2.0**-24)
-    options = {"axis": 0, "ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.125}
+    options = {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.125}
     weight = np.full(len(x), 0.75)
-    expected = FORMULAS["cross_entropy"].function(wide, np.asarray([len(x) // 2]), weight, **options)[0]
+    expected = FORMULAS["cross_entropy"].function(words_for(wide), wide, np.asarray([len(x) // 2]), weight, **options)[
+        0
+    ]
     np.testing.assert_allclose(loss, np.float32(expected), rtol=64 * 2.0**-24)
 
 
@@ -236,7 +239,7 @@ def test_merged_parts_of_a_row_at_a_temperature(host, temperature):
     x = np.asarray([3.0, -np.inf, 1.0, 2.0, 3.0, -1.0, 2.9, 0.0], np.float32)
     t = np.asarray([temperature], np.float32)
     total = host("total", x, t, dtype=np.float32, size=4)[1]
-    expected = np.exp(_softmax.over_temperature(x - x.max(), t)).sum(dtype=np.float64)
+    expected = np.exp(_softmax.over_temperature(words_for(x), x - x.max(), t)).sum(dtype=np.float64)
     np.testing.assert_allclose(total, expected, rtol=32 * 2.0**-24)
 
 
@@ -252,6 +255,6 @@ def test_scores_with_their_variates(host):
     scores = np.asarray([1.0, -np.inf, 0.0, -np.inf], np.float32)
     t = np.asarray([0.5, 0.5, 0.0, 0.0], np.float32)
     one, two = np.asarray([1], np.int32), np.asarray([2], np.int32)
-    variate = random.gumbel_of(random.words(one, two, np.asarray([0], np.int32), random.TOKENS))[0]
+    variate = _threefry.gumbel_of(_threefry.words(one, two, np.asarray([0], np.int32), _threefry.TOKENS))[0]
     found = host("noisy", scores, t, dtype=np.float32)
     np.testing.assert_allclose(found, [1.0 + variate, -np.inf, 0.0, -np.inf], rtol=1e-6)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import polysoftmax as ps
-from polysoftmax import engines
+from polysoftmax import _formula, engines
+from polysoftmax._formula import Call
 from polysoftmax.engines import cuda
 from polysoftmax.engines.cuda import _calls, _devices, _source
 from polysoftmax.engines.cuda._plan import Kernel, Machine
@@ -101,7 +102,7 @@ def device(monkeypatch, folder):
     """NumPy arrays are on a GPU, as far as the library can see."""
     found = HostDevice(folder)
     monkeypatch.setattr(_devices, "device_of", found.of)
-    monkeypatch.setitem(engines._RUNNERS, np.ndarray, cuda)
+    monkeypatch.setitem(_formula._RUNNERS, np.ndarray, cuda)
     token = engines._CHOICE.set("cuda")
     yield found
     engines._CHOICE.reset(token)
@@ -110,12 +111,12 @@ def device(monkeypatch, folder):
 def portable(function, *arrays, dtype=np.float64, **options):
     """What the array API formulas answer, in float64 if not otherwise asked."""
     wide = [one.astype(dtype) if dtype and one.dtype.kind in "fV" else one for one in arrays]
-    found, engines._RUNNERS[np.ndarray] = engines._RUNNERS[np.ndarray], engines._Portable()
+    found, _formula._RUNNERS[np.ndarray] = _formula._RUNNERS[np.ndarray], engines._Portable()
     try:
         with np.errstate(all="ignore"):
             return function(*wide, **options)
     finally:
-        engines._RUNNERS[np.ndarray] = found
+        _formula._RUNNERS[np.ndarray] = found
 
 
 def dtype_of(name: str):
@@ -259,16 +260,15 @@ def test_vjp(device, dtype, rows, n, general, function):
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 @pytest.mark.parametrize("temperature", [None, 0.5])
 def test_the_pullback_of_an_answer(device, n, name, temperature):
-    pullback = pytest.importorskip("polysoftmax.engines.torch").pullback_of
     rng = np.random.default_rng(n)
     x, g = logits(rng, "float32", (9, n), special=True), logits(rng, "float32", (9, n))
-    formula = engines.FORMULAS[name]
+    formula, ops = engines.FORMULAS[name], _formula.words(x, 1)
     with np.errstate(all="ignore"):
-        y = formula.function(x, temperature, None, axis=1)
-    call = engines.Call(pullback(formula, (True, False, False)), {"axis": 1}, np.float32, np.float32)
+        y = formula.function(ops, x, temperature, None)
+    call = Call(formula.pullback((True, False, False)), {}, 1, np.float32, np.float32)
     wide = [y.astype(float), temperature, None, y.astype(float), g.astype(float)]
     with np.errstate(all="ignore"):
-        expected = call._replace(compute=np.float64, result=np.float64).evaluate(tuple(wide))
+        expected = call._replace(compute=np.float64, result=np.float64).evaluate(ops, tuple(wide))
     found = cuda.run(call, (y, temperature, None, y, g))
     assert device.plans[0].kernel.formula == f"{name}_pullback"
     assert_close(found, expected, x, floor=1.0, cotangent=np.abs(g).max() * 16)
@@ -278,28 +278,27 @@ def test_the_pullback_of_an_answer(device, n, name, temperature):
 @pytest.mark.parametrize(("dtype", "n"), [("float16", 3), ("float32", 131), ("bfloat16", 1000)])
 @pytest.mark.parametrize("plain", [False, True])
 def test_cross_entropy_and_its_slope(device, dtype, n, plain):
-    pullback = pytest.importorskip("polysoftmax.engines.torch").pullback_of
     rng = np.random.default_rng(n)
     x = logits(rng, dtype, (11, n), special=True)
     targets = rng.integers(0, n, (11, 1))
     targets[7:] = [[-1], [n], [-7], [0]]
     x[10, 0] = -np.inf
-    weight, options = None, {"axis": 1, "ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0}
+    weight, options = None, {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0}
     if not plain:
         weight = np.broadcast_to(rng.random(n).astype(np.float32), (11, n))
         options |= {"ignore_index": -1, "z_loss": 1e-3}
     formula = engines.FORMULAS["cross_entropy"]
-    call = engines.Call(formula, options, np.float32, np.float32)
-    slope = call._replace(formula=pullback(formula, (True, False, False)))
+    call = Call(formula, options, 1, np.float32, np.float32)
+    slope = call._replace(formula=formula.pullback((True, False, False)))
     g = rng.normal(size=(11, 1)).astype(np.float32)
     y = cuda.run(call, (x, targets, weight))
     dx = cuda.run(slope, (x, targets, weight, y, g))
     assert [plan.kernel.formula for plan in device.plans] == ["cross_entropy", "cross_entropy_slope"]
     wide = (x.astype(float), targets, None if weight is None else weight.astype(float))
-    to_float64 = {"compute": np.float64, "result": np.float64}
+    to_float64, ops = {"compute": np.float64, "result": np.float64}, _formula.words(x, 1)
     with np.errstate(all="ignore"):
-        loss = call._replace(**to_float64).evaluate(wide)
-        gradient = slope._replace(**to_float64).evaluate((*wide, loss, g.astype(float)))
+        loss = call._replace(**to_float64).evaluate(ops, wide)
+        gradient = slope._replace(**to_float64).evaluate(ops, (*wide, loss, g.astype(float)))
     # The row with +inf: NaN, as the contract has it, for any target.
     assert np.isnan(y[4, 0])
     y[4] = loss[4] = 0.0
@@ -487,7 +486,7 @@ def test_one_row_drawn_from_with_many_keys(device):
 def tensors(device, monkeypatch):
     """PyTorch, whose tensors are on a GPU as far as the library can see, and compiled code is new."""
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr("polysoftmax.engines.torch._on_gpu", lambda _: True)
+    monkeypatch.setattr("polysoftmax.engines.torch.is_on_gpu", lambda _: True)
     torch._dynamo.reset()
     yield torch
     torch._dynamo.reset()
@@ -573,12 +572,12 @@ def test_compiled_code_takes_the_operator_where_there_is_a_kernel(tensors):
 @pytest.mark.parametrize(
     "call",
     [
-        ("softmax", "t--", "{'axis': 1}", []),
-        ("logsumexp", "t--", "{'axis': 0}", []),
-        ("log_softmax_vjp", "ttn-", "{'axis': 1}", [0.5]),
-        ("truncate", "t---n-", "{'axis': 1, 'top_k': None}", [0.5]),
-        ("sample_masses", "t--", "{'axis': 1}", []),
-        ("sample_leading", "t-", "{'axis': 1, 'top_k': 3}", []),
+        ("softmax", "t--", "{}", [], 1),
+        ("logsumexp", "t--", "{}", [], 0),
+        ("pullback of log_softmax", "tn--t", "{}", [0.5], 1),
+        ("truncate", "t---n-", "{'top_k': None}", [0.5], 1),
+        ("sample_masses", "t--", "{}", [], 1),
+        ("sample_leading", "t-", "{'top_k': 3}", [], 1),
     ],
     ids=lambda call: call[0],
 )
@@ -586,10 +585,10 @@ def test_the_operator_keeps_the_rules_of_operators(call):
     """Its schema, its shapes under fake tensors, its derivative when traced; on the CPU, where the formulas answer."""
     torch = pytest.importorskip("torch")
     operator = pytest.importorskip("polysoftmax.engines.cuda._operator").formula
-    name, kinds, options, numbers = call
+    name, kinds, options, numbers, axis = call
     x = torch.randn(4, 33, generator=torch.Generator().manual_seed(0)).requires_grad_(name in ("softmax", "logsumexp"))
     tensors = [x, torch.ones(4, 33)][: kinds.count("t")]
-    torch.library.opcheck(operator, (name, tensors, numbers, kinds, options, torch.float32, torch.float32, False))
+    torch.library.opcheck(operator, (name, tensors, numbers, kinds, options, axis, torch.float32, torch.float32, False))
 
 
 def test_the_operator_answers_on_the_device_of_fake_tensors():
@@ -599,14 +598,16 @@ def test_the_operator_answers_on_the_device_of_fake_tensors():
 
     with FakeTensorMode():
         x = torch.empty(6, 1000, device="cuda:0", dtype=torch.bfloat16)
-        (y,) = operator("softmax", [x], [], "t--", "{'axis': 1}", torch.float32, torch.bfloat16, False)
+        (y,) = operator("softmax", [x], [], "t--", "{}", 1, torch.float32, torch.bfloat16, False)
         assert (y.device, y.dtype, y.shape) == (x.device, x.dtype, x.shape)
-        slope = ("pullback of softmax", [x, y, y], [], "t--tt", "{'axis': 1}", torch.float32, torch.float32, False)
+        slope = ("pullback of softmax", [x, y, y], [], "t--tt", "{}", 1, torch.float32, torch.float32, False)
         (dx,) = operator(*slope)  # autograd itself cannot run on these in a build without CUDA
         assert (dx.device, dx.dtype, dx.shape) == (x.device, torch.float32, x.shape)
         key = torch.empty(6, 2, device="cuda:0", dtype=torch.int32)
-        options = "{'axis': 1, 'size': 32, 'is_one_key': False, 'logprobs': True}"
+        options = "{'size': 32, 'is_one_key': False, 'logprobs': True}"
         tensors = [x.float(), x, torch.empty(6, 1, device="cuda:0"), key]
-        tokens, logprobs = operator("sample_draw", tensors, [], "tttt--", options, torch.float32, torch.float32, False)
+        tokens, logprobs = operator(
+            "sample_draw", tensors, [], "tttt--", options, 1, torch.float32, torch.float32, False
+        )
     assert (tokens.device, tokens.dtype, tokens.shape) == (x.device, torch.int64, (6, 1))
     assert (logprobs.dtype, logprobs.shape) == (torch.float32, (6, 1))

@@ -1,4 +1,4 @@
-"""The Numba kernels of the draw against the formulas: token for token, at every filter, temperature and odd row."""
+"""The native kernels of the draw against the formulas: token for token, at every filter, temperature and odd row."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import polysoftmax
-from polysoftmax import random
+from polysoftmax import _threefry, random
 from polysoftmax._sampling import block_length
+from polysoftmax.engines import _library
 
-pytest.importorskip("numba")
-from polysoftmax.engines import _draws  # only where there is Numba
+pytestmark = pytest.mark.skipif(_library.load() is None, reason=_library.reason() or "there is a library")
 
 ROWS = 60
 
@@ -110,14 +110,14 @@ def margin(left: np.ndarray, key: np.ndarray, temperature: float) -> float:
     z = np.pad((left.astype(float) - left.max()) / temperature, (0, -len(left) % size), constant_values=-np.inf)
     z = z.reshape(-1, size)
     with np.errstate(divide="ignore"):
-        scores = np.log(np.exp(z).sum(axis=1)) + _noise(key, np.arange(len(z)), random.BLOCKS)
+        scores = np.log(np.exp(z).sum(axis=1)) + _noise(key, np.arange(len(z)), _threefry.BLOCKS)
     block = int(scores.argmax())
-    inside = z[block] + _noise(key, block * size + np.arange(size), random.TOKENS)
+    inside = z[block] + _noise(key, block * size + np.arange(size), _threefry.TOKENS)
     return min(float(np.diff(np.sort(one)[-2:]).min(initial=np.inf)) for one in (scores, inside))
 
 
 def _noise(key: np.ndarray, index: np.ndarray, domain: int) -> np.ndarray:
-    return random.gumbel_of(random.words(key[0:1], key[1:2], index.astype(np.int32), domain))
+    return _threefry.gumbel_of(_threefry.words(key[0:1], key[1:2], index.astype(np.int32), domain))
 
 
 @pytest.mark.parametrize("make", [_rows, _rounded, _odd])
@@ -138,8 +138,8 @@ def test_same_tokens_as_the_formula(make: Any, length: int, dtype: type) -> None
             with polysoftmax.engine("portable"):
                 tokens, logprobs = polysoftmax.sample(x, keys, **given)
                 left = polysoftmax.truncate(rows, **options)
-            with polysoftmax.engine("fused"):
-                assert polysoftmax.explain(x, "sample").engine == polysoftmax.explain(x, "truncate").engine == "fused"
+            with polysoftmax.engine("native"):
+                assert polysoftmax.explain(x, "sample").engine == polysoftmax.explain(x, "truncate").engine == "native"
                 drawn, logs = polysoftmax.sample(x, keys, **given)
                 kept = polysoftmax.truncate(rows, **options)
             assert drawn.dtype == tokens.dtype
@@ -166,7 +166,7 @@ def test_same_tokens_as_the_formula(make: Any, length: int, dtype: type) -> None
     assert close <= 1  # less than one draw in a million, as the guide reports
 
 
-@pytest.mark.parametrize("engine", ["portable", "fused"])
+@pytest.mark.parametrize("engine", ["portable", "native"])
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 100, "top_p": 0.8, "temperature": 0.7}], ids=str)
 @pytest.mark.parametrize(("length", "dtype"), [(300, np.float32), (20_000, np.float32), (700, np.float64)])
 def test_what_is_left_is_exact_up_to_rounding(length: int, dtype: type, options: dict[str, float], engine: str) -> None:
@@ -201,7 +201,7 @@ def test_keys_of_any_shape(batch: tuple[int, ...], shape: tuple[int, ...]) -> No
     keys = random.split(3, int(np.prod(shape))).reshape(*shape, 2)
     with polysoftmax.engine("portable"):
         expected = polysoftmax.sample(x, keys)
-    with polysoftmax.engine("fused"):
+    with polysoftmax.engine("native"):
         np.testing.assert_array_equal(polysoftmax.sample(x, keys), expected)
     assert expected.shape == np.broadcast_shapes(batch, shape)
     if shape:  # one by one
@@ -212,53 +212,7 @@ def test_keys_of_any_shape(batch: tuple[int, ...], shape: tuple[int, ...]) -> No
 
 def test_one_row_with_many_keys_draws_what_many_rows_do() -> None:
     row, keys = _rows(seeded(2000), 2000, np.float32)[0], random.split(3, 500)
-    with polysoftmax.engine("fused"):
+    with polysoftmax.engine("native"):
         np.testing.assert_array_equal(
             polysoftmax.sample(row, keys, top_k=9), polysoftmax.sample(np.tile(row, (500, 1)), keys, top_k=9)
         )
-
-
-def test_gumbel_variates_are_those_of_the_public_generator() -> None:
-    count = 100_000
-    index, words = np.arange(count, dtype=np.int32), np.empty(count, np.uint32)
-    noise, key = np.empty(count, np.float32), random.key(2026)
-    _draws._gumbels(key[0], key[1], index, 0, count, words, noise)
-    np.testing.assert_array_equal(words.view(np.int32), random.bits(2026, count))
-    exact = -np.log(-np.log1p(-random.uniform(2026, count).astype(np.float64)))
-    ulp = np.spacing(np.maximum(np.abs(exact), 1).astype(np.float32))
-    assert (np.abs(noise - exact) / ulp).max() < 2
-
-
-def test_logarithm_is_within_an_ulp() -> None:
-    import numba
-
-    v = np.exp(seeded("logarithm").uniform(-87, 88, 200_000)).astype(np.float32)
-    v = np.concatenate([v, np.float32([1e-45, 1e-40, 1.0, 0.70710677, 0.7071068, 1.4142135, 1.4142137, 0.99999994])])
-    with np.errstate(over="ignore"):  # vectors compute both sides of a choice, and one is for tiny numbers
-        y = numba.vectorize(["float32(float32)"])(_draws._log_float32)(v)
-    exact = np.log(v.astype(np.float64))
-    assert (np.abs(y - exact) / np.spacing(np.abs(exact).astype(np.float32)).clip(1e-45)).max() < 1
-    assert numba.vectorize(["float32(float32)"])(_draws._log_float32)(np.float32(0)) == -np.inf
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_end_of_a_prefix(weighted: bool) -> None:
-    generator = seeded("end", weighted)
-    for _ in range(200):
-        n = int(generator.integers(1, 3000))
-        places = (
-            generator.integers(-5, 5, n).astype(np.int32)
-            if generator.random() < 0.5
-            else generator.integers(-(2**31), 2**31, n).astype(np.int32)
-        )
-        weights = generator.integers(0, 5, n).astype(np.float32) if weighted else None  # sums are exact
-        heavy = np.empty(n + 1, np.float32) if weighted else None
-        each = np.ones(n) if weights is None else weights.astype(np.float64)
-        target = float(np.floor(generator.random() * each.sum()) + 0.5)
-        if target > each.sum():
-            continue
-        end, room = _draws._end_of_prefix(places, weights, target, np.empty(n + 1, np.int32), heavy)
-        above, there = each[places > end].sum(), each[places == end]
-        assert above < target <= above + there.sum()
-        if not weighted:
-            assert room == int(np.ceil(target - above))

@@ -191,7 +191,7 @@ def test_work_before_the_call_does_not_matter() -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_number_is_what_an_array_of_it_holds(dtype: type) -> None:
     """In the compute dtype, and for every parameter that is a number."""
-    from polysoftmax._arrays import rows
+    from polysoftmax._rows import rows
 
     compute = np.float64 if dtype is np.float64 else np.float32
     r = rows(np.zeros((2, 3), dtype), -1)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import polysoftmax as ps
+from polysoftmax._softmax import SOFTMAX
 from polysoftmax.engines import cuda
 from polysoftmax.engines.cuda import _devices
 
@@ -316,4 +317,4 @@ def test_a_device_that_is_not_the_current_one(gpu):
 
 
 def test_explain(gpu):
-    assert cuda.describe(gpu.array(logits(9, 4096)), "softmax")[0] == "cuda"
+    assert cuda.explain(gpu.array(logits(9, 4096)), SOFTMAX)[0] == "cuda"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from polysoftmax import random
+from polysoftmax import _threefry, random
 from polysoftmax.testing import Adapter, Backend
 
 if TYPE_CHECKING:
@@ -304,8 +304,8 @@ def test_successive_keys_are_independent() -> None:
 def test_domains_are_the_second_word_of_the_counter(lib: Adapter) -> None:
     k0, k1 = (ints(lib, [one]) for one in KEYS[1])
     index = lib.asarray([0, 1, 255, 128_255], "int32")
-    for domain, number in ((random.BITS, 0), (random.BLOCKS, 1), (random.TOKENS, 2), (random.KEYS, 3)):
-        y = lib.call(random.words, k0, k1, index, domain)
+    for domain, number in ((_threefry.BITS, 0), (_threefry.BLOCKS, 1), (_threefry.TOKENS, 2), (_threefry.KEYS, 3)):
+        y = lib.call(_threefry.words, k0, k1, index, domain)
         assert unsigned(lib, y) == [word(KEYS[1], i, number) for i in (0, 1, 255, 128_255)]
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import polysoftmax
-from polysoftmax.engines import selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,11 +110,11 @@ def test_jax_searches_rows_in_parts(parameters: dict[str, float], monkeypatch: p
         chosen = survivors(tuple(rows[i].tolist()), **parameters)
         expected[i][chosen] = rows[i][chosen]
     for most in (100, 150):
-        monkeypatch.setattr(selection, "_CACHED", most)
+        monkeypatch.setattr(jax_engine, "_CACHED", most)
         jax_engine._compiled.cache_clear()
-        selection._jax_search.cache_clear()
+        jax_engine._search.clear_cache()
         np.testing.assert_array_equal(polysoftmax.truncate(jnp.asarray(rows), **parameters), expected)
-    selection._jax_search.cache_clear()  # other tests shall not find its small parts
+    jax_engine._search.clear_cache()  # other tests shall not find its small parts
 
 
 @ordered

@@ -1,7 +1,8 @@
 """The softmax family, written once in the array API standard, for NumPy, JAX, PyTorch and CuPy."""
 
 from polysoftmax import random
-from polysoftmax._jacobian import (
+from polysoftmax.engines import engine, explain, set_num_threads
+from polysoftmax.functions.jacobian import (
     log_softmax_jacobian,
     log_softmax_jvp,
     log_softmax_vjp,
@@ -9,11 +10,10 @@ from polysoftmax._jacobian import (
     softmax_jvp,
     softmax_vjp,
 )
-from polysoftmax._losses import cross_entropy, entropy, kl_divergence
-from polysoftmax._sampling import sample
-from polysoftmax._softmax import log_softmax, logsumexp, softmax
-from polysoftmax._truncation import truncate
-from polysoftmax.engines import engine, explain, set_num_threads
+from polysoftmax.functions.losses import cross_entropy, entropy, kl_divergence
+from polysoftmax.functions.sampling import sample
+from polysoftmax.functions.softmax import log_softmax, logsumexp, softmax
+from polysoftmax.functions.truncation import truncate
 
 __version__ = "0.1.0"
 

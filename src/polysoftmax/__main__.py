@@ -13,7 +13,7 @@ from pathlib import Path
 import polysoftmax
 from polysoftmax._demo.backends import NAMES, Missing, UsageError, look_for
 from polysoftmax.engines import portable
-from polysoftmax.engines._threads import num_threads
+from polysoftmax.engines._library import num_threads
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,58 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from polysoftmax._arrays import cast, device_for, is_array, is_number, library, namespace
-from polysoftmax.engines.generators import at_once, drawn_words, key_data, move
+from polysoftmax._threefry import BITS, KEYS, fold, gumbel_of, threefry, uniform_of, words
+from polysoftmax.engines._keys import drawn_words, jitted, key_data, to_library_of
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
 
 __all__ = ["bits", "fold_in", "gumbel", "key", "split", "threefry2x32", "uniform"]
-
-BITS, BLOCKS, TOKENS, KEYS = range(4)
-"""The domains: public bits, block variates, token variates, and new keys. They are frozen, as all of this is."""
-
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-PARITY = 0x1BD11BDA
-
-
-def _rotate(x: Array, by: int) -> Array:
-    return (x << by) | ((x >> (32 - by)) & ((1 << by) - 1))
-
-
-def _threefry(k0: Array, k1: Array, c0: Array, c1: Array) -> tuple[Array, Array]:
-    """Return the two words of each block, from int32 arrays that broadcast against each other."""
-    return at_once(_rounds, k0, k1, c0, c1)  # type: ignore[no-any-return]
-
-
-def _rounds(k0: Array, k1: Array, c0: Array, c1: Array) -> tuple[Array, Array]:
-    schedule = (k0, k1, k0 ^ k1 ^ PARITY)
-    a, b = c0 + k0, c1 + k1
-    for group in range(5):
-        for by in ROTATIONS[group % 2]:
-            a = a + b
-            b = _rotate(b, by) ^ a
-        a = a + schedule[(group + 1) % 3]
-        b = b + (schedule[(group + 2) % 3] + (group + 1))
-    return a, b
-
-
-def words(k0: Array, k1: Array, index: Array, domain: int) -> Array:
-    """Return the random words of an index, int32 arrays that broadcast, in a domain."""
-    return _threefry(k0, k1, index, namespace(index).full_like(index, domain))[0]
-
-
-def uniform_of(word: Array) -> Array:
-    """Return float32 numbers in (0, 1) with the full resolution of 32 bits near 0."""
-    xp = namespace(word)
-    high = xp.astype((word >> 16) & 0xFFFF, xp.float32)
-    low = xp.astype(word & 0xFFFF, xp.float32)
-    return xp.minimum((high * 65536.0 + low + 0.5) * 2.0**-32, xp.full_like(high, 1.0 - 2.0**-24))
-
-
-def gumbel_of(word: Array) -> Array:
-    """Return float32 standard Gumbel variates; great ones come from numbers near 0, which are resolved best."""
-    xp = namespace(word)
-    return -xp.log(-xp.log1p(-uniform_of(word)))
 
 
 def threefry2x32(key_words: Array, counter_words: Array, /) -> Array:
@@ -100,7 +55,7 @@ def threefry2x32(key_words: Array, counter_words: Array, /) -> Array:
     """
     xp = namespace(counter_words)
     k, c = _int32(key_words, "key_words"), _int32(counter_words, "counter_words")
-    a, b = _threefry(k[..., 0:1], k[..., 1:2], c[..., 0:1], c[..., 1:2])
+    a, b = jitted(threefry, k[..., 0:1], k[..., 1:2], c[..., 0:1], c[..., 1:2])
     return cast(xp.concat([a, b], axis=-1), counter_words.dtype)
 
 
@@ -176,7 +131,7 @@ def _key_of_array(seed: Array, xp: Any, device: Any) -> Array:
     else:
         high = own.zeros(seed.shape, dtype=own.int32)
     made = own.stack([high, own.astype(seed, own.int32)], axis=-1)
-    return made if xp is None else move(made, _standard(xp).empty(0, device=device))
+    return made if xp is None else to_library_of(made, _standard(xp).empty(0, device=device))
 
 
 def _standard(xp: Any) -> Any:
@@ -227,7 +182,7 @@ def split(key: Array | int, num: int = 2) -> Array:
     k = as_key(key)
     xp = namespace(k)
     index = xp.arange(num, dtype=xp.int32, device=device_for(k))
-    return xp.stack(_threefry(k[..., 0:1], k[..., 1:2], index, xp.full_like(index, KEYS)), axis=-1)
+    return xp.stack(jitted(threefry, k[..., 0:1], k[..., 1:2], index, xp.full_like(index, KEYS)), axis=-1)
 
 
 def fold_in(key: Array | int, data: int | Array) -> Array:
@@ -264,7 +219,7 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
     k = as_key(key)
     xp = namespace(k)
     if not is_number(data) and is_array(data):
-        index = move(data, k)
+        index = to_library_of(data, k)
         if not xp.isdtype(index.dtype, "integral"):
             msg = f"data must be ints, got dtype {index.dtype}"
             raise TypeError(msg)
@@ -274,18 +229,7 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
         raise TypeError(msg)
     else:
         index = xp.asarray(_signed(data.__index__() & 0xFFFFFFFF), dtype=xp.int32, device=device_for(k))
-    return _fold(k, xp.expand_dims(index, axis=-1))
-
-
-def _fold(k: Array, index: Array) -> Array:
-    """Return new keys from keys and int32 indices of shape (..., 1)."""
-    return at_once(_folded, k, index)
-
-
-def _folded(k: Array, index: Array) -> Array:
-    xp = namespace(k)
-    k0, k1, index = xp.broadcast_arrays(k[..., 0:1], k[..., 1:2], index)
-    return xp.concat(_rounds(k0, k1, index, xp.full_like(index, KEYS)), axis=-1)
+    return jitted(fold, k, xp.expand_dims(index, axis=-1))
 
 
 def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, device: Any = None) -> Array:
@@ -323,13 +267,18 @@ def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, devi
     """
     k = as_key(key)
     if xp is not None:
-        k = move(k, _standard(xp).empty(0, device=device))
+        k = to_library_of(k, _standard(xp).empty(0, device=device))
     own = namespace(k)
     lengths = shape if isinstance(shape, tuple | list) else (shape,)
     shape = tuple(_count(one, "each length of shape") for one in lengths)
     count = math.prod(shape)
-    word = words(k[..., 0:1], k[..., 1:2], own.arange(count, dtype=own.int32, device=device_for(k)), BITS)
+    index = own.arange(count, dtype=own.int32, device=device_for(k))
+    word = jitted(_public_words, k[..., 0:1], k[..., 1:2], index)
     return own.reshape(word, (*k.shape[:-1], *shape))
+
+
+def _public_words(k0: Array, k1: Array, index: Array) -> Array:
+    return words(k0, k1, index, BITS)
 
 
 def uniform(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, device: Any = None) -> Array:
@@ -401,25 +350,19 @@ def as_key(value: Any, like: Array | None = None) -> Array:
                 f"PyTorch or CuPy, got {type(value).__name__}"
             )
             raise TypeError(msg)
-        found = at_once(_words_of, value)
-    return found if like is None else move(found, like)
+        found = jitted(_words_of, value)
+    return found if like is None else to_library_of(found, like)
 
 
 def _words_of(keys: Array) -> Array:
     found = key_data(keys)
     if found.ndim >= 1 and found.shape[-1] == 4:
-        found = _fold_four(found)
+        found = two_words_of_four(found)
     return _int32(found, "a key")
 
 
-def _fold_four(four: Array) -> Array:
+def two_words_of_four(four: Array) -> Array:
     """Return one key of two words for each of JAX's keys of four."""
     xp = namespace(four)
     k = xp.astype(four, xp.int32)
-    return xp.concat(_threefry(k[..., 0:1], k[..., 1:2], k[..., 2:3], k[..., 3:4]), axis=-1)
-
-
-def row_keys(k: Array, batch: tuple[int, ...]) -> Array:
-    """Return one key a row: a single one folded with the row's number."""
-    xp = namespace(k)
-    return _fold(k, xp.reshape(xp.arange(math.prod(batch), dtype=xp.int32, device=device_for(k)), (*batch, 1)))
+    return xp.concat(jitted(threefry, k[..., 0:1], k[..., 1:2], k[..., 2:3], k[..., 3:4]), axis=-1)

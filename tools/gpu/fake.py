@@ -48,7 +48,7 @@ def fake_gpu(launched: Callable[[Plan], object], machine: Machine | None = None)
 
     device = FakeDevice(machine or Machine(H100_PROCESSORS, clusters=True), launched)
     with (
-        patch.object(engine, "_on_gpu", lambda _: True),
+        patch.object(engine, "is_on_gpu", lambda _: True),
         patch.object(_devices, "device_of", lambda _: device),
         ps.engine("cuda"),
     ):

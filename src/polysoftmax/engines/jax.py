@@ -1,9 +1,9 @@
-"""JAX: derivative rules as ``custom_jvp``, and ``jax.jit`` around eager calls."""
+"""JAX: derivative rules as ``custom_jvp``, ``jax.jit`` around eager calls, and what XLA does better or worse."""
 
 from __future__ import annotations
 
 import functools
-from contextvars import ContextVar
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,41 +13,262 @@ from jax import numpy as jnp
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from polysoftmax._arrays import cast, float_bits, namespace
-from polysoftmax.engines import Call, portable
+from polysoftmax._arrays import cast, float_bits, library
+from polysoftmax._losses import CROSS_ENTROPY
+from polysoftmax._ops import Ops, ops_of
+from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX, log_of_sum, nonzero, others
+from polysoftmax.engines import portable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polysoftmax._arrays import Array, DType
+    from polysoftmax._formula import Call, RowFormula
+
+_WIDENS_LATE = frozenset({SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, CROSS_ENTROPY})
+"""Formulas that may be given 16-bit rows: they combine them with their maximum, which is float32, first.
+
+XLA on the CPU keeps rows that are widened before the maximum as an array of their own.
+"""
+
+_SHORT, _SHORT_IF_WIDE, _WIDE = 8, 32, 1 << 14
+"""Lengths up to which rows are reduced by whole columns: in general, and where that many numbers stand in each.
+
+XLA on the CPU makes vectors of rows then. With columns of 100,000 numbers it takes a tenth of the time, with rows of 3
+along the last axis a third; beyond these lengths up to twice as long.
+"""
+
+_ONE_BY_ONE = 16
+"""Length up to which XLA adds the entries of a row one by one, so that two sums cost no more than one."""
+
+_CACHED = 1 << 20
+"""Entries that are searched together on a CPU, so that they are in its cache for all bits."""
 
 
-_IN_MEMORY: ContextVar[bool] = ContextVar("polysoftmax.jax.in_memory", default=False)
-"""Whether the rows of the formula that is being traced are arguments of its program, and nothing is computed anew."""
+class JaxOps(Ops):
+    """The words of JAX in a program of the caller's, which may compute the rows anew for each use."""
+
+    def constant(self, x: Array) -> Array:
+        return lax.stop_gradient(x)
+
+    def cast(self, x: Array, dtype: DType) -> Array:
+        return (
+            x
+            if x.dtype == dtype
+            else x.astype(dtype)
+            if float_bits(self.xp, x.dtype) != 16
+            else _round(x).astype(dtype)
+        )
+
+    def max(self, x: Array) -> Array:
+        x = lax.stop_gradient(x)
+        if self._is_by_columns(x):
+            top = self._over_columns(jnp.maximum, x)
+        else:
+            top = jnp.max(x, axis=self.axis, keepdims=True)
+        return top.astype(jnp.float32) if float_bits(self.xp, x.dtype) == 16 else top
+
+    def sum(self, x: Array) -> Array:
+        return self._over_columns(jnp.add, x) if self._is_by_columns(x) else jnp.sum(x, axis=self.axis, keepdims=True)
+
+    def total(self, x: Array) -> Array:
+        return x.sum()
+
+    def mean(self, x: Array) -> Array:
+        return x.mean() if x.size else x.sum()  # one step to differentiate, not two
+
+    def argmax(self, x: Array) -> Array:
+        # XLA computes the entries for its argmax one by one, and for these two reductions many at once.
+        at_top = x == jnp.max(x, axis=-1, keepdims=True)
+        return jnp.min(jnp.where(at_top, jnp.arange(x.shape[-1]), x.shape[-1]), axis=-1, keepdims=True)
+
+    def _is_by_columns(self, x: Array) -> bool:
+        axis = self.axis % x.ndim
+        is_wide = math.prod(x.shape[axis + 1 :]) >= _WIDE
+        n: int = x.shape[axis]
+        return 0 < n <= (_SHORT_IF_WIDE if is_wide else _SHORT)
+
+    def _over_columns(self, function: Callable[[Array, Array], Array], x: Array) -> Array:
+        """Reduce rows in a tree of whole columns."""
+        left = [self.part(x, i, i + 1) for i in range(x.shape[self.axis])]
+        while len(left) > 1:
+            pairs = [function(*left[i : i + 2]) for i in range(0, len(left) - 1, 2)]
+            left = pairs + left[2 * len(pairs) :]
+        return left[0]
+
+    def apply_where(
+        self, mask: Array, function: Callable[..., Array], operands: tuple[Array, ...], otherwise: Array
+    ) -> Array:
+        return _apply_where(mask, operands, otherwise, function, self)
+
+    def below(self, x: Array, top: Array) -> Array:
+        # 16 bits are rounded already, behind a barrier.
+        return x - top if float_bits(self.xp, x.dtype) == 16 else _below(x, top)
+
+    def divide(self, x: Array, t: Array) -> Array:
+        # The second factor is 1. Its derivative multiplies by the quotient and then divides by t, as the rules do;
+        # x / t², which the quotient's own derivative holds, may overflow.
+        fixed = lax.stop_gradient(t)
+        return x / fixed * jnp.exp(jnp.log(fixed) - jnp.log(t))
+
+    def nan_unless(self, answered: Array, y: Array, like: Array) -> Array:
+        # XLA on the CPU may leave the exponential of a NaN unset that it knows when it compiles (seen with JAX 0.10.2),
+        # so the NaN is computed from ``like``.
+        like = lax.stop_gradient(like)
+        nan = jnp.sqrt(jnp.where(answered, 1.0, -1.0 - like * like))
+        return jnp.where(answered, y, cast(nan, y.dtype))
+
+    def block_sums(self, terms: Array, size: int) -> Array:
+        return _over_blocks(terms, 0, lax.add, size)
+
+    def kth_greatest(self, x: Array, k: int) -> Array:
+        candidates, _ = _candidates(x, k)
+        if candidates is x:  # k is no small part of the row, so XLA's search would take twice as long as this one
+            return _search(lax.stop_gradient(x), jnp.ones_like(x), jnp.full((*x.shape[:-1], 1), k, x.dtype))
+        # Not the last of them: XLA would sort the rows for that.
+        return jnp.min(lax.top_k(candidates, k)[0], axis=-1, keepdims=True)
+
+    def top_k_indices(self, x: Array, k: int) -> Array:
+        entries, index = _candidates(x, k)
+        return jnp.take_along_axis(index, jnp.sort(lax.top_k(entries, k)[1], axis=-1), axis=-1)
+
+    def end_of_prefix(
+        self, x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]
+    ) -> tuple[Array, Array]:
+        # Computed once: in each program XLA may compile another exponential for the sum than for the search.
+        mass = lax.optimization_barrier(lax.stop_gradient(mass_of(x)))
+        target = jnp.broadcast_to(target_of(self.sum(mass)), (*x.shape[:-1], 1))
+        x, target = lax.stop_gradient(x), lax.stop_gradient(target)
+        end = _search(x, mass, target)
+        above = jnp.sum(jnp.where(x > end, mass, 0.0), axis=-1, keepdims=True)
+        return end, jnp.maximum(jnp.ceil((target - above) / mass_of(end)), 1.0)
 
 
-def below(x: Array, top: Array) -> Array:
-    """Return ``x - top`` for a bound ``top``, exactly 0 where they are equal, whatever the compiler makes of ``x``."""
-    is_rounded = _IN_MEMORY.get() or _is_narrow(x)  # 16 bits are, behind a barrier
-    return x - top if is_rounded else _below_computed(x, top)
+class InMemoryOps(JaxOps):
+    """The words of JAX where the rows are arguments of the program, and nothing is computed anew."""
+
+    def cast(self, x: Array, dtype: DType) -> Array:
+        return x.astype(dtype)
+
+    def below(self, x: Array, top: Array) -> Array:
+        return x - top
 
 
 @jax.custom_jvp  # type: ignore[untyped-decorator]
-def _below_computed(x: Array, top: Array) -> Array:
-    # Two copies, or XLA on the CPU writes the bound out for every entry (JAX 0.10.2).
+def _below(x: Array, top: Array) -> Array:
+    # The compiler cannot look through a minimum. Two copies, or XLA on the CPU writes the bound out for every entry.
     bound, shift = lax.optimization_barrier((top, top))
     return jnp.minimum(x, bound) - shift
 
 
-@_below_computed.defjvp  # type: ignore[untyped-decorator]
+@_below.defjvp  # type: ignore[untyped-decorator]
 def _(operands: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     # That of a minimum would be 1/2 at the maximum.
-    return _below_computed(*operands), tangents[0] - tangents[1]
+    return _below(*operands), tangents[0] - tangents[1]
 
 
-def as_rounded(x: Array) -> Array:
+def _round(x: Array) -> Array:
     """Return 16-bit numbers as the program says they are; XLA computes in 32 bits, and leaves roundings out."""
-    return lax.optimization_barrier(x) if isinstance(x, Tracer) and not _IN_MEMORY.get() else x
+    return lax.optimization_barrier(x)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _apply_where(
+    mask: Array, operands: tuple[Array, ...], otherwise: Array, function: Callable[..., Array], ops: JaxOps
+) -> Array:
+    def once(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        # Tied to what changes in the loop, or XLA would compute the answers in front of it, needed or not.
+        waiting, y, tied = lax.optimization_barrier((*state, operands))
+        return ~waiting, jnp.where(mask, function(ops, *tied), y)
+
+    # Under vmap both branches of a condition are taken, and a loop still runs only if it has to.
+    return lax.while_loop(lambda state: state[0], once, (jnp.any(mask), otherwise))[1]
+
+
+@JaxOps.replace(log_of_sum)
+@InMemoryOps.replace(log_of_sum)
+def _log_of_short_sum(ops: JaxOps, x: Array, top: Array, close: Array | None) -> Array:
+    """Both sums in one pass, without a derivative of its own: formulas have rules."""
+    if not 0 < x.shape[ops.axis] <= _ONE_BY_ONE:
+        return NotImplemented
+    terms = ops.exp(ops.below(x, top))
+    arrays = terms, others(ops, terms)
+    zeros = tuple(one.dtype.type(0) for one in arrays)
+    axis = ops.axis % x.ndim
+    total, rest = (lax.expand_dims(one, (axis,)) for one in lax.reduce(arrays, zeros, _add_each, (axis,)))
+    total = nonzero(ops, total)
+    outweighs = total < 1.25
+    return jnp.where(outweighs if close is None else outweighs & close, jnp.log1p(rest), jnp.log(total))
+
+
+def _add_each(sums: tuple[Array, ...], entries: tuple[Array, ...]) -> tuple[Array, ...]:
+    # In the module: JAX would compile for every new function that it is given.
+    return tuple(a + b for a, b in zip(sums, entries, strict=True))
+
+
+def _over_blocks(x: Array, start: float, combine: Callable[..., Array], size: int) -> Array:
+    """Reduce every block of ``size`` entries along the last axis."""
+    # A window is computed together with its entries, which are then never kept, as a reshape of whole blocks is not.
+    # The barrier keeps XLA from computing it anew for each use of the answer.
+    window = (1,) * (x.ndim - 1) + (size,)
+    padding = ((0, 0),) * (x.ndim - 1) + ((0, -x.shape[-1] % size),)
+    return lax.optimization_barrier(lax.reduce_window(x, x.dtype.type(start), combine, window, window, padding))
+
+
+def _candidates(x: Array, k: int) -> tuple[Array, Array]:
+    """Return few entries that the k greatest are among, and their indices in increasing order."""
+    n = x.shape[-1]
+    size = 1 << ((n // k).bit_length() // 2)
+    if -(-n // size) <= 8 * k:
+        return x, jnp.broadcast_to(jnp.arange(n), x.shape)
+    # XLA's search is slow. The k greatest entries are in the k groups with the greatest maxima: whatever stands in
+    # another group is less than each of those, or equal to it and of a higher index.
+    chosen = jnp.sort(lax.top_k(_over_blocks(x, -jnp.inf, lax.max, size), k)[1], axis=-1)
+    index = (chosen[..., None] * size + jnp.arange(size)).reshape(*x.shape[:-1], k * size)
+    return jnp.where(index < n, jnp.take_along_axis(x, jnp.minimum(index, n - 1), axis=-1), -jnp.inf), index
+
+
+@jax.jit  # type: ignore[untyped-decorator]
+def _search(x: Array, mass: Array, target: Array) -> Array:
+    """Return the least value of the shortest prefix whose mass reaches the target."""
+    return lax.platform_dependent(x, mass, target, cpu=_search_in_cache, default=_search_bits)
+
+
+def _search_bits(x: Array, mass: Array, target: Array) -> Array:
+    # XLA sorts slowly on a CPU. The end is found bit by bit instead, by a sum over the row for each.
+    bits = jnp.finfo(x.dtype).bits
+    whole = jnp.int32 if bits == 32 else jnp.int64
+    least, greatest = jnp.iinfo(whole).min, jnp.iinfo(whole).max
+
+    def flipped(number: Array) -> Array:
+        """Give integers the order of the numbers whose bits they are, or the other way round."""
+        return number ^ ((number >> (bits - 1)) & greatest)
+
+    order = flipped(lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), whole))  # -0 is no less than 0
+
+    def set_bit(i: Array, end: Array) -> Array:
+        more = end + lax.shift_left(jnp.ones_like(end), (bits - 1 - i).astype(whole))
+        reached = jnp.sum(jnp.where(order >= more, mass, 0.0), axis=-1, keepdims=True)
+        return jnp.where((reached >= target) & (reached > 0), more, end)
+
+    end = lax.fori_loop(0, bits, set_bit, jnp.full(target.shape, least, whole))
+    return jnp.where(end == least, -jnp.inf, lax.bitcast_convert_type(flipped(end), x.dtype))
+
+
+def _search_in_cache(x: Array, mass: Array, target: Array) -> Array:
+    batch, n = x.shape[:-1], x.shape[-1]
+    lines = math.prod(batch)
+    parts = -(-lines // max(1, _CACHED // n))
+    if parts < 2:
+        return _search_bits(x, mass, target)
+    each = -(-lines // parts)
+
+    def cut(one: Array) -> Array:
+        flat = jnp.pad(one.reshape(lines, -1), ((0, parts * each - lines), (0, 0)))
+        return flat.reshape(parts, each, -1)
+
+    end = lax.map(lambda part: _search_bits(*part), tuple(map(cut, (x, mass, target))))
+    return end.reshape(-1)[:lines].reshape(*batch, 1)
 
 
 _ARRAY = object()
@@ -56,7 +277,7 @@ _ARRAY = object()
 _Template = tuple[Any, ...]
 
 
-def run(call: Call, operands: tuple[Array, ...]) -> Array:
+def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula: compiled if the call is eager, as it stands under the caller's own ``jit``."""
     eager = not portable()
     for one in operands:
@@ -71,22 +292,28 @@ def run(call: Call, operands: tuple[Array, ...]) -> Array:
         # A number that is traced as an array does not make jit compile anew for each of its values.
         arrays.append(np.dtype(call.compute).type(one) if isinstance(one, float) else one)
         template.append(_ARRAY)
-    compiled = _compiled if eager else _differentiable
     options = tuple(call.options.items())
-    hashable = Call(call.formula, options, call.compute, call.result, call.squeeze)  # type: ignore[arg-type]
-    return compiled(hashable, tuple(template))(*arrays)
+    hashable = call._replace(options=options)  # type: ignore[arg-type]
+    if eager:
+        return _compiled(hashable, tuple(template))(*arrays)
+    return _differentiable(hashable, tuple(template), JaxOps)(*arrays)
 
 
-def describe(x: Array, name: str) -> tuple[str, str]:
-    """Name the engine for a formula of ``x``, and why it was chosen."""
-    del name
+def words(x: Array, axis: int) -> Ops:
+    """Return JAX's words for rows of ``x``."""
+    return ops_of(JaxOps, library(x).xp, axis)
+
+
+def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
+    """Return the engine for a formula of ``x``, and why."""
+    del formula
     if isinstance(x, Tracer):
         return "portable", "the formula is traced into the caller's own jit, grad or vmap"
     return "jit", "an eager call is compiled by jax.jit, once for each shape and dtype"
 
 
 def _is_narrow(x: Array) -> bool:
-    return float_bits(namespace(x), x.dtype) == 16
+    return float_bits(library(x).xp, x.dtype) == 16
 
 
 def _fill(template: _Template, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -102,29 +329,41 @@ def _tangents(template: _Template, arrays: tuple[Array, ...], dtype: DType) -> t
 
 
 @functools.lru_cache(maxsize=4096)
-def _differentiable(key: Call, template: _Template) -> Callable[..., Array]:
+def _differentiable(key: Call, template: _Template, kind: type[JaxOps]) -> Callable[..., Array]:
     call = key._replace(options=dict(key.options))
     formula = call.formula
 
+    def ops_for(x: Array) -> Ops:
+        return ops_of(kind, library(x).xp, call.axis)
+
     def evaluate(*arrays: Array) -> Array:
-        x, *others = operands = _fill(template, arrays)
-        if not (formula.promotes and _is_narrow(x) and call.compute == np.float32):
-            return call.evaluate(operands)
-        # XLA on the CPU keeps rows that are widened before the maximum as an array of their own.
-        return call.answer(formula.function(as_rounded(x), *call.widen((None, *others))[1:], **call.options))
+        operands = _fill(template, arrays)
+        x, *others = operands
+        ops = ops_for(arrays[0])
+        if not (formula in _WIDENS_LATE and _is_narrow(x) and call.compute == np.float32):
+            return call.evaluate(ops, operands)
+        x = x if kind is InMemoryOps else _round(x)
+        return call.answer(formula.function(ops, x, *call.widen(ops, (None, *others))[1:], **call.options))
 
     if formula.jvp is None:
         return evaluate
+
+    def derivative(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array) -> Array:
+        assert formula.jvp is not None
+        return formula.jvp(ops_for(y), operands, tangents, y, **call.options)
+
     # Without a checkpoint what the rule computes, masks and zeros among it, would be kept for the backward pass.
-    jvp = jax.checkpoint(functools.partial(formula.jvp, **call.options))
+    jvp = jax.checkpoint(derivative)
     function = jax.custom_jvp(evaluate)
 
     def rule(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
         moved = _tangents(template, tangents, call.compute)
-        y = _differentiable(key._replace(result=call.compute, squeeze=False), template)(*primals)
-        dy = jvp(call.widen(_fill(template, primals)), moved, y)
+        wide = key._replace(result=call.compute, squeeze=False)
+        y = _differentiable(wide, template, kind)(*primals)  # type: ignore[arg-type]  # classes are hashable
+        dy = jvp(call.widen(ops_for(y), _fill(template, primals)), moved, y)
         dy = call.answer(dy)
-        return call.answer(y), as_rounded(dy) if _is_narrow(dy) else dy  # transposed, this rounds the cotangent
+        # Transposed, this rounds the cotangent.
+        return call.answer(y), _round(dy) if _is_narrow(dy) and kind is JaxOps else dy
 
     function.defjvp(rule, symbolic_zeros=True)
     return function  # type: ignore[no-any-return]
@@ -132,13 +371,4 @@ def _differentiable(key: Call, template: _Template) -> Callable[..., Array]:
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(key: Call, template: _Template) -> Callable[..., Array]:
-    function = _differentiable(key, template)
-
-    def in_memory(*arrays: Array) -> Array:
-        token = _IN_MEMORY.set(True)
-        try:
-            return function(*arrays)
-        finally:
-            _IN_MEMORY.reset(token)
-
-    return jax.jit(in_memory)  # type: ignore[no-any-return]
+    return jax.jit(_differentiable(key, template, InMemoryOps))  # type: ignore[no-any-return]

@@ -8,31 +8,51 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from polysoftmax import _formula
+from polysoftmax._arrays import library
+from polysoftmax._ops import Ops, ops_of
+from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
-from polysoftmax.engines.cuda._calls import Launch, example, prepare
+from polysoftmax.engines.cuda._calls import Launch, launch_for_last_axis, prepare
+from polysoftmax.engines.cuda._composed import Composed
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
-    from polysoftmax.engines import Call
+    from polysoftmax._formula import Call, RowFormula
 
-__all__ = ["describe", "run"]
+__all__ = ["explain", "run", "words"]
+
+
+def words(x: Array, axis: int) -> Ops:
+    """Return CuPy's words for rows of ``x``, which are those of the standard."""
+    return ops_of(Ops, library(x).xp, axis)
 
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call in its kernel, on the caller's device and stream, or as it stands where no kernel covers it."""
-    if chosen() != "cuda":
-        return call.evaluate(operands)
-    if call.formula.composed:
-        call = call._replace(options={**call.options, "in_kernels": True})
+    if chosen() == "cuda":
+        if call.formula is SAMPLE:
+            return Composed(call, operands, launch_or_evaluate).answer()
+        return launch_or_evaluate(call, operands)
+    return _evaluate(call, operands)
+
+
+def launch_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
+    """Run a call in its kernel, or as it stands where no kernel covers it."""
     found = prepare(call, operands)
-    return found.run() if isinstance(found, Launch) else call.evaluate(operands)
+    return found.run() if isinstance(found, Launch) else _evaluate(call, operands)
 
 
-def describe(x: Array, name: str) -> tuple[str, str]:
-    """Name the engine for a formula along the last axis of ``x``, and why it was chosen."""
+def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
+    x = next(one for one in operands if one is not None)
+    return call.evaluate(_formula.words(x, call.axis), operands)
+
+
+def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
+    """Return the engine for a formula along the last axis of ``x``, and why."""
     found: Launch | str = 'only engine("cuda") turns the CUDA kernels on'
     if chosen() == "cuda":
-        found = example(x, name)
+        found = launch_for_last_axis(x, formula)
     if isinstance(found, Launch):
         return "cuda", found.plan.kernel.layout
     return "portable", f"the array API formula as it stands: {found}"

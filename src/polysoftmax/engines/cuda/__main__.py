@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polysoftmax.engines._threads import num_threads
+from polysoftmax.engines._library import num_threads
 from polysoftmax.engines.cuda._accesses import narrow_accesses
 from polysoftmax.engines.cuda._compile import CLUSTERS_SINCE, compile_kernel, compiler
 from polysoftmax.engines.cuda._every import every_kernel, heaviest_kernels

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from polysoftmax._arrays import rows
-from polysoftmax._sampling import block_length
-from polysoftmax.engines import FORMULAS, Call
+from polysoftmax._arrays import cast, float_bits, namespace
+from polysoftmax._formula import Call, RowFormula
+from polysoftmax._losses import CROSS_ENTROPY
+from polysoftmax._rows import rows
+from polysoftmax._sampling import DRAW, DRAW_LEADING, LEADING, MASSES, SAMPLE, block_length
+from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
+from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines.cuda import _devices
 from polysoftmax.engines.cuda._devices import Uncovered
 from polysoftmax.engines.cuda._plan import (
@@ -30,7 +34,7 @@ Map = tuple[int, int, int]
 """Where the entry for a row stands: at ``row // inner % period * stride``."""
 
 _ONE: Map = (1, 1, 0)
-_MOST = (1 << 31) - 1
+_INT32_MAX = (1 << 31) - 1
 
 
 class _Roles(NamedTuple):
@@ -38,7 +42,7 @@ class _Roles(NamedTuple):
 
     kernel: str
     x: int = 0
-    second: int | None = None
+    y_or_cotangent: int | None = None
     temperature: int | None = None
     where: int | None = None
     targets: int | None = None
@@ -46,16 +50,16 @@ class _Roles(NamedTuple):
     cotangent: int | None = None
 
 
+_LOGITS = (True, False, False)
+
 _ROLES = {
-    "softmax": _Roles("softmax", temperature=1, where=2),
-    "log_softmax": _Roles("log_softmax", temperature=1, where=2),
-    "logsumexp": _Roles("logsumexp", where=2),
-    "softmax_vjp": _Roles("softmax_vjp", second=1, temperature=2, where=3),
-    "log_softmax_vjp": _Roles("log_softmax_vjp", second=1, temperature=2, where=3),
-    "pullback of softmax": _Roles("softmax_pullback", x=3, second=4, temperature=1, where=2),
-    "pullback of log_softmax": _Roles("log_softmax_pullback", x=3, second=4, temperature=1, where=2),
-    "cross_entropy": _Roles("cross_entropy", targets=1, weight=2),
-    "pullback of cross_entropy": _Roles("cross_entropy_slope", targets=1, weight=2, cotangent=4),
+    SOFTMAX: _Roles("softmax", temperature=1, where=2),
+    LOG_SOFTMAX: _Roles("log_softmax", temperature=1, where=2),
+    LOGSUMEXP: _Roles("logsumexp", where=2),
+    SOFTMAX.pullback(_LOGITS): _Roles("softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
+    LOG_SOFTMAX.pullback(_LOGITS): _Roles("log_softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
+    CROSS_ENTROPY: _Roles("cross_entropy", targets=1, weight=2),
+    CROSS_ENTROPY.pullback(_LOGITS): _Roles("cross_entropy_slope", targets=1, weight=2, cotangent=4),
 }
 
 
@@ -75,42 +79,48 @@ class Launch(NamedTuple):
         pointers = tuple(0 if one is None else self.device.view(one).pointer for one in made)
         self.device.launch(self.plan, (*self.before, *pointers, *self.after))
         found = tuple(one for one in made if one is not None)
-        return found if answers_several(self.plan.kernel.formula) else found[0]
-
-
-def answers_several(name: str) -> bool:
-    """Whether a formula answers a tuple, of one array or more."""
-    return name.startswith("sample")
+        return found if self.plan.kernel.formula.startswith("sample") else found[0]
 
 
 def prepare(call: Call, operands: tuple[Array, ...]) -> Launch | str:
     """Return the launch that answers a call, or why there is none."""
-    name = call.formula.name
-    prepare_it = _prepare_rows if name in _ROLES else _SAMPLING.get(name)
+    prepare_it = _prepare_rows if call.formula in _ROLES else _SAMPLING.get(call.formula)
     if prepare_it is None:
-        return f"there is no CUDA kernel for {name}"
-    device = _devices.device_of(operands[0])
+        return f"there is no CUDA kernel for {call.formula.name}"
+    device = _devices.device_of(next(one for one in operands if one is not None))
     if isinstance(device, str):
         return device
     try:
-        return prepare_it(call, operands, device)
+        return prepare_it(call, _in_compute_dtype(call, operands), device)
     except Uncovered as reason:
         return str(reason)
 
 
-def example(x: Array, name: str) -> Launch | str:
+def _in_compute_dtype(call: Call, operands: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Bring parameters, weights and one cotangent a row to the compute dtype; what has the size of the rows stays."""
+    roles = _ROLES.get(call.formula)
+    if roles is None:
+        places: set[int | None] = {*range(1, len(operands))} - ({1} if call.formula is DRAW else set())  # 1: its logits
+    else:
+        places = {roles.temperature, roles.weight, roles.cotangent}
+
+    def widened(i: int, one: Array) -> Array:
+        stays = i not in places or one is None or isinstance(one, float) or not float_bits(namespace(one), one.dtype)
+        return one if stays else cast(one, call.compute)
+
+    return tuple([widened(i, one) for i, one in enumerate(operands)])
+
+
+def launch_for_last_axis(x: Array, formula: RowFormula) -> Launch | str:
     """Return the launch of a formula along the last axis of ``x`` with nothing beside it, or why there is none."""
-    # A draw is from what another formula answers.
-    name = {"sample": "sample_masses", "sample_draw": "sample_masses", "sample_draw_leading": "sample_leading"}.get(
-        name, name
-    )
-    roles, dtype = _ROLES.get(name, _Roles(name)), _devices.dtype_name(x.dtype)
+    formula = MASSES if formula is SAMPLE else formula
+    roles, dtype = _ROLES.get(formula, _Roles(formula.name)), _devices.dtype_name(x.dtype)
     if dtype not in SIZES:
         return f"the kernels take floats of 16, 32 and 64 bits, not {dtype}"
     r = rows(x, -1)
-    options = {"axis": r.axis, "ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0, "top_k": 1}
-    operands = tuple(r.x if i in (roles.x, roles.second) else None for i in range(7))
-    return prepare(Call(FORMULAS[name], options, r.compute, r.result), operands)
+    options = {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0, "top_k": 1}
+    operands = tuple(r.x if i in (roles.x, roles.y_or_cotangent) else None for i in range(7))
+    return prepare(Call(formula, options, r.axis, r.compute, r.result), operands)
 
 
 class _Batch:
@@ -121,7 +131,7 @@ class _Batch:
         self.x = device.view(x)
         self.compute = _devices.dtype_name(call.compute)
         shape = self.x.shape
-        if call.options["axis"] != len(shape) - 1:
+        if call.axis != len(shape) - 1:
             raise Uncovered("the kernels reduce the last axis")
         if self.x.dtype not in SIZES:
             raise Uncovered(f"the kernels take floats of 16, 32 and 64 bits, not {self.x.dtype}")
@@ -129,7 +139,7 @@ class _Batch:
             raise Uncovered(f"the kernels do not compute {self.x.dtype} in {self.compute}")
         self.batch, self.n = shape[:-1], shape[-1]
         self.rows = math.prod(self.batch)
-        if self.rows * self.n == 0 or max(self.rows, self.n) > _MOST:
+        if self.rows * self.n == 0 or max(self.rows, self.n) > _INT32_MAX:
             raise Uncovered(f"there are {self.rows} rows of {self.n}")
 
     def row_stride(self, view: View) -> int:
@@ -184,7 +194,7 @@ class _Batch:
 
 
 def _prepare_rows(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
-    roles = _ROLES[call.formula.name]
+    roles = _ROLES[call.formula]
     if roles.kernel.endswith("pullback") and operands[roles.x] is None:
         roles = roles._replace(kernel=roles.kernel.replace("pullback", "vjp"), x=0)
     if roles.kernel == "logsumexp" and operands[1] is not None:
@@ -196,8 +206,8 @@ def _prepare_rows(call: Call, operands: tuple[Array, ...], device: Device) -> La
     stride = batch.row_stride(x)
     second, second_stride = 0, 0
     aligned = roles.kernel in REDUCTIONS or _shares_alignment(batch, x, stride)
-    if roles.second is not None:
-        view = device.view(operands[roles.second])
+    if roles.y_or_cotangent is not None:
+        view = device.view(operands[roles.y_or_cotangent])
         if view.dtype != x.dtype:
             raise Uncovered(f"the rows are {x.dtype} and the cotangent is {view.dtype}")
         second, second_stride = view.pointer, batch.row_stride(view)
@@ -370,16 +380,16 @@ def _drawn(batch: _Batch, call: Call) -> tuple[tuple[tuple[int, ...], Any] | Non
 
 
 _SAMPLING = {
-    "truncate": _prepare_truncate,
-    "sample_masses": _prepare_masses,
-    "sample_draw": _prepare_draw,
-    "sample_leading": _prepare_leading,
-    "sample_draw_leading": _prepare_draw_leading,
+    TRUNCATE: _prepare_truncate,
+    MASSES: _prepare_masses,
+    DRAW: _prepare_draw,
+    LEADING: _prepare_leading,
+    DRAW_LEADING: _prepare_draw_leading,
 }
 
 
-NAMES = frozenset({*_ROLES, *_SAMPLING})
-"""Names of the formulas that have a kernel."""
+KERNELS = frozenset({*_ROLES, *_SAMPLING})
+"""The formulas that have a kernel."""
 
 
 def row_map(shape: tuple[int, ...], strides: tuple[int, ...], batch: tuple[int, ...]) -> Map | None:

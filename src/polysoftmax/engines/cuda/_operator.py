@@ -11,16 +11,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polysoftmax._sampling import block_length
-from polysoftmax.engines import FORMULAS, Call
-from polysoftmax.engines.cuda._calls import NAMES, Launch, answers_several, prepare
-from polysoftmax.engines.cuda._plan import REDUCTIONS
-from polysoftmax.engines.torch import gradients, known_to_kernels, pullback_of
+from polysoftmax import _formula
+from polysoftmax._formula import Call
+from polysoftmax._losses import CROSS_ENTROPY
+from polysoftmax._sampling import DRAW, DRAW_LEADING, LEADING, MASSES, SAMPLE, block_length
+from polysoftmax._softmax import LOGSUMEXP
+from polysoftmax.engines.cuda._calls import KERNELS, Launch, prepare
+from polysoftmax.engines.cuda._composed import Composed
+from polysoftmax.engines.torch import answer_for_gradient, gradients
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
 
-_PULLBACK = "pullback of "
+_BY_NAME = {one.name: one for one in KERNELS}
+"""An operator of PyTorch takes no objects, so it is given the name of the formula."""
+
+_SEVERAL = (MASSES, DRAW, LEADING, DRAW_LEADING)
+"""Formulas that answer a tuple."""
+
+
+def run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
+    """Put what has kernels of a call into the graph that is being made, as the operator."""
+    if call.formula is SAMPLE:
+        return Composed(call, operands, _run_or_evaluate).answer()
+    return _run_or_evaluate(call, operands)
 
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -31,11 +45,12 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
         [float(one) for one in operands if isinstance(one, float)],
         "".join("t" if isinstance(one, Tensor) else "-" if one is None else "n" for one in operands),
         "{" + ", ".join([f"'{key}': {value}" for key, value in call.options.items()]) + "}",
+        call.axis,
         call.compute,
         call.result,
         call.squeeze,
     )
-    return tuple(answers) if answers_several(call.formula.name) else answers[0]
+    return tuple(answers) if call.formula in _SEVERAL else answers[0]
 
 
 def _call(
@@ -44,6 +59,7 @@ def _call(
     numbers: list[float],
     kinds: str,
     options: str,
+    axis: int,
     compute: torch.dtype,
     result: torch.dtype,
     squeeze: bool,
@@ -51,12 +67,7 @@ def _call(
     """Return the call that the arguments of the operator stand for."""
     of_kind = {"t": iter(tensors), "n": iter(numbers), "-": iter([None] * len(kinds))}
     operands = tuple(next(of_kind[kind]) for kind in kinds)
-    found: Any
-    if name.startswith(_PULLBACK):
-        found = pullback_of(FORMULAS[name.removeprefix(_PULLBACK)], (True,) + (False,) * (len(operands) - 3))
-    else:
-        found = FORMULAS[name]
-    return Call(found, ast.literal_eval(options), compute, result, squeeze), operands
+    return Call(_BY_NAME[name], ast.literal_eval(options), axis, compute, result, squeeze), operands
 
 
 @torch.library.custom_op("polysoftmax::formula", mutates_args=())  # type: ignore[untyped-decorator]
@@ -66,31 +77,33 @@ def formula(
     numbers: list[float],
     kinds: str,
     options: str,
+    axis: int,
     compute: torch.dtype,
     result: torch.dtype,
     squeeze: bool,
 ) -> list[Tensor]:
     """Run a formula in its kernel, or as it stands where no kernel covers what the call has become."""
-    call, operands = _call(name, tensors, numbers, kinds, options, compute, result, squeeze)
+    call, operands = _call(name, tensors, numbers, kinds, options, axis, compute, result, squeeze)
     found = prepare(call, operands)
-    answer = found.run() if isinstance(found, Launch) else call.evaluate(operands)
+    answer = found.run() if isinstance(found, Launch) else _evaluate(call, operands)
     return [one.contiguous() for one in (answer if isinstance(answer, tuple) else (answer,))]
 
 
 @formula.register_fake  # type: ignore[untyped-decorator]
 def _shapes(*arguments: Any) -> list[Tensor]:
     # Nothing of the formulas may run here: torch.compile assumes that what they keep does not change while it traces.
-    call, (x, *_) = _call(*arguments)
-    axis, n, name = call.options["axis"], int(x.shape[call.options["axis"]]), call.formula.name
+    call, operands = _call(*arguments)
+    x = next(one for one in operands if isinstance(one, Tensor))
+    axis, n = call.axis, int(x.shape[call.axis])
     answers = [(n, call.result)]
-    if name in REDUCTIONS:
+    if call.formula in (LOGSUMEXP, CROSS_ENTROPY):
         answers = [(1, call.result)]
-    elif name == "sample_masses":
+    elif call.formula is MASSES:
         answers = [(1, call.compute), (-(-n // block_length(n)), call.compute)]
-    elif name == "sample_leading":
+    elif call.formula is LEADING:
         k = call.options["top_k"]
         answers = [(1, call.compute), (k, call.compute), (k, torch.int32)]
-    elif answers_several(name):
+    elif call.formula in _SEVERAL:
         answers = [(1, torch.int64), (1, call.compute)][: 1 + call.options["logprobs"]]
     lengths = [() if call.squeeze else (length,) for length, _ in answers]
     shapes = [(*x.shape[:axis], *length, *x.shape[axis + 1 :]) for length in lengths]
@@ -108,14 +121,22 @@ def _gradients(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
     call, operands = _call(ctx.name, tensors, *ctx.others)
     needed = iter(ctx.needs_input_grad[1])
     wanted = tuple(isinstance(one, Tensor) and next(needed) for one in operands)
-    answers = gradients(call, operands, known_to_kernels(call, y), cotangents[0], wanted, _run_or_evaluate)
+    answers = gradients(call, operands, answer_for_gradient(call, y), cotangents[0], wanted, _run_or_evaluate)
     of_tensors = [answer for answer, one in zip(answers, operands, strict=True) if isinstance(one, Tensor)]
     of_numbers: list[None] | None = None if ctx.others[0] else []  # an empty list could be one of tensors
-    return None, of_tensors, of_numbers, None, None, None, None, None
+    return None, of_tensors, of_numbers, None, None, None, None, None, None
 
 
 def _run_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
-    return run(call, operands) if call.formula.name in NAMES else call.evaluate(operands)
+    is_recorded = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in operands)
+    if call.formula in KERNELS and not (call.formula.vjp is None and is_recorded):
+        return run(call, operands)
+    return _evaluate(call, operands)
+
+
+def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
+    x = next(one for one in operands if isinstance(one, Tensor))
+    return call.evaluate(_formula.words(x, call.axis), operands)
 
 
 formula.register_autograd(_gradients, setup_context=_keep)

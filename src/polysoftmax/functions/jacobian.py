@@ -1,42 +1,20 @@
 """Dense Jacobians, and their products with a vector from either side without the matrix.
 
-The rules themselves stand beside each function in ``_softmax.py``; automatic differentiation uses the same.
+The rules stand beside each function in ``_softmax.py``; automatic differentiation uses the same.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import Rows, cast, device_for, last_rows, rows
-from polysoftmax._softmax import LOG_SOFTMAX, SOFTMAX, over_regular_temperature
-from polysoftmax.engines import RowFormula
+from polysoftmax._arrays import cast, device_for
+from polysoftmax._formula import RowFormula, words
+from polysoftmax._rows import Rows, last_rows, rows
+from polysoftmax._softmax import LOG_SOFTMAX, SOFTMAX, over_regular
 
 if TYPE_CHECKING:
-    from polysoftmax._arrays import Array, Axis, Number
-
-
-def _pushforward(formula: RowFormula) -> RowFormula:
-    def jvp(x: Array, tangent: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
-        operands = (x, temperature, where)
-        y = formula.function(*operands, axis=axis)
-        assert formula.jvp is not None
-        return formula.jvp(operands, (tangent, None), y, axis=axis)
-
-    return RowFormula(f"{formula.name}_jvp", jvp)
-
-
-def _pullback(formula: RowFormula) -> RowFormula:
-    def vjp(x: Array, cotangent: Array, temperature: Array | float | None, where: Array | None, *, axis: int) -> Array:
-        operands = (x, temperature, where)
-        y = formula.function(*operands, axis=axis)
-        assert formula.vjp is not None
-        return formula.vjp(operands, y, cotangent, (True, False), axis=axis)[0]
-
-    return RowFormula(f"{formula.name}_vjp", vjp)
-
-
-SOFTMAX_JVP, SOFTMAX_VJP = _pushforward(SOFTMAX), _pullback(SOFTMAX)
-LOG_SOFTMAX_JVP, LOG_SOFTMAX_VJP = _pushforward(LOG_SOFTMAX), _pullback(LOG_SOFTMAX)
+    from polysoftmax._arrays import Array
+    from polysoftmax._rows import Axis, Number
 
 
 def softmax_jvp(
@@ -88,7 +66,7 @@ def softmax_jvp(
     >>> polysoftmax.softmax_jvp(np.asarray([1.0, 2.0, 3.0]), np.asarray([1.0, 0.0, 0.0])).round(4)
     array([ 0.0819, -0.022 , -0.0599])
     """
-    return _product(SOFTMAX_JVP, x, tangent, "tangent", axis, temperature, where)
+    return _pushed(SOFTMAX, x, tangent, axis, temperature, where)
 
 
 def softmax_vjp(
@@ -140,7 +118,7 @@ def softmax_vjp(
     >>> polysoftmax.softmax_vjp(np.asarray([1.0, 2.0, 3.0]), np.asarray([1.0, 0.0, 0.0])).round(4)
     array([ 0.0819, -0.022 , -0.0599])
     """
-    return _product(SOFTMAX_VJP, x, cotangent, "cotangent", axis, temperature, where)
+    return _pulled(SOFTMAX, x, cotangent, axis, temperature, where)
 
 
 def log_softmax_jvp(
@@ -191,7 +169,7 @@ def log_softmax_jvp(
     >>> polysoftmax.log_softmax_jvp(np.asarray([1.0, 2.0, 3.0]), np.asarray([1.0, 0.0, 0.0])).round(4)
     array([ 0.91, -0.09, -0.09])
     """
-    return _product(LOG_SOFTMAX_JVP, x, tangent, "tangent", axis, temperature, where)
+    return _pushed(LOG_SOFTMAX, x, tangent, axis, temperature, where)
 
 
 def log_softmax_vjp(
@@ -242,23 +220,33 @@ def log_softmax_vjp(
     >>> polysoftmax.log_softmax_vjp(np.asarray([1.0, 2.0, 3.0]), np.asarray([0.0, 0.0, 1.0])).round(4)
     array([-0.09  , -0.2447,  0.3348])
     """
-    return _product(LOG_SOFTMAX_VJP, x, cotangent, "cotangent", axis, temperature, where)
+    return _pulled(LOG_SOFTMAX, x, cotangent, axis, temperature, where)
 
 
-def _product(
-    formula: RowFormula,
-    x: Array,
-    vector: Array,
-    name: str,
-    axis: Axis,
-    temperature: Array | Number,
-    where: Array | None,
+_LOGITS = (True, False, False)
+"""Of logits, temperature and mask, the operands that move."""
+
+
+def _pushed(
+    formula: RowFormula, x: Array, tangent: Array, axis: Axis, temperature: Array | Number, where: Array | None
 ) -> Array:
     r = rows(x, axis)
-    vector = r.like_input(vector, name)
+    tangent = r.like_input(tangent, "tangent")
     if r.length == 0:
-        return r.elementwise(cast(vector, r.result))
-    return r.elementwise(formula(r, r.x, vector, r.temperature(temperature), r.mask(where)))
+        return r.elementwise(cast(tangent, r.result))
+    push = formula.pushforward(_LOGITS)
+    return r.elementwise(push(r, r.x, r.temperature(temperature), r.mask(where), tangent))
+
+
+def _pulled(
+    formula: RowFormula, x: Array, cotangent: Array, axis: Axis, temperature: Array | Number, where: Array | None
+) -> Array:
+    r = rows(x, axis)
+    cotangent = r.like_input(cotangent, "cotangent")
+    if r.length == 0:
+        return r.elementwise(cast(cotangent, r.result))
+    pull = formula.pullback(_LOGITS)
+    return r.elementwise(pull(r, r.x, r.temperature(temperature), r.mask(where), None, cotangent))
 
 
 def softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Number = 1.0) -> Array:
@@ -303,7 +291,7 @@ def softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Numbe
     t = r.temperature(temperature)
     y = _probabilities(r, t)
     matrix = y[..., :, None] * (_identity(r) - y[..., None, :])
-    return cast(over_regular_temperature(matrix, _per_matrix(t)), r.result)
+    return cast(over_regular(words(r.x), matrix, _per_matrix(r, t)), r.result)
 
 
 def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Number = 1.0) -> Array:
@@ -347,7 +335,7 @@ def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | N
     r = last_rows(x, axis)
     t = r.temperature(temperature)
     p = _probabilities(r, t)
-    return cast(over_regular_temperature(_identity(r) - p[..., None, :], _per_matrix(t)), r.result)
+    return cast(over_regular(words(r.x), _identity(r) - p[..., None, :], _per_matrix(r, t)), r.result)
 
 
 def _probabilities(r: Rows, temperature: Array | float | None) -> Array:
@@ -358,8 +346,9 @@ def _identity(r: Rows) -> Array:
     return r.xp.eye(r.length, dtype=r.compute, device=device_for(r.x))
 
 
-def _per_matrix(temperature: Array | float | None) -> Array | float | None:
-    """Give a temperature with one entry a row one more axis, for the Jacobian of the row."""
-    if temperature is None or isinstance(temperature, float) or temperature.ndim == 0:
+def _per_matrix(r: Rows, temperature: Array | float | None) -> Array | float | None:
+    """Add an axis to a temperature with one entry a row, for the row's Jacobian."""
+    if temperature is None or isinstance(temperature, float):
         return temperature
-    return temperature[..., None]
+    t: Array = words(r.x).cast(temperature, r.compute)
+    return t[..., None] if t.ndim else t

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 @cache
-def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import jax
 
     return jax.jit(function)  # type: ignore[no-any-return]
 
 
-def at_once(function: Callable[..., Any], *arrays: Array) -> Any:
-    """Call a function of many small steps; JAX compiles them into one, also outside the caller's own jit."""
-    return (_jitted(function) if library(arrays[0]).name == "jax" else function)(*arrays)
+def jitted(function: Callable[..., Any], *arrays: Array) -> Any:
+    """Call a function of many small steps, which JAX compiles into one."""
+    return (_compiled(function) if library(arrays[0]).name == "jax" else function)(*arrays)
 
 
 def drawn_words(source: object) -> Array | None:
@@ -46,8 +46,8 @@ def key_data(key: Array) -> Array:
     return key
 
 
-def move(words: Array, x: Array) -> Array:
-    """Bring words to the library and device of ``x``; the one place where arrays of two libraries may meet."""
+def to_library_of(words: Array, x: Array) -> Array:
+    """Move words to the library and device of ``x``: the one place where arrays of two libraries may meet."""
     here, there = library(words), library(x)
     if here.xp is not there.xp:
         words = there.xp.asarray(_host(words, here.name), device=device_for(x))

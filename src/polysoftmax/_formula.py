@@ -1,0 +1,177 @@
+"""The seam: a row formula, the call of one, and who runs it.
+
+A row formula is a pure function of rows, written in the words of `Ops`. It never knows how it is run: as it stands,
+under a compiler, or by a kernel that an engine has registered for it. Engines import formulas; nothing here imports an
+engine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from polysoftmax._arrays import Array, DType, cast, float_bits, namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from polysoftmax._ops import Ops
+    from polysoftmax._rows import Rows
+
+
+class RowFormula:
+    """A pure function of rows, with its derivative rules.
+
+    ``function(ops, x, *others, **options)`` takes operands that broadcast against the rows ``x`` (None where absent),
+    all floating ones in the compute dtype. It returns something of the shape of ``x`` or with length 1 along the axis,
+    or a tuple of such arrays in dtypes of their own.
+
+    ``jvp(ops, operands, tangents, y, **options)`` returns the tangent of the answer, a tangent being None where it is
+    zero. ``vjp(ops, operands, y, cotangent, wanted, **options)`` returns a gradient for each floating operand, None
+    where it is not wanted. ``keeps="answer"`` says that the gradient for the rows follows from y, so that reverse mode
+    need not keep the rows.
+    """
+
+    __slots__ = ("_derived", "function", "jvp", "keeps", "name", "vjp")
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        jvp: Callable[..., Array] | None = None,
+        vjp: Callable[..., tuple[Array | None, ...]] | None = None,
+        *,
+        keeps: Literal["answer", "operands"] = "operands",
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.jvp = jvp
+        self.vjp = vjp
+        self.keeps = keeps
+        self._derived: dict[tuple[str, tuple[bool, ...]], RowFormula] = {}
+
+    def __call__(
+        self, rows: Rows, *operands: Array, result: DType = None, squeeze: bool = False, **options: Any
+    ) -> Any:
+        """Run the formula on ``rows`` in their library's engine; ``squeeze`` drops the axis, of length 1."""
+        call = Call(self, options, rows.axis, rows.compute, result or rows.result, squeeze)
+        return (_RUNNERS.get(type(rows.x)) or runner(rows.x)).run(call, operands)
+
+    def pullback(self, wanted: tuple[bool, ...]) -> RowFormula:
+        """Return the reverse rule as a formula of ``(*operands, y, cotangent)``, for the operands that are ``wanted``.
+
+        It computes y where that is None.
+        """
+        found = self._derived.get(("pullback", wanted))
+        if found is None:
+            found = self._derived["pullback", wanted] = RowFormula(f"pullback of {self.name}", _Pullback(self, wanted))
+        return found
+
+    def pushforward(self, moving: tuple[bool, ...]) -> RowFormula:
+        """Return the forward rule as a formula of ``(*operands, *tangents)``, a tangent for each operand that moves."""
+        found = self._derived.get(("pushforward", moving))
+        if found is None:
+            function = _Pushforward(self, moving)
+            found = self._derived["pushforward", moving] = RowFormula(f"pushforward of {self.name}", function)
+        return found
+
+    def __repr__(self) -> str:
+        return f"<row formula {self.name}>"
+
+
+class _Pullback:
+    __slots__ = ("formula", "wanted")
+
+    def __init__(self, formula: RowFormula, wanted: tuple[bool, ...]) -> None:
+        self.formula, self.wanted = formula, wanted
+
+    def __call__(self, ops: Ops, *arrays: Array, **options: Any) -> Any:
+        *operands, y, cotangent = arrays
+        formula = self.formula
+        assert formula.vjp is not None
+        y = formula.function(ops, *operands, **options) if y is None else y
+        gradients = formula.vjp(ops, tuple(operands), y, cotangent, self.wanted, **options)
+        asked = tuple(one for one, wanted in zip(gradients, self.wanted, strict=False) if wanted)
+        return asked if len(asked) > 1 else asked[0]
+
+
+class _Pushforward:
+    __slots__ = ("formula", "moving")
+
+    def __init__(self, formula: RowFormula, moving: tuple[bool, ...]) -> None:
+        self.formula, self.moving = formula, moving
+
+    def __call__(self, ops: Ops, *arrays: Array, **options: Any) -> Array:
+        formula, count = self.formula, len(self.moving)
+        assert formula.jvp is not None
+        operands, given = arrays[:count], iter(arrays[count:])
+        tangents = tuple(next(given) if moves else None for moves in self.moving)
+        y = formula.function(ops, *operands, **options)
+        return formula.jvp(ops, operands, tangents, y, **options)
+
+
+class Call(NamedTuple):
+    """A row formula with everything fixed but the arrays."""
+
+    formula: RowFormula
+    options: dict[str, Any]
+    axis: int
+    compute: DType
+    result: DType
+    squeeze: bool = False
+
+    def evaluate(self, ops: Ops, operands: Sequence[Array]) -> Any:
+        """Run the formula as it stands: the portable engine, and the definition of every other."""
+        y = self.formula.function(ops, *self.widen(ops, operands), **self.options)
+        return y if isinstance(y, tuple) else self.answer(y)
+
+    def widen(self, ops: Ops, operands: Sequence[Array]) -> Sequence[Array]:
+        """Bring the rows, and every floating array beside them, to the compute dtype."""
+        compute = self.compute
+        for i, one in enumerate(operands):
+            if one is None or isinstance(one, float) or one.dtype == compute:
+                continue
+            if i == 0 or float_bits(namespace(one), one.dtype):
+                operands = [*operands[:i], ops.cast(one, compute), *operands[i + 1 :]]
+        return operands
+
+    def answer(self, y: Array) -> Array:
+        """Bring what the formula computed to the dtype and shape that were asked for."""
+        y = cast(y, self.result)
+        return namespace(y).squeeze(y, self.axis) if self.squeeze else y
+
+
+class Runner(Protocol):
+    """What an engine is to a library: a module of ``engines/``, or an object."""
+
+    def run(self, call: Call, operands: tuple[Array, ...]) -> Any:
+        """Run a call."""
+
+    def words(self, x: Array, axis: int) -> Ops:
+        """Return the words in which formulas run as they stand, for rows of ``x``."""
+
+    def explain(self, x: Array, formula: RowFormula) -> tuple[str, str]:
+        """Return the engine that would run a formula along the last axis of ``x``, and why."""
+
+
+_RUNNERS: dict[type, Runner] = {}
+_load: Callable[[Array], Runner] | None = None
+
+
+def use(load: Callable[[Array], Runner]) -> None:
+    """Register the function that finds an array's engine."""
+    global _load
+    _load = load
+
+
+def runner(x: Array) -> Runner:
+    """Return the engine of an array's library."""
+    found = _RUNNERS.get(type(x))
+    if found is None:
+        assert _load is not None, "polysoftmax.engines is imported with the package"
+        found = _RUNNERS[type(x)] = _load(x)
+    return found
+
+
+def words(x: Array, axis: int = -1) -> Ops:
+    """Return the words of an array's library, for rows along an axis."""
+    return runner(x).words(x, axis)

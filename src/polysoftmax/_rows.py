@@ -1,0 +1,248 @@
+"""How an input becomes rows, and an answer gets back: axes, parameters, masks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from polysoftmax._arrays import (
+    Array,
+    DType,
+    cast,
+    device_for,
+    float_bits,
+    is_array,
+    is_number,
+    library,
+    promotion,
+    require_same_library,
+    without_subclass,
+)
+
+Axis: TypeAlias = int | tuple[int, ...] | None
+Number: TypeAlias = int | float
+
+
+class AxisError(ValueError, IndexError):
+    """An axis lies outside ``-ndim … ndim - 1``, or is named twice."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """An input in the layout that row formulas take, with one axis to reduce, and the way back."""
+
+    xp: Any
+    x: Array
+    axis: int
+    length: int
+    compute: DType
+    result: DType
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    flattened: bool
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The axes that are not reduced, in order."""
+        return tuple(i for i in range(len(self.shape)) if i not in self.axes)
+
+    @property
+    def reduced_shape(self) -> tuple[int, ...]:
+        """Shape of the input without the reduced axes."""
+        if not self.flattened:
+            return self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        return tuple(self.shape[i] for i in self.kept)
+
+    def replacing(self, x: Array) -> Rows:
+        """Return these rows with other entries."""
+        return replace(self, x=x)
+
+    def elementwise(self, y: Array) -> Array:
+        """Reshape a result of the rows' shape to the shape of the input."""
+        if not self.flattened:
+            return y
+        order = self.kept + self.axes
+        inverse = tuple(order.index(i) for i in range(len(order)))
+        y = self.xp.reshape(y, tuple(self.shape[i] for i in order))
+        return y if inverse == tuple(range(len(order))) else self.xp.permute_dims(y, inverse)
+
+    def keepdims(self, y: Array) -> Array:
+        """Insert the reduced axes into a result, with length 1."""
+        return self.xp.reshape(y, tuple(1 if i in self.axes else n for i, n in enumerate(self.shape)))
+
+    def empty_result(self, answer: float) -> Array:
+        """Return the result for rows of length 0, connected to the input for automatic differentiation."""
+        y = self.xp.sum(cast(self.x, self.result), axis=self.axis, keepdims=True) + answer
+        return self.xp.squeeze(y, axis=self.axis)
+
+    def from_reduced(self, y: Array) -> Array:
+        """Reshape an array of the reduced shape to the rows' layout, with length 1 on the axis."""
+        if self.flattened:
+            return self.xp.reshape(y, (*self.reduced_shape, 1))
+        return self.xp.expand_dims(y, axis=self.axis)
+
+    def _flatten(self, y: Array) -> Array:
+        """Bring an array of the input's number of dimensions into the rows' layout."""
+        if not self.flattened:
+            return y
+        y = self.xp.permute_dims(y, self.kept + self.axes)
+        batch = y.shape[: len(self.kept)]
+        return self.xp.reshape(y, (*batch, math.prod(y.shape[len(self.kept) :])))
+
+    def like_input(self, other: Array, name: str) -> Array:
+        """Bring an array of the input's shape (a tangent, other logits) into the rows' layout."""
+        require_same_library(self.x, other, name)
+        if other.shape != self.shape:
+            msg = f"{name} must have the shape of the input, {self.shape}, got {tuple(other.shape)}"
+            raise ValueError(msg)
+        return self._flatten(self.real(other, name))
+
+    def mask(self, where: Array | None) -> Array | None:
+        """Bring a boolean mask that broadcasts against the input into the rows' layout."""
+        if where is None:
+            return None
+        require_same_library(self.x, where, "where")
+        if not self.xp.isdtype(where.dtype, "bool"):
+            msg = f"where must be a boolean array (True: the entry exists), got dtype {where.dtype}"
+            raise TypeError(msg)
+        _require_broadcast(where, self.shape, "where")
+        if self.flattened:
+            return self._flatten(self.xp.broadcast_to(where, self.shape))
+        missing = len(self.shape) - where.ndim
+        return self.xp.reshape(where, (1,) * missing + where.shape) if missing else where
+
+    def broadcast_weights(self, weights: Array | None, name: str) -> Array | None:
+        """Broadcast real weights to the input and bring them into the rows' layout."""
+        if weights is None:
+            return None
+        require_same_library(self.x, weights, name)
+        weights = self.real(weights, name)
+        _require_broadcast(weights, self.shape, name)
+        return self._flatten(self.xp.broadcast_to(weights, self.shape))
+
+    def parameter(self, value: Array | Number, name: str) -> Array | float:
+        """Bring a parameter, a number or an array with one entry a row, into the rows' layout.
+
+        Tried in this order: 0-d; the reduced shape; the input's number of dimensions with length 1 on the
+        reduced axes, and 1 or the input's length elsewhere. A number is rounded to what an array of it would hold.
+        """
+        if is_number(value):
+            return self._rounded(float(value))
+        if isinstance(value, bool | complex) or not is_array(value):
+            msg = f"{name} must be a real number or an array of the logits' library, got {type(value).__name__}"
+            raise TypeError(msg)
+        require_same_library(self.x, value, name)
+        value = self.real(value, name)
+        if value.ndim == 0:
+            return value
+        if value.shape == self.reduced_shape:
+            return self.from_reduced(value)
+        fits = value.ndim == len(self.shape) and all(
+            m == 1 or (m == n and i not in self.axes)
+            for i, (m, n) in enumerate(zip(value.shape, self.shape, strict=True))
+        )
+        if not fits:
+            kept = tuple(1 if i in self.axes else n for i, n in enumerate(self.shape))
+            msg = (
+                f"{name} has shape {tuple(value.shape)}; for an input of shape {self.shape} it must be a number, "
+                f"or an array of shape (), {self.reduced_shape} or {kept}"
+            )
+            raise ValueError(msg)
+        return self._flatten(value)
+
+    def _rounded(self, value: float) -> float:
+        """Round a number to the compute dtype; what is out of range for every parameter, or for float32, stays."""
+        if not 0.0 < value < _TOO_LARGE or float_bits(self.xp, self.compute) != 32:
+            return value
+        # In arithmetic, which torch.compile follows, and without an array, which costs microseconds. Differences of
+        # doubles with 29 bits above the number leave the 24 of float32 (Veltkamp), and fewer below its normal numbers.
+        if value < _LEAST_NORMAL:
+            return value + _LEAST_SHIFT - _LEAST_SHIFT
+        large = value * (2.0**29 + 1)
+        return large - (large - value)
+
+    def temperature(self, value: Array | Number) -> Array | float | None:
+        """Bring a temperature into the rows' layout; None where it is 1 and nothing is divided."""
+        if isinstance(value, float) and value == 1.0:
+            return None
+        value = self.parameter(value, "temperature")
+        if not isinstance(value, float):
+            return value
+        if value == 1.0:
+            return None
+        if not value >= 0.0:
+            msg = f"temperature must be 0 or greater, got {value}"
+            raise ValueError(msg)
+        range_ = self.xp.finfo(self.compute)
+        if float(range_.smallest_normal) <= value <= float(range_.max):
+            return value
+        # 0 and inf, and what the compute dtype cannot tell from them, have a rule of their own.
+        limit = 0.0 if value < 1.0 else math.inf
+        # Not asarray, which copies from the host: a CUDA graph that is being captured takes no such copy.
+        return self.xp.full((), limit, dtype=self.compute, device=device_for(self.x))
+
+    def real(self, value: Array, name: str) -> Array:
+        """Return an array of real numbers in a floating dtype; the formula's call brings it to the compute dtype."""
+        if float_bits(self.xp, value.dtype):
+            return value
+        if not self.xp.isdtype(value.dtype, "integral"):
+            msg = f"{name} must hold real numbers, got dtype {value.dtype}"
+            raise TypeError(msg)
+        return cast(value, self.compute)
+
+
+_TOO_LARGE, _LEAST_NORMAL, _LEAST_SHIFT = 2.0**128, 2.0**-126, 1.5 * 2.0**-97
+"""Where float32 ends, where its numbers have 24 bits, and a double whose last bit is that of the smaller ones."""
+
+
+def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
+    """Check an input and bring it into the layout that row formulas take."""
+    found = library(x)
+    xp = found.xp
+    x = without_subclass(x)
+    compute, result = promotion(x, xp, dtype)
+    shape = tuple(x.shape)
+    ndim = len(shape)
+    if type(axis) is int and -ndim <= axis < ndim:
+        axis %= ndim
+        return Rows(xp, x, axis, shape[axis], compute, result, shape, (axis,), False)
+    axes = _normalise_axes(axis, ndim)
+    length = math.prod([shape[i] for i in axes])  # torch.compile follows no generator here
+    layout = Rows(xp, x, ndim - len(axes), length, compute, result, shape, axes, True)
+    return layout.replacing(xp.reshape(x, (1,)) if ndim == 0 else layout._flatten(x))
+
+
+def last_rows(x: Array, axis: Axis) -> Rows:
+    """Check an input and bring it into rows along the last axis."""
+    r = rows(x, axis)
+    return r if r.flattened or r.axis == len(r.shape) - 1 else rows(x, (r.axis,))
+
+
+def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+    if axis is None:
+        return tuple(range(ndim))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    for one in axes:
+        if not hasattr(one, "__index__") or isinstance(one, bool):
+            msg = f"axis must be an int, a tuple of ints, or None, got {axis!r}"
+            raise TypeError(msg)
+    if ndim == 0 and not isinstance(axis, tuple) and -1 <= axis <= 0:
+        return ()
+    for one in axes:
+        if not -ndim <= one < ndim:
+            msg = f"axis {one} is out of bounds for an array of dimension {ndim}"
+            raise AxisError(msg)
+    normalised = tuple(sorted(one.__index__() % ndim for one in axes))
+    if len(set(normalised)) != len(normalised):
+        msg = f"axis {axis!r} names an axis twice"
+        raise AxisError(msg)
+    return normalised
+
+
+def _require_broadcast(value: Array, shape: tuple[int, ...], name: str) -> None:
+    own = tuple(value.shape)
+    fits = len(own) <= len(shape) and all(m in (1, n) for m, n in zip(reversed(own), reversed(shape), strict=False))
+    if not fits:
+        msg = f"{name} has shape {own}, which does not broadcast to the input's shape {shape}"
+        raise ValueError(msg)

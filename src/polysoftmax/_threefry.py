@@ -1,0 +1,71 @@
+"""Threefry-2x32 with 20 rounds in int32 arrays of any library, and the variates made of its words.
+
+Sums of int32 wrap around; a logical right shift is a shift and a mask. Word i of domain d is the first word of
+``threefry2x32(key, (i, d))``. Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from polysoftmax._arrays import device_for, namespace
+
+if TYPE_CHECKING:
+    from polysoftmax._arrays import Array
+
+BITS, BLOCKS, TOKENS, KEYS = range(4)
+"""The domains: public bits, block variates, token variates, and new keys. They are frozen, as all of this is."""
+
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
+
+
+def threefry(k0: Array, k1: Array, c0: Array, c1: Array) -> tuple[Array, Array]:
+    """Return the two words of each block, from int32 arrays that broadcast against each other."""
+    schedule = (k0, k1, k0 ^ k1 ^ PARITY)
+    a, b = c0 + k0, c1 + k1
+    for group in range(5):
+        for by in ROTATIONS[group % 2]:
+            a = a + b
+            b = _rotate(b, by) ^ a
+        a = a + schedule[(group + 1) % 3]
+        b = b + (schedule[(group + 2) % 3] + (group + 1))
+    return a, b
+
+
+def _rotate(x: Array, by: int) -> Array:
+    return (x << by) | ((x >> (32 - by)) & ((1 << by) - 1))
+
+
+def words(k0: Array, k1: Array, index: Array, domain: int) -> Array:
+    """Return the random words of an index, int32 arrays that broadcast, in a domain."""
+    return threefry(k0, k1, index, namespace(index).full_like(index, domain))[0]
+
+
+def uniform_of(word: Array) -> Array:
+    """Return float32 numbers in (0, 1) with the full resolution of 32 bits near 0."""
+    xp = namespace(word)
+    high = xp.astype((word >> 16) & 0xFFFF, xp.float32)
+    low = xp.astype(word & 0xFFFF, xp.float32)
+    return xp.minimum((high * 65536.0 + low + 0.5) * 2.0**-32, xp.full_like(high, 1.0 - 2.0**-24))
+
+
+def gumbel_of(word: Array) -> Array:
+    """Return float32 standard Gumbel variates; great ones come from numbers near 0, which are resolved best."""
+    xp = namespace(word)
+    return -xp.log(-xp.log1p(-uniform_of(word)))
+
+
+def fold(k: Array, index: Array) -> Array:
+    """Return new keys from keys and int32 indices of shape (..., 1)."""
+    xp = namespace(k)
+    k0, k1, index = xp.broadcast_arrays(k[..., 0:1], k[..., 1:2], index)
+    return xp.concat(threefry(k0, k1, index, xp.full_like(index, KEYS)), axis=-1)
+
+
+def fold_rows(k: Array, batch: tuple[int, ...]) -> Array:
+    """Return one key a row: a single one folded with the row's number."""
+    xp = namespace(k)
+    return fold(k, xp.reshape(xp.arange(math.prod(batch), dtype=xp.int32, device=device_for(k)), (*batch, 1)))

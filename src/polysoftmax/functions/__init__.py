@@ -1,0 +1,1 @@
+"""The public functions: what they promise, and the checks before a formula runs."""

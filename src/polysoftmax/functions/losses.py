@@ -1,0 +1,328 @@
+"""cross_entropy, entropy and kl_divergence."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from polysoftmax._arrays import (
+    cast,
+    default_index,
+    float_bits,
+    is_number,
+    namespace,
+    require_same_library,
+    values_are_free,
+)
+from polysoftmax._formula import words
+from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE, classes, weight_of
+from polysoftmax._rows import rows
+
+if TYPE_CHECKING:
+    from polysoftmax._arrays import Array
+    from polysoftmax._ops import Ops
+    from polysoftmax._rows import Axis, Number, Rows
+
+
+def cross_entropy(
+    logits: Array,
+    targets: Array,
+    /,
+    *,
+    axis: Axis = -1,
+    reduction: Literal["none", "sum", "mean"] = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    weight: Array | None = None,
+    z_loss: float = 0.0,
+) -> Array:
+    r"""Cross-entropy of target classes, or target probabilities, under the softmax of logits.
+
+    .. math:: \ell = (1 - \varepsilon)\, w_t\, \mathrm{nll}_t + \frac{\varepsilon}{C'} \sum_c w_c\, \mathrm{nll}_c
+              + \zeta\, (\log \sum_j e^{x_j})^2, \qquad \mathrm{nll}_c = \log \sum_j e^{x_j} - x_c
+
+    Parameters
+    ----------
+    logits : array
+        Logits, real, of any shape; one entry along ``axis`` a class.
+    targets : array
+        Integers: the class of each row, of the shape of ``logits`` without ``axis``. Floating: probabilities q, of
+        the shape of ``logits``; w_t·nll_t becomes Σ q·w·nll, and 0·log 0 is 0.
+    axis : int, tuple of ints, or None
+        The axis of the classes. Several are flattened in increasing order.
+    reduction : {"mean", "sum", "none"}
+        "mean" divides the sum by Σ w_t over the rows that count (integer targets) or by the number of rows
+        (probabilities), and is 0 where that is 0. "none" gives one loss a row.
+    ignore_index : int, optional
+        Integer targets of this value do not count: loss 0, gradient 0, whatever their logits are.
+    label_smoothing : float
+        ε in [0, 1], the part of the target that is spread over the C' classes with a logit above -inf.
+    weight : array, optional
+        w, a factor for each class, of shape (n,) for n classes.
+    z_loss : float
+        ζ, 0 or greater: keeps the logsumexp of the logits near 0.
+
+    Returns
+    -------
+    array
+        Losses in nats, in the float dtype of ``logits``: a 0-d array, or one entry a row for "none".
+
+    Raises
+    ------
+    IndexError
+        If an integer target is out of range, where values can be looked at for free (NumPy, and PyTorch eager on
+        the CPU); elsewhere the loss of that row is NaN.
+    TypeError
+        If arrays of two libraries or devices are mixed, or a dtype does not fit.
+    ValueError
+        If a shape, ``reduction``, ``label_smoothing`` or ``z_loss`` does not fit, if there is no class, or if
+        ``ignore_index`` is given with probabilities.
+    AxisError
+        A ValueError and IndexError, if ``axis`` is out of bounds.
+
+    Notes
+    -----
+    A target at a logit of -inf gives a loss of inf; a row of -inf, or with NaN or +inf, is NaN. The gradient,
+    p·Σ c - c with the weights c of the classes, is computed from the logits alone: nothing of their size is kept
+    for the backward pass. Sources: Goodfellow, Bengio and Courville, "Deep Learning", section 6.2.2; label
+    smoothing: Szegedy et al., CVPR 2016; z-loss: Chowdhery et al., "PaLM", JMLR 24, 2023.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> logits = np.asarray([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    >>> float(polysoftmax.cross_entropy(logits, np.asarray([2, 1])).round(4))
+    0.9076
+    >>> polysoftmax.cross_entropy(logits, np.asarray([2, -1]), ignore_index=-1, reduction="none").round(4)
+    array([0.4076, 0.    ])
+    """
+    if reduction not in ("none", "sum", "mean"):
+        msg = f'reduction must be "none", "sum" or "mean", got {reduction!r}'
+        raise ValueError(msg)
+    r = rows(logits, axis)
+    if r.length == 0:
+        msg = f"cross_entropy needs at least one class, got logits of shape {r.shape} with axis={axis}"
+        raise ValueError(msg)
+    if ignore_index is not None:
+        ignore_index = _index(ignore_index, "ignore_index")
+    q, is_index = _row_targets(r, targets, ignore_index)
+    w = None if weight is None else _row_weight(r, weight)
+    losses = CROSS_ENTROPY(
+        r,
+        r.x,
+        q,
+        w,
+        result=r.compute,
+        squeeze=reduction == "none",
+        ignore_index=ignore_index,
+        label_smoothing=_number(label_smoothing, "label_smoothing", 1.0),
+        z_loss=_number(z_loss, "z_loss", math.inf),
+    )
+    if reduction == "none":
+        return cast(losses, r.result)
+    ops = words(r.x, r.axis)
+    if reduction == "mean" and is_index and not (w is None and ignore_index is None):
+        total = mean_or_zero(ops.total(losses), _total_weight(ops, r, q, w, ignore_index))
+    else:
+        total = ops.mean(losses) if reduction == "mean" else ops.total(losses)
+    return cast(total, r.result)
+
+
+def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Array, bool]:
+    """Check the targets and bring them into the form of the rows; the second answer: whether they are classes."""
+    require_same_library(r.x, targets, "targets")
+    if float_bits(r.xp, targets.dtype):
+        if ignore_index is not None:
+            msg = f"ignore_index={ignore_index} goes with integer targets, got probabilities of dtype {targets.dtype}"
+            raise ValueError(msg)
+        return r.like_input(targets, "targets (floating, hence probabilities)"), False
+    if not r.xp.isdtype(targets.dtype, "integral"):
+        msg = f"targets must be integers (classes) or floating (probabilities), got dtype {targets.dtype}"
+        raise TypeError(msg)
+    if tuple(targets.shape) != r.reduced_shape:
+        msg = (
+            f"integer targets must have the shape of the logits without the class axis, {r.reduced_shape}, "
+            f"got {tuple(targets.shape)}"
+        )
+        raise ValueError(msg)
+    if targets.dtype != r.xp.int64:
+        targets = cast(targets, default_index(r.xp))
+    _require_known(r, targets, ignore_index)
+    return r.from_reduced(targets), True
+
+
+def _require_known(r: Rows, targets: Array, ignore_index: int | None) -> None:
+    if 0 in targets.shape:
+        return
+    # Usually every target is valid, and the least and the greatest prove it.
+    found = _extremes(targets)
+    if found is None or (found[0] >= 0 and found[1] < r.length):
+        return
+    known = (targets >= 0) & (targets < r.length)
+    if ignore_index is not None:
+        known = known | (targets == ignore_index)
+    if not bool(r.xp.all(known)):
+        worst = r.xp.reshape(targets, (-1,))[int(r.xp.argmin(r.xp.astype(r.xp.reshape(known, (-1,)), r.xp.int8)))]
+        msg = f"target {int(worst)} is out of range for {r.length} classes and is not ignore_index={ignore_index}"
+        raise IndexError(msg)
+
+
+def _extremes(x: Array) -> tuple[int, int] | None:
+    """Return the least and the greatest of integers; None where a look at values is synchronisation or tracing."""
+    if not values_are_free(x):
+        return None
+    xp = namespace(x)
+    return int(xp.min(x)), int(xp.max(x))
+
+
+def _row_weight(r: Rows, weight: Array) -> Array:
+    require_same_library(r.x, weight, "weight")
+    if tuple(weight.shape) != (r.length,):
+        msg = f"weight must have one entry a class, shape ({r.length},), got {tuple(weight.shape)}"
+        raise ValueError(msg)
+    return r.xp.reshape(r.real(weight, "weight"), (1,) * r.axis + (-1,) + (1,) * (r.x.ndim - r.axis - 1))
+
+
+def _index(value: int, name: str) -> int:
+    if not (is_number(value) and hasattr(value, "__index__")):
+        msg = f"{name} must be an int or None, got {type(value).__name__}"
+        raise TypeError(msg)
+    return int(value)
+
+
+def _number(value: float, name: str, upper: float) -> float:
+    if not is_number(value):
+        msg = f"{name} must be a number, got {type(value).__name__}"
+        raise TypeError(msg)
+    if not 0.0 <= value <= upper:
+        msg = f"{name} must lie in [0, {upper:g}], got {value}"
+        raise ValueError(msg)
+    return float(value)
+
+
+def _total_weight(ops: Ops, r: Rows, targets: Array, weight: Array | None, ignore_index: int | None) -> Array:
+    """Return Σ w_t over the rows that count."""
+    xp = r.xp
+    counts = xp.ones_like(targets, dtype=xp.bool) if ignore_index is None else targets != ignore_index
+    if weight is None:
+        each = xp.astype(counts, r.compute)
+    else:
+        known, index = classes(ops, r.x, targets)
+        each = ops.where(counts & known, weight_of(ops, r.x, ops.cast(weight, r.compute), index), 0.0)
+    return ops.total(each)
+
+
+def mean_or_zero(total: Array, count: Array) -> Array:
+    """Return total / count, and 0 where there is nothing to count."""
+    xp = namespace(total)
+    return xp.where(count == 0, 0.0, total / xp.where(count == 0, 1.0, count))
+
+
+def entropy(
+    x: Array,
+    /,
+    *,
+    axis: Axis = -1,
+    temperature: Array | Number = 1.0,
+    where: Array | None = None,
+) -> Array:
+    r"""Shannon entropy of the softmax of logits.
+
+    .. math:: H = -\sum_i p_i \log p_i, \qquad p = \mathrm{softmax}(x / T)
+
+    Parameters
+    ----------
+    x : array
+        Logits, real, of any shape.
+    axis : int, tuple of ints, or None
+        The axes along which the probabilities sum to 1; None means all.
+    temperature : number or array
+        T, in units of the logits, 0 or greater; an array has one entry a row (see `softmax`).
+    where : array of bool, optional
+        Broadcasts against ``x``. Entries under False do not exist.
+
+    Returns
+    -------
+    array
+        Entropies in nats, of the shape of ``x`` without ``axis``.
+
+    Raises
+    ------
+    TypeError, ValueError, AxisError
+        As for `softmax`.
+
+    Notes
+    -----
+    An entry of probability 0 adds 0. A row of -inf, or with NaN or +inf, is NaN; an empty row, or one with no True
+    in ``where``, is 0. At temperature 0 it is the logarithm of the number of tied maxima. Source: Shannon, "A
+    mathematical theory of communication", Bell System Technical Journal 27, 1948.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> float(polysoftmax.entropy(np.zeros(8)) / np.log(2.0))
+    3.0
+    """
+    r = rows(x, axis)
+    if r.length == 0:
+        return r.empty_result(0.0)
+    return ENTROPY(r, r.x, r.temperature(temperature), r.mask(where), squeeze=True)
+
+
+def kl_divergence(
+    logits_p: Array,
+    logits_q: Array,
+    /,
+    *,
+    axis: Axis = -1,
+    temperature: Array | Number = 1.0,
+    where: Array | None = None,
+) -> Array:
+    r"""Kullback-Leibler divergence between the softmaxes of two arrays of logits.
+
+    .. math:: D(p \,\|\, q) = \sum_i p_i (\log p_i - \log q_i)
+
+    Parameters
+    ----------
+    logits_p, logits_q : array
+        Logits of p and q, real, of one shape.
+    axis : int, tuple of ints, or None
+        The axes along which the probabilities sum to 1; None means all.
+    temperature : number or array
+        T of both, in units of the logits, 0 or greater (as in distillation); an array has one entry a row (see
+        `softmax`).
+    where : array of bool, optional
+        Broadcasts against the logits. Entries under False do not exist.
+
+    Returns
+    -------
+    array
+        Divergences in nats, of the shape of the logits without ``axis``, in the float dtype of ``logits_p``.
+
+    Raises
+    ------
+    TypeError, ValueError, AxisError
+        As for `softmax`; ``ValueError`` if the shapes of the logits differ.
+
+    Notes
+    -----
+    An entry with p = 0 adds 0; one with q = 0 < p makes the divergence inf. A row that is NaN in either softmax is
+    NaN; an empty row, or one with no True in ``where``, is 0. Between almost equal distributions the rounding of
+    the logarithms, about 1e-7 in float32, can outweigh the divergence. Sources: Kullback and Leibler, Annals of
+    Mathematical Statistics 22, 1951; with a temperature: Hinton, Vinyals and Dean, 2015.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> p, q = np.log([0.5, 0.5]), np.log([0.25, 0.75])
+    >>> float(polysoftmax.kl_divergence(p, q).round(4))
+    0.1438
+    """
+    r = rows(logits_p, axis)
+    other = r.like_input(logits_q, "logits_q")
+    if r.length == 0:
+        return r.empty_result(0.0)
+    return KL_DIVERGENCE(r, r.x, other, r.temperature(temperature), r.mask(where), squeeze=True)

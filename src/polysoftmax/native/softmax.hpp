@@ -1,0 +1,272 @@
+// softmax, log_softmax, logsumexp, and their derivatives, as _softmax.py defines them. z stands for (x - max) / T, p for the
+// probabilities, y for the answer, g for a cotangent, d for a tangent.
+#pragma once
+
+#include "rows.hpp"
+
+// A choice between numbers that have both been loaded: a load under a condition would not become vectors.
+template <class C>
+BOTH C choose(bool condition, C x, C otherwise = 0) {
+    return condition ? x : otherwise;
+}
+
+// The scores z of rows of logits. Without options there is neither a temperature nor a mask.
+template <bool options, class Rows>
+struct Scores {
+    using C = typename Rows::Real;
+    using Index = typename Rows::Index;
+
+    typename Rows::template Column<const C> x;
+    typename Rows::template Column<const uint8_t> where;
+    typename Rows::template Value<C> divisor, bound, top;
+    typename Rows::template Value<Temperature<C>> temperature;
+
+    Scores(Rows& rows, int logits, int t, int mask)
+        : x(rows.template column<const C>(logits)), where(rows.template column<const uint8_t>(mask)) {
+        if (options) {
+            auto value = rows.template value<C>(t, 1);
+            temperature = rows.row([&](auto r) { return temperature_of(value[r]); });
+            divisor = rows.row([&](auto r) { return temperature[r].divisor; });
+            bound = rows.row([&](auto r) { return temperature[r].bound; });
+        }
+        top = rows.max([&](auto i) { return logit(i); });
+        if (options && rows.some([&](auto r) { return top[r] == -infinity<C>(); })) {
+            // -inf - -inf is NaN, which is right for a row of -inf, and not for a row without entries.
+            auto any = this->any(rows);
+            top = rows.row([&](auto r) { return any[r] > 0 ? top[r] : 0; });
+        }
+    }
+
+    // 1 for a row with entries, and otherwise -inf.
+    auto any(Rows& rows) const {
+        return rows.max([&](auto i) { return exists(i) ? (C)1 : -infinity<C>(); });
+    }
+
+    BOTH bool exists(Index i) const { return options ? where[i] != 0 : true; }
+    BOTH C logit(Index i) const { return choose(exists(i), x[i], -infinity<C>()); }
+    BOTH bool at_top(Index i) const { return logit(i) == top[i]; }
+
+    BOTH C z(Index i) const {
+        C distance = logit(i) - top[i];
+        return options ? over_temperature(distance, divisor[i], bound[i]) : distance;
+    }
+
+    // A tangent or cotangent over T.
+    BOTH C over(C slope, Index i) const { return options ? over_regular_temperature(slope, temperature[i]) : slope; }
+};
+
+// log Σ exp(z) of each row. The terms at the maximum, which are 1, stay out of the sum, so that a logarithm close to 0
+// keeps its digits.
+template <class Rows, class V>
+BOTH auto log_of_sum(Rows& rows, const V& count, const V& rest) {
+    using C = typename Rows::Real;
+    // Inlined by force: GCC would call what several formulas share, and a loop over calls does not become vectors.
+    return rows.row([&](auto r) __attribute__((always_inline)) {
+        C none = count[r] == 0;
+        return log(count[r]) + log1p(rest[r] / (count[r] + none));
+    });
+}
+
+template <bool options, class Rows>
+BOTH auto log_total(Rows& rows, const Scores<options, Rows>& s) {
+    using C = typename Rows::Real;
+    auto sums = rows.template sums<2>([&](auto i) {
+        C e = exp(s.z(i));
+        bool top = s.at_top(i);
+        return Terms<C, 2>{{top ? (C)1 : (C)0, top ? (C)0 : e}};
+    });
+    auto count = rows.term(sums, 0), rest = rows.term(sums, 1);
+    auto logarithm = log_of_sum(rows, count, rest);
+    return rows.row([&](auto r) { return s.top[r] == infinity<C>() ? nan_of<C>() : logarithm[r]; });
+}
+
+// y = exp(z) / Σ exp(z), written to y.
+template <bool options, class Rows, class Y>
+BOTH void write_softmax(Rows& rows, const Scores<options, Rows>& s, const Y& y) {
+    using C = typename Rows::Real;
+    auto total = rows.sum([&](auto i) {
+        C e = exp(s.z(i));
+        y[i] = e;
+        return e;
+    });
+    auto inverse = rows.row([&](auto r) { return 1 / total[r]; });
+    rows.each([&](auto i) {
+        C p = y[i] * inverse[i];
+        y[i] = s.exists(i) ? p : 0;
+    });
+}
+
+template <bool options, class Rows>
+void softmax(const Problem&, Rows& rows) {
+    Scores<options, Rows> s(rows, 0, 1, 2);
+    write_softmax(rows, s, rows.column(3));
+}
+
+template <bool options, class Rows>
+void log_softmax(const Problem&, Rows& rows) {
+    using C = typename Rows::Real;
+    Scores<options, Rows> s(rows, 0, 1, 2);
+    auto y = rows.column(3);
+    auto total = log_total(rows, s);
+    rows.each([&](auto i) {
+        C log_p = s.z(i) - total[i];
+        y[i] = s.exists(i) ? log_p : -infinity<C>();
+    });
+}
+
+// The gradients for the logits, gz / T, and for the temperature, -Σ gz·z / T, of which either may not be wanted. gz may
+// stand where the first is written.
+template <bool options, class Rows, class G>
+BOTH void pull_scores(Rows& rows, const Scores<options, Rows>& s, const G& gz, int gx, int gt) {
+    using C = typename Rows::Real;
+    if (rows.column(gt)) {
+        // No score of a row with NaN is a number, and nothing moves.
+        auto sums = rows.template sums<2>([&](auto i) {
+            C z = s.z(i), c = gz(i), v = s.logit(i);
+            bool alive = z > -infinity<C>();
+            return Terms<C, 2>{{choose(alive, c) * choose(alive, z), v == v ? (C)0 : (C)1}};
+        });
+        auto moment = rows.term(sums, 0), nans = rows.term(sums, 1);
+        rows.put(gt, rows.row([&](auto r) { return s.over(nans[r] > 0 ? 0 : -moment[r], r); }));
+    }
+    auto slope = rows.column(gx);
+    if (slope) rows.each([&](auto i) { slope[i] = s.over(gz(i), i); });
+}
+
+// gz = y·(g - Σ y·g), from the answer alone.
+template <class Rows>
+void softmax_pull_of_answer(const Problem&, Rows& rows) {
+    auto y = rows.column(3), g = rows.column(4), gx = rows.column(5);
+    auto mean = rows.sum([&](auto i) { return y[i] * choose(y[i] != 0, g[i]); });
+    rows.each([&](auto i) { gx[i] = y[i] * (choose(y[i] != 0, g[i]) - mean[i]); });
+}
+
+template <bool options, class Rows>
+void softmax_pull(const Problem&, Rows& rows) {
+    Scores<options, Rows> s(rows, 0, 1, 2);
+    auto y = rows.column(3), g = rows.column(4);
+    if (!y) {
+        y = rows.column(7);
+        write_softmax(rows, s, y);
+    }
+    auto mean = rows.sum([&](auto i) { return y[i] * choose(y[i] != 0, g[i]); });
+    pull_scores(rows, s, [&](auto i) { return y[i] * (choose(y[i] != 0, g[i]) - mean[i]); }, 5, 6);
+}
+
+// gz = g - exp(y)·Σ g, from the answer alone.
+template <class Rows>
+void log_softmax_pull_of_answer(const Problem&, Rows& rows) {
+    auto y = rows.column(3), g = rows.column(4), gx = rows.column(5);
+    auto total = rows.sum([&](auto i) { return g[i]; });
+    rows.each([&](auto i) { gx[i] = g[i] - exp(y[i]) * total[i]; });
+}
+
+template <bool options, class Rows>
+void log_softmax_pull(const Problem&, Rows& rows) {
+    using C = typename Rows::Real;
+    Scores<options, Rows> s(rows, 0, 1, 2);
+    auto y = rows.column(3), g = rows.column(4);
+    if (!y) {
+        y = rows.column(7);
+        auto log_sum = log_total(rows, s);
+        rows.each([&](auto i) { y[i] = s.z(i) - log_sum[i]; });
+    }
+    auto total = rows.sum([&](auto i) { return choose(s.exists(i), g[i]); });
+    auto gz = [&](auto i) {
+        C p = exp(choose(s.exists(i), y[i], -infinity<C>()));
+        return choose(s.exists(i), g[i]) - p * total[i];
+    };
+    pull_scores(rows, s, gz, 5, 6);
+}
+
+// dy = y·(dz - Σ y·dz)
+template <bool options, class Rows>
+void softmax_push(const Problem&, Rows& rows) {
+    Scores<options, Rows> s(rows, 0, 1, 2);
+    auto dx = rows.column(3), dy = rows.column(4), y = rows.column(5);
+    write_softmax(rows, s, y);
+    auto dz = [&](auto i) { return s.over(choose(y[i] != 0, dx[i]), i); };
+    auto mean = rows.sum([&](auto i) { return y[i] * dz(i); });
+    rows.each([&](auto i) { dy[i] = choose(y[i] != 0, y[i] * (dz(i) - mean[i])); });
+}
+
+// dy = dz - Σ p·dz
+template <bool options, class Rows>
+void log_softmax_push(const Problem&, Rows& rows) {
+    using C = typename Rows::Real;
+    Scores<options, Rows> s(rows, 0, 1, 2);
+    auto dx = rows.column(3), dy = rows.column(4), p = rows.column(5);
+    auto total = log_total(rows, s);
+    rows.each([&](auto i) { p[i] = exp(choose(s.exists(i), s.z(i) - total[i], -infinity<C>())); });
+    auto dz = [&](auto i) { return s.over(choose(s.exists(i), dx[i]), i); };
+    auto mean = rows.sum([&](auto i) { return p[i] * choose(p[i] != 0, dz(i)); });
+    rows.each([&](auto i) { dy[i] = choose(s.exists(i), dz(i) - mean[i]); });
+}
+
+// Logits with weights: an entry without weight, or under a mask, does not exist. Without options all weights are 1.
+template <bool options, class Rows>
+struct Weighted {
+    using C = typename Rows::Real;
+    using Index = typename Rows::Index;
+
+    typename Rows::template Column<const C> x, weights;
+    typename Rows::template Column<const uint8_t> where;
+    typename Rows::template Value<C> top;
+
+    explicit Weighted(Rows& rows)
+        : x(rows.template column<const C>(0)),
+          weights(rows.template column<const C>(1)),
+          where(rows.template column<const uint8_t>(2)) {
+        top = rows.max([&](auto i) { return logit(i); });
+    }
+
+    BOTH bool exists(Index i) const { return options ? (where[i] != 0) & (weights[i] != 0) : true; }
+    BOTH C logit(Index i) const { return choose(exists(i), x[i], -infinity<C>()); }
+    BOTH C weight(Index i) const { return choose(exists(i), weights[i]); }
+};
+
+// y = max + log Σ w·exp(x - max). The terms at the maximum stay out of the sum, as in log_of_sum.
+template <bool options, class Rows>
+void logsumexp(const Problem&, Rows& rows) {
+    using C = typename Rows::Real;
+    Weighted<options, Rows> w(rows);
+    auto sums = rows.template sums<2>([&](auto i) {
+        C e = exp(w.logit(i) - w.top[i]), weight = options ? w.weight(i) : 1;
+        bool top = w.logit(i) == w.top[i];
+        return Terms<C, 2>{{top ? weight : 0, top ? 0 : e * weight}};
+    });
+    auto most = rows.term(sums, 0), rest = rows.term(sums, 1);
+    if (!options) {
+        auto logarithm = log_of_sum(rows, most, rest);
+        return rows.put(3, rows.row([&](auto r) { return w.top[r] + logarithm[r]; }));
+    }
+    rows.put(3, rows.row([&](auto r) {
+        bool apart = most[r] > 0;
+        return w.top[r] + (log(apart ? most[r] : most[r] + rest[r]) + (apart ? log1p(rest[r] / most[r]) : (C)0));
+    }));
+}
+
+// dy/dx = w·exp(x - max) / Σ w·exp(x - max), and dy/dw the same without the first w; times g.
+template <bool options, class Rows>
+void logsumexp_pull(const Problem&, Rows& rows) {
+    using C = typename Rows::Real;
+    Weighted<options, Rows> w(rows);
+    auto g = rows.value(3);
+    auto gx = rows.column(4), gw = rows.column(5), terms = rows.column(6);
+    auto top = rows.row([&](auto r) { return w.top[r] == -infinity<C>() ? 0 : w.top[r]; });
+    auto total = rows.sum([&](auto i) {
+        C x = w.logit(i), e = x == infinity<C>() ? x : exp(x - top[i]);
+        terms[i] = e;
+        return options ? e * w.weight(i) : e;
+    });
+    auto divisor = rows.row([&](auto r) { return total[r] == 0 ? 1 : total[r]; });
+    if (gx) {
+        rows.each([&](auto i) { gx[i] = (options ? terms[i] * w.weight(i) : terms[i]) / divisor[i] * g[i]; });
+    }
+    if (gw) {
+        rows.each([&](auto i) {
+            C e = w.logit(i) > -infinity<C>() ? terms[i] : 0;
+            gw[i] = e / divisor[i] * g[i];
+        });
+    }
+}

@@ -1,0 +1,1 @@
+"""Random problems for the C++ library, and a program that runs them under sanitizers and emulators."""
