@@ -37,16 +37,12 @@ class Ops:
     abs: Standard
     astype: Standard
     broadcast_to: Standard
-    ceil: Standard
-    concat: Standard
     exp: Standard
     expand_dims: Standard
     floor: Standard
     isfinite: Standard
     log: Standard
     log1p: Standard
-    maximum: Standard
-    minimum: Standard
     moveaxis: Standard
     ones_like: Standard
     reshape: Standard
@@ -160,6 +156,11 @@ class Ops:
         """The library's default dtype for indices."""
         return default_index(self.xp)
 
+    @property
+    def int32(self) -> DType:
+        """The dtype of an index that a random word is made of."""
+        return self.xp.int32
+
     # Derivatives: what a library does that differentiates the formula itself, and is not given its rules
 
     def constant(self, x: Array) -> Array:
@@ -210,7 +211,7 @@ class Ops:
         return self.xp.sort(self.xp.argsort(x, axis=-1, descending=True, stable=True)[..., :k], axis=-1)
 
     def keep_first(self, flags: Array, room: Array) -> Array:
-        """Keep the first ``room`` of the True entries of every row."""
+        """Keep the first ``room``, 1 or more, of the True entries of every row."""
         numbers = self.xp.astype(flags, room.dtype)
         reached = self.running_sum(self.block_sums(numbers, _BLOCK), room.dtype)
         block, _, inside = self.find_crossing(

@@ -87,7 +87,7 @@ def are_few(top_k: int, n: int) -> bool:
 def leading_of(ops: Ops, x: Array, top_k: int) -> tuple[Array, Array]:
     """The top_k greatest logits of every row, and their indices, which increase."""
     index = ops.top_k_indices(x, top_k)
-    return ops.take(x, index), ops.astype(index, ops.xp.int32)
+    return ops.take(x, index), ops.astype(index, ops.int32)
 
 
 def filtered_few(ops: Ops, x: Array, index: Array, t: Temperature, filters: Filters) -> tuple[Array, Array, Array]:

@@ -79,8 +79,9 @@ class JaxOps(Ops):
 
     def argmax(self, x: Array) -> Array:
         # XLA computes the entries for its argmax one by one, and for these two reductions many at once.
-        at_top = x == jnp.max(x, axis=-1, keepdims=True)
-        return jnp.min(jnp.where(at_top, jnp.arange(x.shape[-1]), x.shape[-1]), axis=-1, keepdims=True)
+        at_top = x == jnp.max(x, axis=self.axis, keepdims=True)
+        index = jnp.where(at_top, self.indices(x, self.index_dtype), x.shape[self.axis])
+        return jnp.min(index, axis=self.axis, keepdims=True)
 
     def _is_by_columns(self, x: Array) -> bool:
         axis = self.axis % x.ndim
