@@ -1,4 +1,4 @@
-"""The native kernels of the draw against the formulas: token for token, at every filter, temperature and odd row."""
+"""What is drawn and what filters leave: token for token the same by native kernels and formulas, at odd rows too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from polysoftmax import _threefry, random
 from polysoftmax._sampling import block_length
 from polysoftmax.engines import _library
 
-pytestmark = pytest.mark.skipif(_library.load() is None, reason=_library.reason() or "there is a library")
+needs_library = pytest.mark.skipif(_library.load() is None, reason=_library.reason() or "there is a library")
+on_each_engine = pytest.mark.parametrize("engine", ["portable", pytest.param("native", marks=needs_library)])
 
 ROWS = 60
 
@@ -120,6 +121,7 @@ def _noise(key: np.ndarray, index: np.ndarray, domain: int) -> np.ndarray:
     return _threefry.gumbel_of(_threefry.words(key[0:1], key[1:2], index.astype(np.int32), domain))
 
 
+@needs_library
 @pytest.mark.parametrize("make", [_rows, _rounded, _odd])
 @pytest.mark.parametrize(
     ("length", "dtype"), [(300, np.float32), (1, np.float32), (20_000, np.float32), (700, np.float64)]
@@ -166,7 +168,7 @@ def test_same_tokens_as_the_formula(make: Any, length: int, dtype: type) -> None
     assert close <= 1  # less than one draw in a million, as the guide reports
 
 
-@pytest.mark.parametrize("engine", ["portable", "native"])
+@on_each_engine
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 100, "top_p": 0.8, "temperature": 0.7}], ids=str)
 @pytest.mark.parametrize(("length", "dtype"), [(300, np.float32), (20_000, np.float32), (700, np.float64)])
 def test_what_is_left_is_exact_up_to_rounding(length: int, dtype: type, options: dict[str, float], engine: str) -> None:
@@ -181,6 +183,7 @@ def test_what_is_left_is_exact_up_to_rounding(length: int, dtype: type, options:
     assert inexact <= 2  # of 60 rows, for the reason given above: 60 of 1e-3 each at worst
 
 
+@on_each_engine
 @pytest.mark.parametrize(
     ("batch", "shape"),
     [
@@ -196,23 +199,25 @@ def test_what_is_left_is_exact_up_to_rounding(length: int, dtype: type, options:
         ((3, 1, 20), (2, 1, 4, 20)),
     ],
 )
-def test_keys_of_any_shape(batch: tuple[int, ...], shape: tuple[int, ...]) -> None:
+def test_keys_of_any_shape(batch: tuple[int, ...], shape: tuple[int, ...], engine: str) -> None:
     x = _rows(seeded(batch, shape), 1000, np.float32)[: int(np.prod(batch))].reshape(*batch, 1000)
     keys = random.split(3, int(np.prod(shape))).reshape(*shape, 2)
     with polysoftmax.engine("portable"):
         expected = polysoftmax.sample(x, keys)
-    with polysoftmax.engine("native"):
+    with polysoftmax.engine(engine):
         np.testing.assert_array_equal(polysoftmax.sample(x, keys), expected)
-    assert expected.shape == np.broadcast_shapes(batch, shape)
-    if shape:  # one by one
-        for at in np.ndindex(*expected.shape):
+        assert expected.shape == np.broadcast_shapes(batch, shape)
+        if not shape:
+            return
+        for at in np.ndindex(*expected.shape):  # one by one
             row = np.broadcast_to(x, (*expected.shape, 1000))[at]
             assert polysoftmax.sample(row, np.broadcast_to(keys, (*expected.shape, 2))[at]) == expected[at]
 
 
-def test_one_row_with_many_keys_draws_what_many_rows_do() -> None:
+@on_each_engine
+def test_one_row_with_many_keys_draws_what_many_rows_do(engine: str) -> None:
     row, keys = _rows(seeded(2000), 2000, np.float32)[0], random.split(3, 500)
-    with polysoftmax.engine("native"):
+    with polysoftmax.engine(engine):
         np.testing.assert_array_equal(
             polysoftmax.sample(row, keys, top_k=9), polysoftmax.sample(np.tile(row, (500, 1)), keys, top_k=9)
         )

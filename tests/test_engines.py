@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 import threading
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 import polysoftmax
 from polysoftmax.engines import ENGINES, _library, chosen, native
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def test_nested_choices_are_undone() -> None:
@@ -67,37 +71,60 @@ def test_explain() -> None:
         polysoftmax.explain([1.0], "softmax")
 
 
-@pytest.mark.parametrize("name", ["numpy", "torch"])
-def test_explain_says_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    xp = pytest.importorskip(name)
-    x, solved = xp.zeros((3, 4)), []
-    library = _library.load()
-    if library is None:
-        pytest.skip(_library.reason())
-    run = type(library).run
-    monkeypatch.setattr(type(library), "run", lambda self, problem: solved.append(problem) or run(self, problem))
+@pytest.fixture
+def no_plans() -> Iterator[None]:
+    """Let no plan outlive a test that replaces what it holds, nor one from before be found in it."""
     for memory in (native.NUMPY, native.TORCH):
-        memory.plans.clear()  # they hold the function that is replaced
-    for engine in ("native", "portable"):
-        with polysoftmax.engine(engine):
-            polysoftmax.softmax(x)
-            assert polysoftmax.explain(x, "softmax").engine == engine
-        assert len(solved) == 1
+        memory.plans.clear()
+    yield
     for memory in (native.NUMPY, native.TORCH):
         memory.plans.clear()
 
 
-def test_without_a_library_formulas_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_plans")
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_explain_says_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = pytest.importorskip(name).zeros((3, 4))
+    library = _library.load()
+    if library is None:
+        pytest.skip(_library.reason())
+    run, solved = type(library).run, []
+    monkeypatch.setattr(type(library), "run", lambda self, problem: solved.append(problem) or run(self, problem))
+    for engine, runs, count in (("auto", "native", 1), ("native", "native", 2), ("portable", "portable", 2)):
+        with polysoftmax.engine(engine):
+            polysoftmax.softmax(x)
+            found = polysoftmax.explain(x, "softmax")
+        assert (found.engine, len(solved)) == (runs, count)
+        assert (library.level in found.reason) == (runs == "native")
+
+
+@pytest.mark.usefixtures("no_plans")
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_without_a_library_formulas_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "_found", None)
     monkeypatch.setattr(_library, "_reason", "there was no C++ compiler")
-    native.NUMPY.plans.clear()
-    x = np.asarray([1.0, 2.0, 3.0])
-    found = polysoftmax.explain(x, "softmax")
-    assert (found.engine, "there was no C++ compiler" in found.reason) == ("portable", True)
-    np.testing.assert_allclose(polysoftmax.softmax(x), [0.09003057, 0.24472847, 0.66524096], rtol=1e-7)
+    x = pytest.importorskip(name).asarray([1.0, 2.0, 3.0])
+    with polysoftmax.engine("auto"):
+        found = polysoftmax.explain(x, "softmax")
+        assert (found.engine, "there was no C++ compiler" in found.reason) == ("portable", True)
+        np.testing.assert_allclose(polysoftmax.softmax(x), [0.09003057, 0.24472847, 0.66524096], rtol=1e-6)
     with pytest.raises(ImportError, match='engine "native" cannot run: there was no C'), polysoftmax.engine("native"):
         pass
-    native.NUMPY.plans.clear()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.longdouble])
+def test_explain_says_why_no_kernel_runs(dtype: type) -> None:
+    """Where there is a library, too, because of the array: formulas run for what the kernels do not know."""
+    if _library.load() is None:
+        pytest.skip(_library.reason())
+    x = np.zeros((3, 4), dtype)
+    with polysoftmax.engine("auto"):
+        found = polysoftmax.explain(x, "softmax")
+        y = polysoftmax.softmax(x)
+    assert (y.dtype, y.tolist()) == (x.dtype, np.full((3, 4), 0.25).tolist())
+    is_known = x.itemsize <= 8  # as long doubles are where they are doubles
+    assert found.engine == ("native" if is_known else "portable")
+    assert ("do not know" in found.reason) != is_known
 
 
 def test_explain_of_jax() -> None:
