@@ -61,7 +61,7 @@ def test_the_readme_names_what_is_there() -> None:
     text = README.read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {one for names in re.findall(r"\.\[([\w,]+)\]", text) for one in names.split(",")}
-    assert {"numpy", "fast"} <= extras <= set(project["optional-dependencies"])
+    assert {"numpy", "cuda"} <= extras <= set(project["optional-dependencies"])
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"demo", "test"} <= set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)) <= targets
     links = re.findall(r"\]\((?!https:)([^)#]+)", text)

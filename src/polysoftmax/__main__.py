@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polysoftmax
 from polysoftmax._demo.backends import NAMES, Missing, UsageError, look_for
-from polysoftmax.engines import portable
+from polysoftmax.engines import _library, portable
 from polysoftmax.engines._library import num_threads
 
 
@@ -103,11 +103,13 @@ def _check(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     del options
+    library = _library.load()
     lines = [
         ("polysoftmax", polysoftmax.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("array-api-compat", metadata.version("array-api-compat")),
         ("threads", str(num_threads())),
+        ("native kernels", library.level if library else f"none: {_library.reason()}"),
         ("engine", "portable" if portable() else "auto"),
     ]
     reasons = []
