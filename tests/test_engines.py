@@ -82,9 +82,11 @@ def no_plans() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_plans")
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int64"])
 @pytest.mark.parametrize("name", ["numpy", "torch"])
-def test_explain_says_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = pytest.importorskip(name).zeros((3, 4))
+def test_explain_says_what_runs(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    xp = pytest.importorskip(name)
+    x = xp.zeros((3, 4), dtype=getattr(xp, dtype))
     library = _library.load()
     if library is None:
         pytest.skip(_library.reason())

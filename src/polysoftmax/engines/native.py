@@ -146,7 +146,8 @@ class Memory:
     @staticmethod
     def code(dtype: DType) -> int:
         """Return a dtype's number; -1 if the kernels do not know it."""
-        return _CODES.get(str(dtype).rpartition(".")[2], -1)
+        # It may be the class that stands for it, such as numpy.float32.
+        return _CODES.get(str(dtype).rpartition(".")[2].removesuffix("'>"), -1)
 
     def kind(self, x: Array) -> tuple[Any, ...]:
         """Return all that a plan has to know of an array."""
