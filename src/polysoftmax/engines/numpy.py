@@ -99,12 +99,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
 
 @np.errstate(all="ignore")
 def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
-    return call.evaluate(words(first_array(operands), call.axis), operands)
-
-
-def first_array(operands: tuple[Any, ...]) -> Array:
-    """Return the first operand that is given: the rows, as a rule."""
-    return next(one for one in operands if one is not None)
+    return call.evaluate(words(operands[0], call.axis), operands)
 
 
 def explain(x: Array, formula: RowFormula) -> tuple[str, str]:

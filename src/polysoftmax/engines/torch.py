@@ -126,7 +126,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
         return _run_compiled(call, operands)
     if _is_transformed():
         return _evaluate(call, operands)
-    if not _is_recorded(operands):
+    if not is_recorded(operands):
         return _run_constant(call, operands)
     if call.formula.vjp is not None:
         return _apply(call, *operands)
@@ -150,7 +150,8 @@ def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
     return call.evaluate(words(operands[0], call.axis), operands)
 
 
-def _is_recorded(operands: tuple[Array, ...]) -> bool:
+def is_recorded(operands: tuple[Array, ...]) -> bool:
+    """Whether PyTorch records what is computed from the operands, for a gradient."""
     if torch.is_grad_enabled():
         for one in operands:
             if one is not None and isinstance(one, torch.Tensor) and one.requires_grad:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from polysoftmax import _formula
 from polysoftmax._arrays import library
 from polysoftmax._ops import Ops, ops_of
 from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
-from polysoftmax.engines.cuda._calls import Launch, launch_for_last_axis, prepare
+from polysoftmax.engines.cuda._calls import Launch, evaluate, launch_for_last_axis, prepare
 from polysoftmax.engines.cuda._composed import Composed
 
 if TYPE_CHECKING:
@@ -34,18 +33,13 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
         if call.formula is SAMPLE:
             return Composed(call, operands, launch_or_evaluate).answer()
         return launch_or_evaluate(call, operands)
-    return _evaluate(call, operands)
+    return evaluate(call, operands)
 
 
 def launch_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call in its kernel, or as it stands where no kernel covers it."""
     found = prepare(call, operands)
-    return found.run() if isinstance(found, Launch) else _evaluate(call, operands)
-
-
-def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
-    x = next(one for one in operands if one is not None)
-    return call.evaluate(_formula.words(x, call.axis), operands)
+    return found.run() if isinstance(found, Launch) else evaluate(call, operands)
 
 
 def explain(x: Array, formula: RowFormula) -> tuple[str, str]:

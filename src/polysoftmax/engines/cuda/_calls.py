@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polysoftmax._arrays import cast, float_bits, namespace
-from polysoftmax._formula import Call, RowFormula
+from polysoftmax._formula import Call, RowFormula, words
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._rows import rows
 from polysoftmax._sampling import DRAW, DRAW_LEADING, LEADING, MASSES, SAMPLE, block_length
@@ -82,12 +82,17 @@ class Launch(NamedTuple):
         return found if self.plan.kernel.formula.startswith("sample") else found[0]
 
 
+def evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
+    """Run a call as it stands, in the words of its operands' library."""
+    return call.evaluate(words(operands[0], call.axis), operands)
+
+
 def prepare(call: Call, operands: tuple[Array, ...]) -> Launch | str:
     """Return the launch that answers a call, or why there is none."""
     prepare_it = _prepare_rows if call.formula in _ROLES else _SAMPLING.get(call.formula)
     if prepare_it is None:
         return f"there is no CUDA kernel for {call.formula.name}"
-    device = _devices.device_of(next(one for one in operands if one is not None))
+    device = _devices.device_of(operands[0])
     if isinstance(device, str):
         return device
     try:
@@ -119,7 +124,7 @@ def launch_for_last_axis(x: Array, formula: RowFormula) -> Launch | str:
         return f"the kernels take floats of 16, 32 and 64 bits, not {dtype}"
     r = rows(x, -1)
     options = {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0, "top_k": 1}
-    operands = tuple(r.x if i in (roles.x, roles.y_or_cotangent) else None for i in range(7))
+    operands = tuple(r.x if i in (0, roles.x, roles.y_or_cotangent) else None for i in range(7))
     return prepare(Call(formula, options, r.axis, r.compute, r.result), operands)
 
 
@@ -189,8 +194,8 @@ class _Batch:
 
     def keys(self, keys: Array, is_one_key: bool) -> tuple[int, ...]:
         """Return the arguments for a key a row, or for one from which the kernel makes those of the rows."""
-        words = self.device.view(keys).strides[-1]
-        return (*self.per_row(keys, "int32", "the key"), words, int(is_one_key))
+        step = self.device.view(keys).strides[-1]
+        return (*self.per_row(keys, "int32", "the key"), step, int(is_one_key))
 
 
 def _prepare_rows(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:

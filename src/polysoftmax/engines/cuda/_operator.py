@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polysoftmax import _formula
 from polysoftmax._formula import Call
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._sampling import DRAW, DRAW_LEADING, LEADING, MASSES, SAMPLE, block_length
 from polysoftmax._softmax import LOGSUMEXP
-from polysoftmax.engines.cuda._calls import KERNELS, Launch, prepare
+from polysoftmax.engines.cuda._calls import KERNELS, Launch, evaluate, prepare
 from polysoftmax.engines.cuda._composed import Composed
-from polysoftmax.engines.torch import answer_for_gradient, gradients
+from polysoftmax.engines.torch import answer_for_gradient, gradients, is_recorded
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -85,15 +84,14 @@ def formula(
     """Run a formula in its kernel, or as it stands where no kernel covers what the call has become."""
     call, operands = _call(name, tensors, numbers, kinds, options, axis, compute, result, squeeze)
     found = prepare(call, operands)
-    answer = found.run() if isinstance(found, Launch) else _evaluate(call, operands)
+    answer = found.run() if isinstance(found, Launch) else evaluate(call, operands)
     return [one.contiguous() for one in (answer if isinstance(answer, tuple) else (answer,))]
 
 
 @formula.register_fake  # type: ignore[untyped-decorator]
 def _shapes(*arguments: Any) -> list[Tensor]:
     # Nothing of the formulas may run here: torch.compile assumes that what they keep does not change while it traces.
-    call, operands = _call(*arguments)
-    x = next(one for one in operands if isinstance(one, Tensor))
+    call, (x, *_) = _call(*arguments)
     axis, n = call.axis, int(x.shape[call.axis])
     answers = [(n, call.result)]
     if call.formula in (LOGSUMEXP, CROSS_ENTROPY):
@@ -128,15 +126,9 @@ def _gradients(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _run_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
-    is_recorded = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in operands)
-    if call.formula in KERNELS and not (call.formula.vjp is None and is_recorded):
+    if call.formula in KERNELS and not (call.formula.vjp is None and is_recorded(operands)):
         return run(call, operands)
-    return _evaluate(call, operands)
-
-
-def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
-    x = next(one for one in operands if isinstance(one, Tensor))
-    return call.evaluate(_formula.words(x, call.axis), operands)
+    return evaluate(call, operands)
 
 
 formula.register_autograd(_gradients, setup_context=_keep)
