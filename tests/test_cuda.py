@@ -18,6 +18,7 @@ from polysoftmax import _formula, _rows, _sampling, engines
 from polysoftmax._formula import Call
 from polysoftmax._softmax import SOFTMAX
 from polysoftmax.engines import cuda
+from polysoftmax.engines import numpy as numpy_engine
 from polysoftmax.engines.cuda import _calls, _devices, _source
 from polysoftmax.engines.cuda._plan import Machine, Plan, plan_masses, plan_rows
 
@@ -47,6 +48,7 @@ def device(monkeypatch):
     found = FakeDevice()
     monkeypatch.setattr(_devices, "device_of", lambda _: found)
     monkeypatch.setitem(_formula._RUNNERS, np.ndarray, cuda)
+    monkeypatch.setattr(cuda, "words", numpy_engine.words)  # for what runs as it stands
     token = engines._CHOICE.set("cuda")
     yield found
     engines._CHOICE.reset(token)

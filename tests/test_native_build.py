@@ -71,7 +71,7 @@ def test_threads() -> None:
 def test_a_malformed_problem_is_an_internal_error() -> None:
     no_such_kernel = struct.pack("13q", 1000, *[0] * 12)
     with pytest.raises(RuntimeError, match="internal error"):
-        _library.load().run(no_such_kernel)  # type: ignore[union-attr]
+        _library.load().run(no_such_kernel, b"")  # type: ignore[union-attr]
 
 
 @pytest.fixture

@@ -46,13 +46,16 @@ def run(
     """Run a kernel on arrays of the batch's dimensions and, where it is said, one more along the row."""
     words = [kernel, len(batch), n, len(operands), CODES.index(str(np.dtype(dtype)))]
     words += [*options, *(0,) * (8 - len(options)), *batch]
+    addresses = []
     for array, has_row in operands:
+        addresses.append(0 if array is None else array.ctypes.data)
         if array is None:
             words += [0] * (3 + len(batch))
             continue
         of_row, of_batch = (array.strides[-1], array.strides[:-1]) if has_row else (0, array.strides)
-        words += [array.ctypes.data, CODES.index(str(array.dtype)), of_row, *of_batch]
-    assert library.polysoftmax_run((ctypes.c_int64 * len(words))(*words)) == 0
+        words += [1, CODES.index(str(array.dtype)), of_row, *of_batch]
+    packed = [(ctypes.c_int64 * len(some))(*some) for some in (words, addresses)]
+    assert library.polysoftmax_run(*packed) == 0
 
 
 def parameters(batch: tuple[int, ...], compute: Any, options: dict[str, Any]) -> list[tuple[np.ndarray | None, bool]]:

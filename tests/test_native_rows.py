@@ -43,14 +43,15 @@ class Value:
         self.array = array
 
 
-def operand(given: Array | Value | None, dimensions: int, bfloat16: frozenset[int]) -> list[int]:
+def operand(given: Array | Value | None, dimensions: int, bfloat16: frozenset[int]) -> tuple[int, list[int]]:
+    """Return an operand's address, and the words that describe it."""
     row = not isinstance(given, Value)
     array = given if row else given.array
     if array is None:
-        return [0, CODES["float32"], 0, *[0] * dimensions]
+        return 0, [0, CODES["float32"], 0, *[0] * dimensions]
     code = CODES["bfloat16"] if id(array) in bfloat16 else CODES[array.dtype.name]
     step, strides = (array.strides[-1], array.strides[:-1]) if row else (0, array.strides)
-    return [array.ctypes.data, code, step, *strides]
+    return array.ctypes.data, [1, code, step, *strides]
 
 
 def run(
@@ -68,9 +69,12 @@ def run(
     head = [kernel, len(batch), n, 1 + len(operands), CODES[np.dtype(compute).name]]
     words = [*head, *bits, *[0] * (8 - len(bits)), *batch]
     narrow = frozenset(map(id, bfloat16))
+    addresses = []
     for one in (x, *operands):
-        words += operand(one, len(batch), narrow)
-    library.run(struct.pack(f"{len(words)}q", *words))
+        address, description = operand(one, len(batch), narrow)
+        addresses.append(address)
+        words += description
+    library.run(struct.pack(f"{len(words)}q", *words), struct.pack(f"{len(addresses)}q", *addresses))
 
 
 def rows(dtype: Any, n: int, seed: int = 0) -> Array:

@@ -319,6 +319,7 @@ ALONG_ANY: dict[str, Callable[[Arrays], Any]] = {
 }
 
 ALONG_LAST: dict[str, Callable[[Arrays], Any]] = {
+    "descending": lambda a: a.ops.descending(a(LONG)),
     "kth_greatest": lambda a: tuple(a.ops.kth_greatest(a(LONG), k) for k in (1, 4, 100, 700)),
     "top_k_indices": lambda a: tuple(a.ops.top_k_indices(a(LONG), k) for k in (1, 2, 4, 100, 700)),
     "end_of_prefix": _ends,
@@ -351,7 +352,7 @@ OF_THE_STANDARD: dict[str, Callable[[Arrays], Any]] = {
 
 EVERY = {**ALONG_ANY, **ALONG_LAST, **OF_THE_STANDARD}
 
-UNORDERED = ("kth_greatest", "top_k_indices", "end_of_prefix")
+UNORDERED = ("descending", "kth_greatest", "top_k_indices", "end_of_prefix")
 """Words that Dask cannot answer."""
 
 BEHIND_UNORDERED = ("keep_first", "find_crossing")

@@ -6,7 +6,7 @@ This file and ``engines/`` are the only places where a library's name may stand.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import array_api_compat
@@ -27,6 +27,10 @@ class Library:
 
     name: str
     xp: ModuleType
+    converts: bool
+    """Whether arrays of this type, NumPy's scalars and subclasses, are taken as the library's own."""
+    unchanged: dict[DType, tuple[DType, DType]] = field(default_factory=dict)
+    """What `promotion` answers for dtypes that need none; the look-up saves a tenth of the time of a tiny call."""
 
 
 _LIBRARIES: dict[type, Library] = {}
@@ -42,21 +46,21 @@ def library(x: Array) -> Library:
 
 def _identify(x: Array) -> Library:
     kind = type(x)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        if isinstance(x, numpy.ma.MaskedArray):
-            msg = (
-                "got a numpy.ma.MaskedArray, whose mask the formulas would ignore: "
-                "pass x.data together with where=~numpy.ma.getmaskarray(x)"
-            )
-            raise TypeError(msg)
-        if isinstance(x, numpy.matrix):
-            msg = "got a numpy.matrix, which cannot lose a dimension: pass numpy.asarray(x)"
-            raise TypeError(msg)
-    torch = sys.modules.get("torch")
+    numpy, masked, torch = (sys.modules.get(name) for name in ("numpy", "numpy.ma", "torch"))
+    if masked is not None and isinstance(x, masked.MaskedArray):
+        msg = (
+            "got a numpy.ma.MaskedArray, whose mask the formulas would ignore: "
+            "pass x.data together with where=~numpy.ma.getmaskarray(x)"
+        )
+        raise TypeError(msg)
+    if numpy is not None and isinstance(x, numpy.matrix):
+        msg = "got a numpy.matrix, which cannot lose a dimension: pass numpy.asarray(x)"
+        raise TypeError(msg)
     if torch is not None and isinstance(x, torch.Tensor):
         # torch.compile cannot follow array-api-compat's way of telling.
         import array_api_compat.torch as xp
+    elif numpy is not None and isinstance(x, numpy.ndarray | numpy.generic):
+        xp = standard_numpy()
     elif array_api_compat.is_array_api_obj(x):
         xp = array_api_compat.array_namespace(x)
     else:
@@ -65,9 +69,21 @@ def _identify(x: Array) -> Library:
             f"wrap it first, for example numpy.asarray({'x' if not isinstance(x, list | tuple) else '[...]'})"
         )
         raise TypeError(msg)
-    found = Library(xp.__name__.removeprefix("array_api_compat.").split(".")[0], xp)
+    name = xp.__name__.removeprefix("array_api_compat.").split(".")[0]
+    found = Library(name, xp, converts=name == "numpy" and kind is not xp.ndarray)
     _LIBRARIES[kind] = found
     return found
+
+
+def standard_numpy() -> Any:
+    """Return NumPy's namespace of the standard: its own, which array-api-compat takes long to import around."""
+    import numpy as np
+
+    if hasattr(np, "cumulative_sum"):  # 2.1, the first that has all of the standard that is used here
+        return np
+    import array_api_compat.numpy as xp
+
+    return xp
 
 
 def namespace(x: Array) -> Any:
@@ -76,12 +92,6 @@ def namespace(x: Array) -> Any:
         return _LIBRARIES[type(x)].xp
     except KeyError:
         return _identify(x).xp
-
-
-def without_subclass(x: Array) -> Array:
-    """Return NumPy's scalars and subclasses, whose operations return their own kind, as arrays."""
-    found = library(x)
-    return found.xp.asarray(x) if found.name == "numpy" and type(x) is not found.xp.ndarray else x
 
 
 def is_number(value: object) -> bool:
@@ -125,14 +135,15 @@ def default_index(xp: Any) -> DType:
     return xp.__array_namespace_info__().default_dtypes()["indexing"]
 
 
-def promotion(x: Array, xp: Any, dtype: DType | None) -> tuple[DType, DType]:
+def promotion(x: Array, found: Library, dtype: DType | None) -> tuple[DType, DType]:
     """Return the dtypes to compute in and to answer in.
 
     Everything narrower than float32 is computed in float32. Integers become floating before anything
     is subtracted: the difference of two int8 wraps.
     """
-    if dtype is None and (unchanged := _UNCHANGED.get((xp.__name__, x.dtype))):
+    if dtype is None and (unchanged := found.unchanged.get(x.dtype)):
         return unchanged
+    xp = found.xp
     own_bits = float_bits(xp, x.dtype)
     if not own_bits and not xp.isdtype(x.dtype, "integral"):
         msg = f"expected real numbers, got an array of dtype {x.dtype}: convert it to a real floating dtype"
@@ -144,12 +155,8 @@ def promotion(x: Array, xp: Any, dtype: DType | None) -> tuple[DType, DType]:
         if float_bits(xp, candidate) > bits:
             widest, bits = candidate, float_bits(xp, candidate)
     if x.dtype == widest == result:
-        _UNCHANGED[xp.__name__, x.dtype] = (widest, result)
+        found.unchanged[x.dtype] = (widest, result)
     return widest, result
-
-
-_UNCHANGED: dict[tuple[str, DType], tuple[DType, DType]] = {}
-"""Dtypes that need no promotion; the look-up saves a tenth of the time of a tiny call."""
 
 
 def _as_dtype(xp: Any, dtype: DType) -> DType:

@@ -98,7 +98,7 @@ class Ops:
 
     def count(self, flags: Array) -> Array:
         """Return how many entries of every row are True."""
-        return self.xp.sum(self.xp.astype(flags, self.index_dtype), axis=self.axis, keepdims=True)
+        return self.xp.sum(self.astype(flags, self.index_dtype), axis=self.axis, keepdims=True)
 
     def argmax(self, x: Array) -> Array:
         """Return the index of the greatest entry of every row, the lowest among equals; any index if it has NaN."""
@@ -145,7 +145,7 @@ class Ops:
 
     def cast(self, x: Array, dtype: DType) -> Array:
         """Return ``x`` in another dtype, rounded to its own before, whatever a compiler makes of it."""
-        return x if x.dtype == dtype else self.xp.astype(x, dtype)
+        return x if x.dtype == dtype else self.astype(x, dtype)
 
     def is_floating(self, x: Array) -> bool:
         """Whether ``x`` holds floating numbers."""
@@ -195,11 +195,15 @@ class Ops:
     def block_of(self, x: Array, block: Array, size: int) -> tuple[Array, Array]:
         """Return a block of ``size`` entries of every row, and their indices as int32; the last entry is repeated."""
         within = self.xp.arange(size, dtype=self.xp.int32, device=device_for(x))
-        index = self.xp.astype(block, self.xp.int32) * size + within
+        index = self.astype(block, self.xp.int32) * size + within
         inside = self.xp.minimum(index, self.xp.full_like(index, x.shape[-1] - 1))
-        return self.xp.take_along_axis(x, self.xp.astype(inside, self.index_dtype), axis=-1), index
+        return self.xp.take_along_axis(x, self.astype(inside, self.index_dtype), axis=-1), index
 
     # Order, along the last axis alone
+
+    def descending(self, x: Array) -> Array:
+        """Return the entries of every row, the greatest first; any order if it has NaN."""
+        return self.xp.sort(x, axis=-1, descending=True, stable=False)
 
     def kth_greatest(self, x: Array, k: int) -> Array:
         """Return the k-th greatest entry of every row."""
@@ -212,10 +216,10 @@ class Ops:
 
     def keep_first(self, flags: Array, room: Array) -> Array:
         """Keep the first ``room``, 1 or more, of the True entries of every row."""
-        numbers = self.xp.astype(flags, room.dtype)
+        numbers = self.astype(flags, room.dtype)
         reached = self.running_sum(self.block_sums(numbers, _BLOCK), room.dtype)
         block, _, inside = self.find_crossing(
-            numbers, reached, lambda entries: self.xp.astype(entries > 0, room.dtype), room
+            numbers, reached, lambda entries: self.astype(entries > 0, room.dtype), room
         )
         last = block * _BLOCK + inside
         return flags & (self.indices(flags, last.dtype) <= last)
@@ -228,12 +232,12 @@ class Ops:
         Beside it, how many of the entries with this value belong to the prefix: it has at least one entry. The target
         is a function of the whole mass.
         """
-        ordered = self.xp.sort(x, axis=-1, descending=True, stable=False)
+        ordered = self.descending(x)
         reached = self.running_sum(self.block_sums(mass_of(ordered), _BLOCK), self.xp.float64)
         target = target_of(reached[..., -1:])
         block, entries, last = self.find_crossing(ordered, reached, mass_of, target)
         end = self.take(entries, last)
-        return end, self.xp.astype(block * _BLOCK + last + 1 - self.count(ordered > end), x.dtype)
+        return end, self.astype(block * _BLOCK + last + 1 - self.count(ordered > end), x.dtype)
 
     def find_crossing(
         self, x: Array, reached: Array, mass_of: Callable[[Array], Array], target: Array

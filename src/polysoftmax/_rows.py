@@ -17,7 +17,6 @@ from polysoftmax._arrays import (
     library,
     promotion,
     require_same_library,
-    without_subclass,
 )
 
 Axis: TypeAlias = int | tuple[int, ...] | None
@@ -35,12 +34,16 @@ class Rows:
     xp: Any
     x: Array
     axis: int
-    length: int
     compute: DType
     result: DType
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     flattened: bool
+
+    @property
+    def length(self) -> int:
+        """The number of entries of a row."""
+        return self.x.shape[self.axis]  # type: ignore[no-any-return]
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -78,9 +81,8 @@ class Rows:
 
     def from_reduced(self, y: Array) -> Array:
         """Reshape an array of the reduced shape to the rows' layout, with length 1 on the axis."""
-        if self.flattened:
-            return self.xp.reshape(y, (*self.reduced_shape, 1))
-        return self.xp.expand_dims(y, axis=self.axis)
+        shape = self.reduced_shape
+        return self.xp.reshape(y, (*shape, 1) if self.flattened else (*shape[: self.axis], 1, *shape[self.axis :]))
 
     def _flatten(self, y: Array) -> Array:
         """Bring an array of the input's number of dimensions into the rows' layout."""
@@ -200,16 +202,16 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     """Check an input and bring it into the layout that row formulas take."""
     found = library(x)
     xp = found.xp
-    x = without_subclass(x)
-    compute, result = promotion(x, xp, dtype)
+    if found.converts:
+        x = xp.asarray(x)
+    compute, result = promotion(x, found, dtype)
     shape = tuple(x.shape)
     ndim = len(shape)
     if type(axis) is int and -ndim <= axis < ndim:
         axis %= ndim
-        return Rows(xp, x, axis, shape[axis], compute, result, shape, (axis,), False)
+        return Rows(xp, x, axis, compute, result, shape, (axis,), False)
     axes = _normalise_axes(axis, ndim)
-    length = math.prod([shape[i] for i in axes])  # torch.compile follows no generator here
-    layout = Rows(xp, x, ndim - len(axes), length, compute, result, shape, axes, True)
+    layout = Rows(xp, x, ndim - len(axes), compute, result, shape, axes, True)
     return layout.replacing(xp.reshape(x, (1,)) if ndim == 0 else layout._flatten(x))
 
 

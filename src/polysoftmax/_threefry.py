@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import device_for, namespace
+from polysoftmax._arrays import cast, device_for, namespace
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -47,8 +47,7 @@ def words(k0: Array, k1: Array, index: Array, domain: int) -> Array:
 def uniform_of(word: Array) -> Array:
     """Return float32 numbers in (0, 1) with the full resolution of 32 bits near 0."""
     xp = namespace(word)
-    high = xp.astype((word >> 16) & 0xFFFF, xp.float32)
-    low = xp.astype(word & 0xFFFF, xp.float32)
+    high, low = cast((word >> 16) & 0xFFFF, xp.float32), cast(word & 0xFFFF, xp.float32)
     return xp.minimum((high * 65536.0 + low + 0.5) * 2.0**-32, xp.full_like(high, 1.0 - 2.0**-24))
 
 

@@ -8,10 +8,9 @@ numbers: as easy as 1, 2, 3", SC 2011.
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from polysoftmax._arrays import cast, device_for, is_array, is_number, library, namespace
+from polysoftmax._arrays import cast, device_for, is_array, is_number, library, namespace, standard_numpy
 from polysoftmax._threefry import BITS, KEYS, fold, gumbel_of, threefry, uniform_of, words
 from polysoftmax.engines._keys import drawn_words, jitted, key_data, to_library_of
 
@@ -110,7 +109,7 @@ def key(seed: int | Array, *, xp: Any = None, device: Any = None) -> Array:
         msg = f"a seed must be an int or an array of ints, got {type(seed).__name__}"
         raise TypeError(msg)
     whole = seed.__index__() % (1 << 64)
-    xp = import_module("array_api_compat.numpy") if xp is None else _standard(xp)
+    xp = standard_numpy() if xp is None else _standard(xp)
     return xp.asarray([_signed(whole >> 32), _signed(whole & 0xFFFFFFFF)], dtype=xp.int32, device=device)
 
 
@@ -124,13 +123,13 @@ def _key_of_array(seed: Array, xp: Any, device: Any) -> Array:
         msg = f"seeds must be ints, got dtype {seed.dtype}"
         raise TypeError(msg)
     if own.iinfo(seed.dtype).bits == 64:
-        seed = own.astype(seed, own.int64)  # the same bits; PyTorch cannot shift uint64
-        high = own.astype(seed >> 32, own.int32)
+        seed = cast(seed, own.int64)  # the same bits; PyTorch cannot shift uint64
+        high = cast(seed >> 32, own.int32)
     elif own.isdtype(seed.dtype, "signed integer"):
         high = own.where(seed < 0, own.full(seed.shape, -1, dtype=own.int32), 0)
     else:
         high = own.zeros(seed.shape, dtype=own.int32)
-    made = own.stack([high, own.astype(seed, own.int32)], axis=-1)
+    made = own.stack([high, cast(seed, own.int32)], axis=-1)
     return made if xp is None else to_library_of(made, _standard(xp).empty(0, device=device))
 
 
@@ -223,7 +222,7 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
         if not xp.isdtype(index.dtype, "integral"):
             msg = f"data must be ints, got dtype {index.dtype}"
             raise TypeError(msg)
-        index = xp.astype(index, xp.int32)
+        index = cast(index, xp.int32)
     elif isinstance(data, bool) or not hasattr(data, "__index__"):
         msg = f"data must be an int or an array of ints, got {type(data).__name__}"
         raise TypeError(msg)

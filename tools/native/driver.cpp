@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-extern "C" int polysoftmax_run(const int64_t* problem);
+extern "C" int polysoftmax_run(const int64_t* problem, const int64_t* addresses);
 extern "C" int polysoftmax_level();
 extern "C" void polysoftmax_set_threads(int count);
 
@@ -96,6 +96,7 @@ void run_one(int64_t number) {
     for (auto& word : words) word = read_word();
     const int64_t dims = words[1], operands = words[3];
     std::vector<Operand> all(static_cast<size_t>(operands));
+    std::vector<int64_t> addresses(static_cast<size_t>(operands), 0);
     auto field = [&](int64_t i) { return &words[size_t(kHead + dims + i * (3 + dims))]; };
     for (int64_t i = 0; i < operands; i++) {
         if (!field(i)[0]) continue;
@@ -106,11 +107,11 @@ void run_one(int64_t number) {
         if (!one.is_output && std::fread(one.given.data(), 1, size_t(one.size), input) != size_t(one.size)) std::exit(3);
         one.memory = static_cast<unsigned char*>(std::malloc(size_t(one.offset + one.size)));
         if (one.size) std::memcpy(one.memory + one.offset, one.given.data(), size_t(one.size));
-        field(i)[0] = int64_t(one.memory + one.offset + one.origin);
+        addresses[size_t(i)] = int64_t(one.memory + one.offset + one.origin);
     }
     std::fprintf(stderr, "problem %" PRId64 "\n", number);
     polysoftmax_set_threads(int(threads));
-    std::printf("%" PRId64 " status %d", number, polysoftmax_run(words.data()));
+    std::printf("%" PRId64 " status %d", number, polysoftmax_run(words.data(), addresses.data()));
     for (int64_t i = 0; i < operands; i++) {
         Operand& one = all[size_t(i)];
         if (!field(i)[0]) continue;

@@ -103,19 +103,19 @@ class Problem:
     status: int = 0
     rows_are_alone: bool = True
 
-    def words(self, pointers: Sequence[int]) -> bytes:
+    def words(self) -> bytes:
         words = [self.kernel, len(self.batch), self.n, len(self.operands), self.compute, *self.options, *self.batch]
-        for one, pointer in zip(self.operands, pointers, strict=True):
+        for one in self.operands:
             if one is None:
                 words += [0] * (3 + len(self.batch))
             else:
                 along = one.strides[0] if one.kind in ROWS else one.strides[0] or one.ignored_stride
-                words += [pointer, one.dtype, along, *one.strides[1:]]
+                words += [1, one.dtype, along, *one.strides[1:]]
         return struct.pack(f"{len(words)}q", *words)
 
     def file(self) -> bytes:
         """Return the problem as driver.cpp reads it."""
-        words = self.words([one is not None for one in self.operands])
+        words = self.words()
         parts = [struct.pack("3q", self.threads, self.row, len(words) // 8), words]
         for one in filter(None, self.operands):
             parts.append(struct.pack("5q", one.size, one.offset, one.origin, one.is_output, one.entries))
@@ -126,8 +126,9 @@ class Problem:
     def run(self, library: Library) -> str:
         """Return a hash of the outputs, computed in this process."""
         buffers = [None if one is None else one.memory() for one in self.operands]
-        # An absent operand's address is 0, and an empty one's must not be.
-        library.run(self.words([0 if one is None else one.ctypes.data or 8 for one in buffers]))
+        # An empty operand may have no address, and must not look like one that is absent.
+        addresses = [0 if one is None else one.ctypes.data or 8 for one in buffers]
+        library.run(self.words(), struct.pack(f"{len(addresses)}q", *addresses))
         digest = hashlib.sha256()
         for one, buffer in zip(self.operands, buffers, strict=True):
             if one is not None and one.is_output:

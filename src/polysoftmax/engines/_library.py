@@ -86,27 +86,33 @@ def num_threads() -> int:
     return os.cpu_count() or 1
 
 
+def failure(status: int, problem: bytes) -> Exception:
+    """Return the exception for a status that is not 0."""
+    if status == 1:
+        return MemoryError()
+    return RuntimeError(f"internal error: the C++ library rejects a problem of {len(problem)} bytes")
+
+
 class Library:
     """The loaded library, set to one level of CPU."""
 
-    __slots__ = ("_library", "_run", "level")
+    __slots__ = ("_library", "level", "solve")
 
     def __init__(self, library: ctypes.CDLL, level: str) -> None:
         import ctypes
 
         self.level = level
         self._library = library
-        self._run = library.polysoftmax_run
-        self._run.argtypes = (ctypes.c_char_p,)  # passes the address of a bytes object as it is, zero bytes included
+        self.solve = library.polysoftmax_run
+        """Solve a problem with its addresses, both in 8-byte words, without the interpreter lock; 0 if all is well."""
+        # Passes the address of a bytes object as it is, zero bytes included.
+        self.solve.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
 
-    def run(self, problem: bytes) -> None:
-        """Solve a problem, packed into 8-byte words, without holding the interpreter lock."""
-        status = self._run(problem)
-        if status == 1:
-            raise MemoryError
+    def run(self, problem: bytes, addresses: bytes) -> None:
+        """Solve a problem, or raise an exception."""
+        status = self.solve(problem, addresses)
         if status:
-            msg = f"internal error: the C++ library rejects a problem of {len(problem)} bytes"
-            raise RuntimeError(msg)
+            raise failure(status, problem)
 
     def set_num_threads(self, n: int) -> None:
         """Set how many threads a problem may use, including the caller's."""

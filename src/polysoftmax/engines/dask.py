@@ -9,7 +9,6 @@ from polysoftmax._arrays import library
 from polysoftmax._ops import Ops, ops_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
 
     from polysoftmax._arrays import Array
     from polysoftmax._formula import Call, RowFormula
@@ -27,15 +26,13 @@ class DaskOps(Ops):
         index = self.indices(x)
         return self.xp.where(index // size == block, x, -math.inf if self.is_floating(x) else False), index
 
+    def descending(self, x: Array) -> Array:
+        raise _unordered()
+
     def kth_greatest(self, x: Array, k: int) -> Array:
         raise _unordered()
 
     def top_k_indices(self, x: Array, k: int) -> Array:
-        raise _unordered()
-
-    def end_of_prefix(
-        self, x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]
-    ) -> tuple[Array, Array]:
         raise _unordered()
 
 

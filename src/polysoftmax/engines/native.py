@@ -1,16 +1,17 @@
 """The native kernels, for NumPy and for PyTorch on the CPU: which calls they cover, and how a call is packed.
 
 A problem is a sequence of 8-byte words: the number of the kernel, its options, the batch shape, and for each operand
-its address, dtype and strides in bytes. A stride of 0 broadcasts, so nothing of the logits' size is ever copied for a
-kernel. What does not change from one call to the next of the same kind is packed once, in a plan.
+what its address means, its dtype and its strides in bytes. A stride of 0 broadcasts, so nothing of the logits' size is
+ever copied for a kernel, and nothing need be aligned. A problem does not change from one call to the next of the same
+kind, so it is packed once, in a plan; the addresses come beside it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import struct
 import sys
-from array import array
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
@@ -34,6 +35,9 @@ _CODES = {
         )
     )
 }
+_ABSENT, _DATA, _DESCRIPTION, _NUMBER = range(4)
+"""What an address is: none, that of an array's data, that of NumPy's description of an array, or a number itself."""
+
 _LEAST_COMPUTE = _CODES["float32"]
 _OPTIONS = 8
 _MOST_DIMENSIONS = 16
@@ -47,7 +51,7 @@ class Answer(NamedTuple):
     dtype: DType | str
 
 
-_ABSENT = Answer(0, "float64")
+_NOTHING = Answer(0, "float64")
 
 
 class Kernel(NamedTuple):
@@ -72,7 +76,7 @@ def _one_a_row(call: Call, operands: tuple[Any, ...]) -> tuple[Answer, ...]:
 
 def _draws(call: Call, operands: tuple[Any, ...]) -> tuple[Answer, ...]:
     draws = operands[1].shape[-1] // 2
-    return Answer(draws, "int64"), Answer(draws, call.compute) if call.options["logprobs"] else _ABSENT
+    return Answer(draws, "int64"), Answer(draws, call.compute) if call.options["logprobs"] else _NOTHING
 
 
 def _of_loss(call: Call, operands: tuple[Any, ...]) -> tuple[int | float, ...]:
@@ -128,7 +132,7 @@ def _register_pullbacks() -> None:
             ) -> tuple[Answer, ...]:
                 del operands
                 pairs = zip(lengths, wanted, strict=True)
-                return tuple(Answer(length, call.result) if asked else _ABSENT for length, asked in pairs)
+                return tuple(Answer(length, call.result) if asked else _NOTHING for length, asked in pairs)
 
             if any(wanted):  # the mask, which is last, never is
                 KERNELS[formula.pullback((*wanted, False))] = Kernel(number, answers, leaves_out=leaves_out)
@@ -139,6 +143,8 @@ _register_pullbacks()
 
 class Memory:
     """How the arrays of a library are described and made: NumPy's."""
+
+    address_is = _DESCRIPTION
 
     def __init__(self) -> None:
         self.plans: dict[tuple[Any, ...], _Plan | None] = {}
@@ -157,20 +163,25 @@ class Memory:
         """Return the strides in bytes."""
         return x.strides  # type: ignore[no-any-return]
 
-    def address(self, x: Array) -> int:
-        """Return where the first entry is."""
-        return x.__array_interface__["data"][0]  # type: ignore[no-any-return]
+    def address(self, x: Array, alive: list[Any]) -> int:
+        """Return where the first entry is, or a description that stays there as long as ``alive``."""
+        capsule = x.__array_struct__  # of all ways to a NumPy array's memory, the one that takes least time
+        alive.append(capsule)
+        return _pointer_of(capsule, None)  # type: ignore[no-any-return]
 
-    def aligned(self, x: Array) -> Array:
-        """Return a copy whose entries are at addresses that the CPU takes."""
-        return x.copy()
-
-    def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
-        """Return new memory."""
+    def empty(self, shape: tuple[int, ...], dtype: DType | str, like: Array) -> Array:
+        """Return new memory beside ``like``."""
+        del like
         return sys.modules["numpy"].empty(shape, dtype)
 
 
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+
+
 class _TorchMemory(Memory):
+    address_is = _DATA
+
     def kind(self, x: Array) -> tuple[Any, ...]:
         return x.dtype, x.shape, x.stride()
 
@@ -178,15 +189,14 @@ class _TorchMemory(Memory):
         size = x.itemsize
         return tuple([size * stride for stride in x.stride()])
 
-    def address(self, x: Array) -> int:
+    def address(self, x: Array, alive: list[Any]) -> int:
         return x.data_ptr()  # type: ignore[no-any-return]
 
-    def aligned(self, x: Array) -> Array:
-        return x.clone()
-
-    def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
+    def empty(self, shape: tuple[int, ...], dtype: DType | str, like: Array) -> Array:
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if dtype is like.dtype and shape == like.shape and like.is_contiguous():
+            return torch.empty_like(like)  # in a third of the time
+        return like.new_empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
 NUMPY, TORCH = Memory(), _TorchMemory()
@@ -198,20 +208,20 @@ _MOST_PLANS = 4096
 class _Plan(NamedTuple):
     """A call with everything fixed but addresses."""
 
-    run: Callable[[bytes], None]
+    solve: Callable[[bytes, bytes], int]
+    problem: bytes
     pack: Callable[..., bytes]
-    words: list[int | float]
-    inputs: tuple[tuple[int, int, int], ...]
-    """Of each operand that is given: its number, the place of its address, and the size of its entries."""
-    answers: tuple[tuple[int, tuple[int, ...], DType | str], ...]
-    """Of each array to fill: the place of its address, its shape and dtype."""
+    inputs: tuple[int, ...]
+    """The operands that the kernel takes, by number."""
+    answers: tuple[tuple[tuple[int, ...], DType | str] | None, ...]
+    """Shape and dtype of each array to fill; None for one that is absent."""
     is_empty: bool
-    squeezed: int | None
     several: bool
 
 
 def run(call: Call, operands: tuple[Any, ...], memory: Memory) -> Any:
     """Run a call in its kernel; NotImplemented where no kernel covers it."""
+    kind = memory.kind
     key = (
         call.formula,
         call.axis,
@@ -219,7 +229,7 @@ def run(call: Call, operands: tuple[Any, ...], memory: Memory) -> Any:
         call.result,
         call.squeeze,
         *call.options.values(),
-        *[one if one is None else float if type(one) is float else memory.kind(one) for one in operands],
+        *[one if one is None else float if type(one) is float else kind(one) for one in operands],
     )
     try:
         plan = memory.plans[key]
@@ -229,30 +239,25 @@ def run(call: Call, operands: tuple[Any, ...], memory: Memory) -> Any:
         plan = memory.plans[key] = _plan(call, operands, memory)
     if plan is None:
         return NotImplemented
-    words = plan.words.copy()
-    alive = []  # what has an address in the problem, until it is solved
-    for number, place, size in plan.inputs:
+    alive: list[Any] = []  # what has an address, until the problem is solved
+    address = memory.address
+    addresses: list[int | float] = []
+    for number in plan.inputs:
         one = operands[number]
-        if type(one) is float:
-            held = array("d", (one,))
-            alive.append(held)
-            words[place] = held.buffer_info()[0]
-            continue
-        address = memory.address(one)
-        if address % size:
-            alive.append(one := memory.aligned(one))
-            address = memory.address(one)
-        words[place] = address
+        addresses.append(0 if one is None else one if type(one) is float else address(one, alive))
     made = []
-    for place, shape, dtype in plan.answers:
-        y = memory.empty(shape, dtype)
+    for answer in plan.answers:
+        if answer is None:
+            addresses.append(0)
+            continue
+        y = memory.empty(*answer, operands[0])
         made.append(y)
-        words[place] = memory.address(y)
+        addresses.append(address(y, alive))
     if not plan.is_empty:
-        plan.run(plan.pack(*words))
-    if plan.several:
-        return tuple(made)
-    return made[0] if plan.squeezed is None else made[0].squeeze(plan.squeezed)
+        status = plan.solve(plan.problem, plan.pack(*addresses))
+        if status:
+            raise _library.failure(status, plan.problem)
+    return tuple(made) if plan.several else made[0]
 
 
 def _plan(call: Call, operands: tuple[Any, ...], memory: Memory) -> _Plan | None:
@@ -262,49 +267,46 @@ def _plan(call: Call, operands: tuple[Any, ...], memory: Memory) -> _Plan | None
     kept = (*shape[:axis], *shape[axis + 1 :])
     if kernel is None or library is None or len(kept) > _MOST_DIMENSIONS or memory.code(call.compute) < _LEAST_COMPUTE:
         return None
-    given = list(enumerate(operands))
+    inputs = list(range(len(operands)))
     if kernel.leaves_out is not None:
-        del given[kernel.leaves_out]
-    answers, options = kernel.answers(call, operands), kernel.options(call, operands)
-    words: list[int | float] = [kernel.number, len(kept), shape[axis], len(given) + len(answers)]
-    words += (memory.code(call.compute), *options, *(0,) * (_OPTIONS - len(options)), *kept)
-    inputs, outputs = [], []
-    for number, one in given:
+        del inputs[kernel.leaves_out]
+    nowhere = (0,) * (2 + len(kept))
+    described = []
+    for number in inputs:
+        one = operands[number]
         if one is None:
-            words += (0,) * (3 + len(kept))
-            continue
-        place = len(words)
-        if isinstance(one, float):
-            inputs.append((number, place, 8))
-            words += (0, _CODES["float64"], *(0,) * (1 + len(kept)))
-            continue
-        code, strides = memory.code(one.dtype), memory.strides(one)
-        if code < 0 or any(stride % one.itemsize for stride in strides):
-            return None
-        inputs.append((number, place, one.itemsize))
-        words += (0, code, *_steps(tuple(one.shape), strides, axis, shape))
-    for answer in answers:
-        length = shape[axis] if answer.length is None else answer.length
-        whole = (*shape[:axis], length, *shape[axis + 1 :])
+            described.append((_ABSENT, *nowhere))
+        elif isinstance(one, float):
+            described.append((_NUMBER, _CODES["float64"], *nowhere[1:]))
+        else:
+            steps = _steps(tuple(one.shape), memory.strides(one), axis, shape)
+            described.append((memory.address_is, memory.code(one.dtype), *steps))
+    answers: list[tuple[tuple[int, ...], DType | str] | None] = []
+    for answer in kernel.answers(call, operands):
         if answer.length == 0:
-            words += (0,) * (3 + len(kept))
+            described.append((_ABSENT, *nowhere))
+            answers.append(None)
             continue
-        y = memory.empty(whole, answer.dtype)
-        if memory.code(y.dtype) < 0:
-            return None
-        outputs.append((len(words), whole, answer.dtype))
-        words += (0, memory.code(y.dtype), *_steps(whole, memory.strides(y), axis, shape))
-    kinds = ["d" if isinstance(one, float) else "q" for one in words]
-    several = call.formula is SAMPLE or len(outputs) > 1
+        length = shape[axis] if answer.length is None else answer.length
+        whole = kept if call.squeeze else (*shape[:axis], length, *shape[axis + 1 :])
+        y = memory.empty(whole, answer.dtype, operands[0])
+        strides = memory.strides(y)
+        steps = [0, *strides] if call.squeeze else _steps(whole, strides, axis, shape)
+        described.append((memory.address_is, memory.code(y.dtype), *steps))
+        answers.append((whole, answer.dtype))
+    if any(code < 0 for _, code, *_ in described):
+        return None
+    options = kernel.options(call, operands)
+    words = [kernel.number, len(kept), shape[axis], len(described), memory.code(call.compute)]
+    words += (*options, *(0,) * (_OPTIONS - len(options)), *kept, *itertools.chain(*described))
     return _Plan(
-        library.run,
-        struct.Struct(f"={''.join(kinds)}").pack,
-        words,
+        library.solve,
+        struct.pack("".join("d" if isinstance(one, float) else "q" for one in words), *words),
+        struct.Struct("".join("d" if means == _NUMBER else "q" for means, *_ in described)).pack,
         tuple(inputs),
-        tuple(outputs),
+        tuple(answers),
         0 in shape,
-        axis if call.squeeze else None,
-        several,
+        call.formula is SAMPLE or len(answers) - answers.count(None) > 1,
     )
 
 

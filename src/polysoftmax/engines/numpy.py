@@ -8,12 +8,12 @@ import numpy as np
 
 from polysoftmax._arrays import library
 from polysoftmax._ops import Ops, ops_of
-from polysoftmax.engines import native, portable
+from polysoftmax.engines import chosen, native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polysoftmax._arrays import Array
+    from polysoftmax._arrays import Array, DType
     from polysoftmax._formula import Call, RowFormula
 
 _GROUP = 64
@@ -35,6 +35,12 @@ class NumpyOps(Ops):
         self, mask: Array, function: Callable[..., Array], operands: tuple[Array, ...], otherwise: Array
     ) -> Array:
         return super().apply_where(mask, function, operands, otherwise) if mask.any() else otherwise
+
+    def astype(self, x: Array, dtype: DType) -> Array:
+        return x.astype(dtype)  # NumPy's function refuses the scalars that its operators make of arrays without axes
+
+    def descending(self, x: Array) -> Array:
+        return np.sort(x, axis=-1)[..., ::-1]
 
     def sum_of_blocks(self, blocks: Array) -> Array:
         return np.einsum("...j->...", blocks)  # a sum has a cost of its own for each of many short blocks
@@ -90,7 +96,7 @@ def words(x: Array, axis: int) -> Ops:
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula. NaN and inf are answers here, documented and tested, and no reason to warn."""
-    if type(operands[0]) is np.ndarray and not portable():
+    if type(operands[0]) is np.ndarray and chosen() != "portable":
         y = native.run(call, operands, native.NUMPY)
         if y is not NotImplemented:
             return y

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _NARROW = (torch.float16, torch.bfloat16)
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+"""Types whose memory can be given to a kernel: a subclass may have none."""
+
 _VANISHED = -1000.0
 """A score whose exponential is 0 in every dtype that is computed in."""
 
@@ -154,22 +157,17 @@ def is_recorded(operands: tuple[Array, ...]) -> bool:
     """Whether PyTorch records what is computed from the operands, for a gradient."""
     if torch.is_grad_enabled():
         for one in operands:
-            if one is not None and isinstance(one, torch.Tensor) and one.requires_grad:
+            if one is not None and type(one) is not float and one.requires_grad:
                 return True
     return False
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _compiles_for_kernels() -> bool:
-    # torch.compile cannot follow a context variable: what is chosen while it traces stays in the compiled code.
-    return chosen() == "cuda"
-
-
 def _run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
-    if _compiles_for_kernels() and all(is_on_gpu(one) for one in operands if isinstance(one, torch.Tensor)):
+    if all(is_on_gpu(one) for one in operands if isinstance(one, torch.Tensor)):
         from polysoftmax.engines.cuda import _operator
 
-        return _operator.run_compiled(call, operands)
+        if _operator.is_chosen():
+            return _operator.run_compiled(call, operands)
     return _evaluate(call, operands)
 
 
@@ -193,7 +191,7 @@ def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
 
         return cuda.run(call, operands)
     for one in operands:
-        if one is not None and isinstance(one, torch.Tensor) and not is_in_memory(one):
+        if one is not None and type(one) is not float and not is_in_memory(one):
             return _evaluate(call, operands)
     y = native.run(call, operands, native.TORCH)
     return _evaluate(call, operands) if y is NotImplemented else y
@@ -210,9 +208,7 @@ def is_on_gpu(x: Array) -> bool:
 
 
 def _is_strided(x: Array) -> bool:
-    kind = type(x)
-    plain = kind is torch.Tensor or kind is torch.nn.Parameter
-    return plain and x.layout is torch.strided and not x.is_neg()
+    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_neg()
 
 
 def _sample_with_gradient(call: Call, operands: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -103,13 +103,13 @@ BOTH C exp(C z) {
     using F = Format<C>;
     // A number that is added to this loses its fraction, and ends on k and the exponent of 2^64 in its bits.
     constexpr C rounding = (C)1.5 * power_of_2<C>(F::mantissa) + (C)(F::bias + 64);
-    z = z < F::exp_least ? F::exp_least : z;
     C rounded = fused(z, F::per_ln2, rounding), k = rounded - rounding;
     C r = fused(k, -F::ln2_rest, fused(k, -F::ln2, z));
     C p = F::exp_series[F::exp_degree];
 #pragma GCC unroll 16
     for (int i = F::exp_degree - 1; i >= 0; i--) p = fused(p, r, F::exp_series[i]);
-    return p * of_bits((typename F::Bits)(bits_of(rounded) << F::mantissa)) * (C)0x1p-64;
+    C y = p * of_bits((typename F::Bits)(bits_of(rounded) << F::mantissa)) * (C)0x1p-64;
+    return z < F::exp_least ? 0 : y;
 }
 
 // log(u) + small for a normal u > 0: u = 2^k·(1 + f) with 1 + f from √½ to √2, and log(1 + f) = 2·artanh(s) with

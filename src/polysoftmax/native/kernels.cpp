@@ -19,9 +19,9 @@ namespace POLYSOFTMAX_LEVEL {
 
 // A formula for rows of either layout, without a choice, or compiled with temperature and mask and without them.
 #define FORMULA(letters, scratch, fills, name) \
-    Formula<C> { letters, scratch, name<Along<C>>, name<Across<C>>, nullptr, 0, fills }
+    Formula<C> { letters, scratch, name<Along<C>>, name<Along<C, true>>, name<Across<C>>, nullptr, 0, fills }
 #define SCORED(letters, scratch, options, name) \
-    Formula<C> { letters, scratch, name<options, Along<C>>, name<options, Across<C>>, nullptr, 0, options }
+    Formula<C> { letters, scratch, name<options, Along<C>>, name<options, Along<C, true>>, name<options, Across<C>>, nullptr, 0, options }
 
 template <class C>
 bool formula_of(const Problem& p, Formula<C>& f) {
@@ -30,35 +30,35 @@ bool formula_of(const Problem& p, Formula<C>& f) {
     const bool of_answer = !options && given(3) && !given(6);
     const bool classes = p.count > 1 && p.operands[1].dtype < FLOAT16, smooths = p.options[2] != 0;
     switch (p.kernel) {
-        case 0: f = options ? SCORED("rvmR", 0, true, softmax) : SCORED("rvmR", 0, false, softmax); break;
-        case 1: f = options ? SCORED("rvmR", 0, true, log_softmax) : SCORED("rvmR", 0, false, log_softmax); break;
-        case 2: f = options ? SCORED("romV", 0, true, logsumexp) : SCORED("romV", 0, false, logsumexp); break;
+        case 0: f = options ? SCORED("xvmR", 0, true, softmax) : SCORED("xvmR", 0, false, softmax); break;
+        case 1: f = options ? SCORED("xvmR", 0, true, log_softmax) : SCORED("xvmR", 0, false, log_softmax); break;
+        case 2: f = options ? SCORED("xomV", 0, true, logsumexp) : SCORED("xomV", 0, false, logsumexp); break;
         case 3:
-            f = of_answer ? FORMULA("rvmrrRV", 0, false, softmax_pull_of_answer)
-                          : SCORED("rvmrrRV", 1, true, softmax_pull);
+            f = of_answer ? FORMULA("xvmrrRV", 0, false, softmax_pull_of_answer)
+                          : SCORED("xvmrrRV", 1, true, softmax_pull);
             break;
         case 4:
-            f = of_answer ? FORMULA("rvmrrRV", 0, false, log_softmax_pull_of_answer)
-                          : SCORED("rvmrrRV", 1, true, log_softmax_pull);
+            f = of_answer ? FORMULA("xvmrrRV", 0, false, log_softmax_pull_of_answer)
+                          : SCORED("xvmrrRV", 1, true, log_softmax_pull);
             break;
-        case 5: f = SCORED("rvmrR", 1, true, softmax_push); break;
-        case 6: f = SCORED("rvmrR", 1, true, log_softmax_push); break;
-        case 7: f = SCORED("romvRR", 1, true, logsumexp_pull); break;
+        case 5: f = SCORED("xvmrR", 1, true, softmax_push); break;
+        case 6: f = SCORED("xvmrR", 1, true, log_softmax_push); break;
+        case 7: f = SCORED("xomvRR", 1, true, logsumexp_pull); break;
         case 8:
-            f = classes ? FORMULA("rioV", 0, smooths, cross_entropy_of_classes)
-                        : FORMULA("rroV", 0, true, cross_entropy_of_probabilities);
+            f = classes ? FORMULA("xioV", 0, smooths, cross_entropy_of_classes)
+                        : FORMULA("xroV", 0, true, cross_entropy_of_probabilities);
             break;
         case 9:
-            f = classes ? FORMULA("riovR", 0, smooths, cross_entropy_of_classes_pull)
-                        : FORMULA("rrovR", 0, true, cross_entropy_of_probabilities_pull);
+            f = classes ? FORMULA("xiovR", 0, smooths, cross_entropy_of_classes_pull)
+                        : FORMULA("xrovR", 0, true, cross_entropy_of_probabilities_pull);
             break;
-        case 10: f = options ? SCORED("rvmV", 0, true, entropy) : SCORED("rvmV", 0, false, entropy); break;
-        case 11: f = SCORED("rvmvRV", 0, true, entropy_pull); break;
-        case 12: f = SCORED("rrvmV", 0, true, kl_divergence); break;
-        case 13: f = SCORED("rrvmvRRV", 0, true, kl_divergence_pull); break;
-        case 14: f = {"rvmivvR", 0, nullptr, nullptr, truncate_rows<C>, truncate_scratch<C>(p.n), false}; break;
-        case 15: f = {"rkvmivvTL", 0, nullptr, nullptr, sample_rows<C>, sample_scratch<C>(p.n, p.options[1]), false}; break;
-        case 16: f = {"wwwwWW", 0, nullptr, nullptr, words_of<C>, 0, false}; break;
+        case 10: f = options ? SCORED("xvmV", 0, true, entropy) : SCORED("xvmV", 0, false, entropy); break;
+        case 11: f = SCORED("xvmvRV", 0, true, entropy_pull); break;
+        case 12: f = SCORED("xxvmV", 0, true, kl_divergence); break;
+        case 13: f = SCORED("xxvmvRRV", 0, true, kl_divergence_pull); break;
+        case 14: f = {"xvmivvR", 0, nullptr, nullptr, nullptr, truncate_rows<C>, truncate_scratch<C>(p.n), false}; break;
+        case 15: f = {"xkvmivvTL", 0, nullptr, nullptr, nullptr, sample_rows<C>, sample_scratch<C>(p.n, p.options[1]), false}; break;
+        case 16: f = {"wwwwWW", 0, nullptr, nullptr, nullptr, words_of<C>, 0, false}; break;
         default: return false;
     }
     return (int)__builtin_strlen(f.letters) == p.count;
@@ -70,12 +70,12 @@ template <class C>
 int run_as(const Problem& p, Pieces pieces, int threads) {
     Formula<C> f;
     if (!formula_of(p, f)) return 2;
-    return Run<C>(p, f, pieces, threads).all();
+    return run_rows<C>(p, f, pieces, threads);
 }
 
-int run(const int64_t* words, Pieces pieces, int threads) {
+int run(const int64_t* words, const int64_t* addresses, Pieces pieces, int threads) {
     Problem p;
-    if (!parse(words, p)) return 2;
+    if (!parse(words, addresses, p)) return 2;
     return p.compute == FLOAT32 ? run_as<float>(p, pieces, threads) : run_as<double>(p, pieces, threads);
 }
 

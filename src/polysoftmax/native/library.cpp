@@ -4,18 +4,18 @@
 #include "threads.hpp"
 
 using Pieces = void (*)(int64_t count, void (*piece)(void* context, int64_t index), void* context);
-using Kernels = int (*)(const int64_t* problem, Pieces pieces, int threads);
+using Kernels = int (*)(const int64_t* problem, const int64_t* addresses, Pieces pieces, int threads);
 
 #if defined(__x86_64__)
 namespace polysoftmax_v3 {
-int run(const int64_t* problem, Pieces pieces, int threads);
+int run(const int64_t* problem, const int64_t* addresses, Pieces pieces, int threads);
 }
 namespace polysoftmax_v4 {
-int run(const int64_t* problem, Pieces pieces, int threads);
+int run(const int64_t* problem, const int64_t* addresses, Pieces pieces, int threads);
 }
 #else
 namespace polysoftmax_any {
-int run(const int64_t* problem, Pieces pieces, int threads);
+int run(const int64_t* problem, const int64_t* addresses, Pieces pieces, int threads);
 }
 #endif
 
@@ -58,9 +58,9 @@ __attribute__((visibility("default"))) void polysoftmax_set_threads(int count) {
 
 __attribute__((visibility("default"))) int polysoftmax_threads() { return Team::current().threads(); }
 
-__attribute__((visibility("default"))) int polysoftmax_run(const int64_t* problem) {
+__attribute__((visibility("default"))) int polysoftmax_run(const int64_t* problem, const int64_t* addresses) {
     Level level = level_of(chosen);
-    return level.kernels ? level.kernels(problem, share, Team::current().threads()) : 2;
+    return level.kernels ? level.kernels(problem, addresses, share, Team::current().threads()) : 2;
 }
 
 }

@@ -2,8 +2,9 @@
 //
 // A formula is written once, as reductions and maps over an index i, on contiguous rows of the compute dtype. Long rows
 // run `Along`: the lanes of a vector hold neighbours of one row, and a row's values (its maximum, a sum) are scalars.
-// Short rows run `Across`: each lane holds a row of its own, and a row's values are vectors. The order of every sum
-// follows from the length of the row alone, never from the rows around it, threads, strides or the width of vectors.
+// Many short rows run `Across`: each lane holds a row of its own, and a row's values are vectors. Few short ones run
+// along, too, in memory that is padded to whole vectors. The order of every sum follows from the length of the row alone,
+// never from the rows around it, threads, strides or the width of vectors.
 #pragma once
 
 #include <stdint.h>
@@ -43,13 +44,32 @@ struct Tree {
     }
 };
 
+// A vector of 32 bytes, and one of places in it.
 template <class C>
+struct Lanes;
+template <>
+struct Lanes<float> {
+    using Type = float __attribute__((vector_size(32), may_alias));
+    using Places = int32_t __attribute__((vector_size(32)));
+};
+template <>
+struct Lanes<double> {
+    using Type = double __attribute__((vector_size(32), may_alias));
+    using Places = int64_t __attribute__((vector_size(32)));
+};
+
+// Entries of a row that are added in eights, and the sums of these one by one: the order of short rows.
+constexpr int longest_in_eights = 64, eight = 8;
+
+// Rows that are `padded` have entries up to the next multiple of `vector`: logits of -inf, and else 0, which add nothing.
+template <class C, bool padded = false>
 struct Along {
     static constexpr int lanes = 256 / sizeof(C), chunk = 16 * lanes;
     static constexpr int64_t shortest_piece = 64 * chunk;
-    static constexpr int most_pieces = 256;
+    static constexpr int most_pieces = 256, vector = 16, longest_padded = 1024 / sizeof(C);
     using Real = C;
     using Index = int64_t;
+    using Lane = typename Lanes<C>::Type;
 
     template <class T>
     struct Value {
@@ -90,6 +110,9 @@ struct Along {
     BOTH bool some(F f) const {
         return f(int64_t(0));
     }
+
+    // What a loop over the last `count` entries of a row runs to. The compiler sees that no part of a vector is left.
+    BOTH static int64_t to_the_end(int64_t count) { return padded ? (count + vector - 1) / vector * vector : count; }
 
     // Cut at places that depend on n alone.
     int64_t piece() const {
@@ -157,77 +180,106 @@ struct Along {
   private:
     template <class F>
     __attribute__((noinline)) static void each_between(int64_t start, int64_t end, F f) {
+        const int64_t last = start + to_the_end(end - start);
 #pragma GCC ivdep
-        for (int64_t i = start; i < end; i++) f(i);
+        for (int64_t i = start; i < last; i++) f(i);
     }
 
+    // What a row's entries are made into stands in memory, chunk by chunk, before it is reduced: loops of the one kind and
+    // of the other both become vectors, and keep all they need in registers.
     template <class F>
     __attribute__((noinline)) static C max_between(int64_t start, int64_t end, F f) {
-        alignas(64) C top[lanes];
-        for (int l = 0; l < lanes; l++) top[l] = -infinity<C>();
-        int64_t i = start;
-        for (; i + lanes <= end; i += lanes) {
+        alignas(64) C entries[chunk];
+        C top = -infinity<C>();
+        for (; start < end; start += chunk) {
+            const int count = (int)to_the_end(start + chunk < end ? chunk : end - start);
 #pragma GCC ivdep
-            for (int l = 0; l < lanes; l++) {
-                C v = f(i + l);
-                top[l] = v > top[l] ? v : top[l];
-            }
+            for (int l = 0; l < count; l++) entries[l] = f(start + l);
+            const C greatest = in_lanes(entries, count, -infinity<C>(), [](Lane x, Lane y) { return y > x ? y : x; });
+            top = greatest > top ? greatest : top;
         }
-#pragma GCC ivdep
-        for (int l = 0; l < end - i; l++) {
-            C v = f(i + l);
-            top[l] = v > top[l] ? v : top[l];
-        }
-#pragma GCC unroll 8
-        for (int width = lanes / 2; width; width /= 2) {
-            for (int l = 0; l < width; l++) top[l] = top[l + width] > top[l] ? top[l + width] : top[l];
-        }
-        return top[0];
+        return top;
     }
 
     template <int K, class F>
-    BOTH static Terms<C, K> chunk_sums(int64_t start, int64_t end, F& f) {
-        alignas(64) C sum[K][lanes] = {};
-        int64_t i = start;
-        for (; i + lanes <= end; i += lanes) {
+    BOTH static Terms<C, K> chunk_sums(int64_t start, int64_t n, F& f) {
+        alignas(64) C terms[K][chunk];
+        const int count = (int)to_the_end(n);
 #pragma GCC ivdep
-            for (int l = 0; l < lanes; l++) {
-                Terms<C, K> terms = f(i + l);
-                for (int k = 0; k < K; k++) sum[k][l] += terms.term[k];
-            }
-        }
-#pragma GCC ivdep
-        for (int l = 0; l < end - i; l++) {
-            Terms<C, K> terms = f(i + l);
-            for (int k = 0; k < K; k++) sum[k][l] += terms.term[k];
+        for (int l = 0; l < count; l++) {
+            Terms<C, K> entry = f(start + l);
+#pragma GCC unroll 4
+            for (int k = 0; k < K; k++) terms[k][l] = entry.term[k];
         }
         Terms<C, K> total;
+#pragma GCC unroll 4
         for (int k = 0; k < K; k++) {
-#pragma GCC unroll 8
-            for (int width = lanes / 2; width; width /= 2) {
-                for (int l = 0; l < width; l++) sum[k][l] += sum[k][l + width];
-            }
-            total.term[k] = sum[k][0];
+            total.term[k] = padded && n <= longest_in_eights
+                                ? in_eights(terms[k], (int)n)
+                                : in_lanes(terms[k], count, 0, [](Lane x, Lane y) { return x + y; });
         }
         return total;
     }
 
     template <int K, class F>
     __attribute__((noinline)) static Terms<C, K> sums_between(int64_t start, int64_t end, F f) {
-        if (end - start <= chunk) return chunk_sums<K>(start, end, f);
+        if (end - start <= chunk) return chunk_sums<K>(start, end - start, f);
         Tree<Terms<C, K>> tree;
-        for (; start < end; start += chunk) {
-            tree.add(chunk_sums<K>(start, start + chunk < end ? start + chunk : end, f));
-        }
+        for (; start < end; start += chunk) tree.add(chunk_sums<K>(start, start + chunk < end ? chunk : end - start, f));
         return tree.total();
+    }
+
+    static C in_eights(const C* x, int n) {
+        C total = 0;
+        for (int start = 0; start < n; start += eight) {
+            const int end = start + eight < n ? start + eight : n;
+            C part = 0;
+            for (int l = start; l < end; l++) part += x[l];
+            total += part;
+        }
+        return total;
+    }
+
+    // Entry i goes to lane i % lanes; then halves of the lanes meet. What follows the entries is overwritten.
+    template <class Meet>
+    BOTH static C in_lanes(C* x, int count, C nothing, Meet meet) {
+        constexpr int width = sizeof(Lane) / sizeof(C), vectors = lanes / width;
+        for (; count % width; count++) x[count] = nothing;
+        for (; count % lanes; count += width) *(Lane*)(x + count) = Lane{} + nothing;
+        Lane met[vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) met[v] = Lane{} + nothing;
+        for (int l = 0; l < count; l += lanes) {
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) met[v] = meet(met[v], ((const Lane*)(x + l))[v]);
+        }
+#pragma GCC unroll 4
+        for (int half = vectors / 2; half; half /= 2) {
+#pragma GCC unroll 4
+            for (int v = 0; v < half; v++) met[v] = meet(met[v], met[v + half]);
+        }
+        return across_lane(met[0], meet);
+    }
+
+    template <class Meet>
+    BOTH static C across_lane(Lane x, Meet meet) {
+        using Places = typename Lanes<C>::Places;
+        if constexpr (sizeof(C) == 4) {
+            x = meet(x, __builtin_shuffle(x, Places{4, 5, 6, 7, 0, 1, 2, 3}));
+            x = meet(x, __builtin_shuffle(x, Places{2, 3, 0, 1, 6, 7, 4, 5}));
+            x = meet(x, __builtin_shuffle(x, Places{1, 0, 3, 2, 5, 4, 7, 6}));
+        } else {
+            x = meet(x, __builtin_shuffle(x, Places{2, 3, 0, 1}));
+            x = meet(x, __builtin_shuffle(x, Places{1, 0, 3, 2}));
+        }
+        return x[0];
     }
 };
 
 template <class C>
 struct Across {
     // More than 16, or GCC would unroll the loops over them before it makes vectors.
-    static constexpr int lanes = 32, together = 8;
-    static constexpr int64_t longest_row = 64;
+    static constexpr int lanes = 32;
     using Real = C;
 
     struct Index {
@@ -306,17 +358,17 @@ struct Across {
         Value<C> sum[K];
     };
 
-    // Entries are added in eights, and the sums of these one by one.
     template <int K, class F>
     BOTH Sums<K> sums(F f) const {
         Sums<K> total = {};
-        for (int start = 0; start < n; start += together) {
+        for (int start = 0; start < n; start += eight) {
             Sums<K> part = {};
-            int end = start + together < n ? start + together : (int)n;
+            int end = start + eight < n ? start + eight : (int)n;
             for (int j = start; j < end; j++) {
 #pragma GCC ivdep
                 for (int l = 0; l < lanes; l++) {
                     Terms<C, K> terms = f(Index{j, l});
+#pragma GCC unroll 4
                     for (int k = 0; k < K; k++) part.sum[k].values[l] += terms.term[k];
                 }
             }
@@ -364,6 +416,19 @@ struct Block {
 };
 
 enum DType { BOOL, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, FLOAT16, BFLOAT16, FLOAT32, FLOAT64, DTYPES };
+
+// What the address of an operand is: absent, that of its data, that of NumPy's description of the array, or no address but
+// a float64 number.
+enum Address { ABSENT, DATA, DESCRIPTION, NUMBER, ADDRESSES };
+
+// What NumPy's __array_struct__ points at.
+struct Description {
+    int version, dimensions;
+    char kind;
+    int size, flags;
+    const int64_t *shape, *strides;
+    void* data;
+};
 
 inline int size_of(int dtype) {
     constexpr int8_t sizes[DTYPES] = {1, 1, 1, 2, 2, 4, 4, 8, 8, 2, 2, 4, 8};
@@ -474,7 +539,7 @@ void store(int dtype, const C* from, char* to, int64_t count) {
 }
 
 using Line = uint32_t __attribute__((vector_size(32)));
-using LineAnywhere = uint32_t __attribute__((vector_size(32), aligned(4), may_alias));
+using LineAnywhere = uint32_t __attribute__((vector_size(32), aligned(1), may_alias));
 
 // Transpose eight lines of eight words each, in three steps that swap what stands off the diagonal of ever larger squares.
 BOTH void transpose(Line (&a)[8]) {
@@ -516,20 +581,20 @@ BOTH void move_squares(int64_t length, From from, To to) {
     }
 }
 
-// Move the entries of rows that lie anywhere: entry j of row r at places[r] + j·step there, and at [r·length + j] or, where
-// rows stand across, at [j·lanes + r] here.
+// Move the entries of rows that lie anywhere: entry j of row r at places[r] + j·step there, and at [r·pitch + j] or, where
+// rows stand across, at [j·lanes + r] here. There, nothing need be aligned.
 template <class T, bool in>
 struct Move {
     T* here;
     char* const* places;
-    int64_t rows, length, step, lanes;
+    int64_t rows, length, step, pitch, lanes;
 
     void all() const {
         constexpr int64_t size = sizeof(T);
         const bool packed = step == size, across = lanes != 0;
         const bool evenly = even(0, rows, length * size), neighbours = !packed && even(0, rows, size);
         if (packed && !across) {
-            for (int64_t r = 0; r < rows; r++) copy(here + r * length, places[r], length);
+            for (int64_t r = 0; r < rows; r++) copy(here + r * pitch, places[r], length);
         } else if (neighbours && across) {
             for (int64_t j = 0; j < length; j++) copy(here + j * lanes, places[0] + j * step, rows);
         } else if (size == 4 && length >= 8 && (neighbours || packed)) {
@@ -557,8 +622,8 @@ struct Move {
     }
 
     BOTH static void one(T* here, char* there) {
-        if (in) *here = *(const T*)there;
-        else *(T*)there = *here;
+        if (in) __builtin_memcpy(here, there, sizeof(T));
+        else __builtin_memcpy(there, here, sizeof(T));
     }
 
     bool even(int64_t first, int64_t last, int64_t apart) const {
@@ -569,9 +634,9 @@ struct Move {
 
     void squares(int64_t r, bool packed) const {
         // In locals: as far as the compiler knows, what is written could change the members.
-        char *at[8], *const own = (char*)(here + (lanes ? r : r * length));
+        char *at[8], *const own = (char*)(here + (lanes ? r : r * pitch));
         for (int k = 0; k < 8; k++) at[k] = places[r + k];
-        const int64_t line = (lanes ? lanes : length) * (int64_t)sizeof(T), count = length, apart = step;
+        const int64_t line = (lanes ? lanes : pitch) * (int64_t)sizeof(T), count = length, apart = step;
         auto across_here = [=](int64_t j, int k) { return own + (j + k) * line; };
         auto across_there = [=](int64_t j, int k) { return at[0] + (j + k) * apart; };
         auto along_here = [=](int64_t j, int k) { return own + k * line + j * (int64_t)sizeof(T); };
@@ -585,15 +650,14 @@ struct Move {
     // Rows of so few entries, one behind the other, for as many lanes as there are.
     template <int n>
     void few() const {
-        T* there = (T*)places[0];
         for (int r = 0; r < 32; r++) {
 #pragma GCC unroll 8
-            for (int j = 0; j < n; j++) one(here + j * 32 + r, (char*)(there + r * n + j));
+            for (int j = 0; j < n; j++) one(here + j * 32 + r, places[0] + (r * n + j) * (int64_t)sizeof(T));
         }
     }
 
     void entries(int64_t first, int64_t last) const {
-        const int64_t of_row = lanes ? 1 : length, of_entry = lanes ? lanes : 1, band = 16;
+        const int64_t of_row = lanes ? 1 : pitch, of_entry = lanes ? lanes : 1, band = 16;
         for (int64_t start = 0; start < length; start += band) {
             int64_t end = start + band < length ? start + band : length;
             for (int64_t r = first; r < last; r++) {
@@ -604,12 +668,13 @@ struct Move {
 };
 
 template <bool in>
-void move_bytes(int size, char* here, char* const* places, int64_t rows, int64_t length, int64_t step, int64_t lanes) {
+void move_bytes(int size, char* here, char* const* places, int64_t rows, int64_t length, int64_t step, int64_t pitch,
+                int64_t lanes) {
     switch (size) {
-        case 1: return Move<uint8_t, in>{(uint8_t*)here, places, rows, length, step, lanes}.all();
-        case 2: return Move<uint16_t, in>{(uint16_t*)here, places, rows, length, step, lanes}.all();
-        case 4: return Move<uint32_t, in>{(uint32_t*)here, places, rows, length, step, lanes}.all();
-        case 8: return Move<uint64_t, in>{(uint64_t*)here, places, rows, length, step, lanes}.all();
+        case 1: return Move<uint8_t, in>{(uint8_t*)here, places, rows, length, step, pitch, lanes}.all();
+        case 2: return Move<uint16_t, in>{(uint16_t*)here, places, rows, length, step, pitch, lanes}.all();
+        case 4: return Move<uint32_t, in>{(uint32_t*)here, places, rows, length, step, pitch, lanes}.all();
+        case 8: return Move<uint64_t, in>{(uint64_t*)here, places, rows, length, step, pitch, lanes}.all();
     }
 }
 
@@ -636,7 +701,7 @@ struct Problem {
 
 // Read the words of a problem. Dimensions are put into the order in which x lies in memory, and joined where all operands
 // allow: what is computed for a row does not depend on when.
-inline bool parse(const int64_t* words, Problem& p) {
+inline bool parse(const int64_t* words, const int64_t* addresses, Problem& p) {
     p.kernel = (int)words[0];
     int64_t dimensions = words[1];
     p.n = words[2];
@@ -668,10 +733,12 @@ inline bool parse(const int64_t* words, Problem& p) {
     for (int k = 0; k < p.count; k++) {
         const int64_t* from = operands + k * width;
         Operand& one = p.operands[k];
-        one.data = (char*)from[0];
+        one.data = from[0] == ABSENT ? nullptr : from[0] == NUMBER ? (char*)&addresses[k] : (char*)addresses[k];
         one.dtype = (int)from[1];
         one.step = from[2];
+        if (from[0] < 0 || from[0] >= ADDRESSES) return false;
         if (one.data && (from[1] < 0 || from[1] >= DTYPES)) return false;
+        if (from[0] == DESCRIPTION) one.data = (char*)((const Description*)one.data)->data;
     }
     p.dimensions = 0;
     for (int i = 0; i < kept; i++) {
@@ -711,43 +778,49 @@ inline void locate(const Problem& p, char* data, const int64_t* strides, int64_t
     }
 }
 
-// What a formula takes and gives, a letter for each operand: reals (r, R), weights (o) and a mask (m) of n entries a row; a
-// real (v, V) or an integer (i) a row; words (w, W); keys (k), tokens (T) and log-probabilities (L). Capitals are
-// written. Behind the operands come `scratch` rows that the formula needs for itself.
+// What a formula takes and gives, a letter for each operand: logits (x), other reals (r, R), weights (o) and a mask (m) of n
+// entries a row; a real (v, V) or an integer (i) a row; words (w, W); keys (k), tokens (T) and log-probabilities (L).
+// Capitals are written. Behind the operands come `scratch` rows that the formula needs for itself.
 template <class C>
 struct Formula {
     const char* letters;
     int scratch;
     void (*along)(const Problem&, Along<C>&);
+    void (*padded)(const Problem&, Along<C, true>&);
     void (*across)(const Problem&, Across<C>&);
     void (*block)(const Problem&, const Block<C>&, char* scratch);
     int64_t block_scratch;
     bool fills;    // absent weights, or an absent mask, are a row of ones
 };
 
+enum Layout { ALONG, PADDED, ACROSS };
+
+// Some rows of a problem in one layout.
 template <class C>
 class Run {
   public:
-    Run(const Problem& problem, const Formula<C>& formula, Pieces pieces, int threads)
-        : p(problem), f(formula), share(pieces), threads(threads) {
-        across = f.across && p.n <= Across<C>::longest_row;
+    Run(const Problem& problem, const Formula<C>& formula, Layout layout, int64_t first, int64_t last, Pieces pieces, int threads)
+        : p(problem), f(formula), first(first), last(last), share(pieces), threads(threads) {
+        across = layout == ACROSS;
+        padded = layout == PADDED;
+        pitch = padded ? Along<C, true>::to_the_end(p.n) : p.n;
         for (int k = 0; k < p.count + f.scratch; k++) prepare(stages[k], k);
         choose_tile();
     }
 
     int all() {
-        if (p.rows == 0) return 0;
+        if (first == last) return 0;
         constexpr int64_t work = 1 << 14;
         int64_t per_piece = tile * (1 + work / (tile * (p.n + 16)));
-        int64_t count = (p.rows + per_piece - 1) / per_piece;
+        int64_t count = (last - first + per_piece - 1) / per_piece;
         if (threads > 1 && count < 2 * threads && p.n > 2 * Along<C>::shortest_piece) {
             inside = share;
-            some(0, p.rows);
+            some(first, last);
         } else if (threads > 1 && count > 1) {
             this->per_piece = per_piece;
             share(count, [](void* given, int64_t k) { ((Run*)given)->piece(k); }, this);
         } else {
-            some(0, p.rows);
+            some(first, last);
         }
         return failed;
     }
@@ -756,45 +829,47 @@ class Run {
     struct Stage {
         char letter;
         const Operand* operand;    // null for scratch
-        int64_t length;
+        int64_t length, pitch;     // entries of a row, and how far the next row is
         int size, dtype;           // of an entry as the formula sees it
-        bool writes, direct;
+        bool writes, aligned, direct;
     };
 
     const Problem& p;
     const Formula<C>& f;
+    const int64_t first, last;
     Pieces share;
     Pieces inside = nullptr;
     int threads;
-    bool across;
-    int64_t tile = 1, per_piece = 1;
+    bool across, padded;
+    int64_t pitch, tile = 1, per_piece = 1;
     int failed = 0;
     Stage stages[most_operands + 4];
 
     void piece(int64_t k) {
-        int64_t first = k * per_piece;
-        some(first, first + per_piece < p.rows ? first + per_piece : p.rows);
+        int64_t start = first + k * per_piece;
+        some(start, start + per_piece < last ? start + per_piece : last);
     }
 
     void prepare(Stage& s, int k) {
         s.operand = k < p.count ? &p.operands[k] : nullptr;
         s.letter = s.operand ? f.letters[k] : 'r';
         auto is_one_of = [&](const char* letters) { return __builtin_strchr(letters, s.letter) != nullptr; };
-        bool is_row = is_one_of("rRomwW"), is_draw = is_one_of("kTL");
+        bool is_row = is_one_of("xrRomwW"), is_draw = is_one_of("kTL");
         s.length = is_row ? p.n : is_draw ? p.options[1] : 1;
         if (s.letter == 'k') s.length = p.options[2] ? 2 : 2 * s.length;
+        s.pitch = is_row ? pitch : s.length;
         s.dtype = s.letter == 'm' ? UINT8 : is_one_of("iT") ? INT64 : is_one_of("wWk") ? INT32 : Code<C>::dtype;
         s.size = size_of(s.dtype);
         s.writes = s.letter >= 'A' && s.letter <= 'Z';
-        if (!s.operand || !s.operand->data) {
-            s.direct = false;
-            return;
-        }
+        s.aligned = s.direct = false;
+        if (!s.operand || !s.operand->data) return;
         const Operand& one = *s.operand;
-        bool aligned = (int64_t)one.data % s.size == 0;
-        for (int d = 0; d < p.dimensions; d++) aligned = aligned && one.strides[d] % s.size == 0;
+        const int size = size_of(one.dtype);
+        s.aligned = (int64_t)one.data % size == 0;
+        for (int d = 0; d < p.dimensions; d++) s.aligned = s.aligned && one.strides[d] % size == 0;
         bool same = one.dtype == s.dtype || (s.dtype == UINT8 && one.dtype == BOOL) || (s.dtype == INT32 && one.dtype == UINT32);
-        s.direct = same && aligned && !across && (one.step == s.size || s.length == 1);
+        bool neighbours = one.step == size || s.length == 1;
+        s.direct = same && s.aligned && !across && neighbours && s.pitch == s.length;
         // A block of rows is direct where they follow each other without a gap.
         if (f.block && !(p.dimensions == 0 || (p.dimensions == 1 && one.strides[0] == s.length * s.size))) s.direct = false;
     }
@@ -806,8 +881,8 @@ class Run {
     bool absent(const Stage& s) const { return s.operand && !s.operand->data && !filled(s); }
 
     void choose_tile() {
-        constexpr int64_t cache = 1 << 15, most = 1 << 24, line = 64;
-        int64_t row = p.n * (int64_t)sizeof(C) + 1;
+        constexpr int64_t most = 1 << 24, line = 64;
+        const int64_t cache = padded ? 1 << 13 : 1 << 15, row = pitch * (int64_t)sizeof(C) + 1;
         if (across) {
             tile = Across<C>::lanes;
             return;
@@ -821,7 +896,7 @@ class Run {
         }
         if (gathers || f.block) tile = 1 + cache / row;
         if (neighbours && tile < line && line * row <= most) tile = line / 2;
-        if (tile > p.rows) tile = p.rows;
+        if (tile > last - first) tile = last - first;
     }
 
     // Do some rows, a tile at a time, in memory that is allocated for them.
@@ -830,7 +905,7 @@ class Run {
         const int count = p.count + f.scratch;
         auto room = [](int64_t bytes) { return (bytes + 127) / 64 * 64; };
         int64_t bytes = room(count * held * sizeof(char*)) + room(held * sizeof(int64_t)) + room(f.block_scratch) + 64;
-        for (int k = 0; k < count; k++) bytes += 2 * room(stages[k].direct || absent(stages[k]) ? 0 : held * stages[k].length * 8);
+        for (int k = 0; k < count; k++) bytes += 2 * room(stages[k].direct || absent(stages[k]) ? 0 : held * stages[k].pitch * 8);
         char stack[4096];
         char* memory = bytes <= (int64_t)sizeof stack ? stack : (char*)malloc(bytes);
         if (!memory) {
@@ -853,16 +928,18 @@ class Run {
             places[k] = all_places + k * held;
             wide[k] = raw[k] = nullptr;
             if (s.direct || absent(s)) continue;
-            wide[k] = take(held * s.length * s.size);
-            // Lanes without a row are computed with, too.
-            if (across) __builtin_memset(wide[k], 0, held * s.length * s.size);
+            wide[k] = take(held * s.pitch * s.size);
+            // Lanes without a row, and what rows are padded with, are computed with, too.
+            if (across || padded) __builtin_memset(wide[k], 0, held * s.pitch * s.size);
             if (!s.operand) continue;
             if (filled(s)) {
                 fill(s, wide[k]);
-            } else if (s.operand->dtype != s.dtype) {
-                raw[k] = take(held * s.length * size_of(s.operand->dtype));
-                if (across) __builtin_memset(raw[k], 0, held * s.length * size_of(s.operand->dtype));
+                continue;
             }
+            if (padded && s.letter == 'x') pad(s, wide[k]);
+            if (s.operand->dtype == s.dtype) continue;
+            raw[k] = take(held * s.pitch * size_of(s.operand->dtype));
+            if (across) __builtin_memset(raw[k], 0, held * s.pitch * size_of(s.operand->dtype));
         }
         for (int64_t start = first; start < last; start += tile) {
             int64_t rows = start + tile < last ? tile : last - start;
@@ -889,6 +966,12 @@ class Run {
         if (memory != stack) free(memory);
     }
 
+    void pad(const Stage& s, char* rows) {
+        for (int64_t r = 0; r < tile; r++) {
+            for (int64_t i = s.length; i < s.pitch; i++) ((C*)rows)[r * s.pitch + i] = -infinity<C>();
+        }
+    }
+
     // One row serves all.
     void fill(const Stage& s, char* row) {
         const int64_t entries = s.length * (across ? Across<C>::lanes : 1);
@@ -904,10 +987,15 @@ class Run {
         for (int k = 0; k < count; k++) {
             const Stage& s = stages[k];
             const int64_t own = filled(s) ? 0 : r;
-            operands[k] = s.direct ? places[k][r] : wide[k] ? wide[k] + own * s.length * s.size : nullptr;
+            operands[k] = s.direct ? places[k][r] : wide[k] ? wide[k] + own * s.pitch * s.size : nullptr;
         }
-        Along<C> view{p.n, operands, inside};
-        f.along(p, view);
+        if (padded) {
+            Along<C, true> view{p.n, operands, nullptr};
+            f.padded(p, view);
+        } else {
+            Along<C> view{p.n, operands, inside};
+            f.along(p, view);
+        }
     }
 
     void run_block(int64_t rows, char** const* places, char* const* wide, const int64_t* index, char* scratch) {
@@ -924,7 +1012,7 @@ class Run {
         int words = 0, answers = 0, shares = 0;
         for (int k = 0; k < p.count; k++) {
             switch (f.letters[k]) {
-                case 'r': b.x = (const C*)at[k]; break;
+                case 'x': b.x = (const C*)at[k]; break;
                 case 'm': b.where = (const uint8_t*)at[k]; break;
                 case 'i': b.k = (const int64_t*)at[k]; break;
                 case 'k': b.keys = (const int32_t*)at[k]; break;
@@ -965,35 +1053,56 @@ class Run {
         }
     }
 
+    // Whether rows go through memory of their own dtype one by one: side by side they would have what pads them between.
+    bool one_by_one(const Stage& s) const { return !across && s.length > 1 && (padded || s.operand->step == size_of(s.operand->dtype)); }
+
     void gather(const Stage& s, int64_t rows, char* const* places, char* raw, char* wide) {
         const int64_t held = across ? Across<C>::lanes : 0, step = s.length == 1 ? 0 : s.operand->step;
         const int size = size_of(s.operand->dtype);
-        if (raw && !across && s.length > 1 && step == size) {
-            for (int64_t r = 0; r < rows; r++) {
-                char* to = wide + r * s.length * s.size;
-                by_parts(s.length, [&](int64_t start, int64_t count) {
-                    load_all(s, places[r] + start * size, to + start * s.size, count);
-                });
-            }
-            return;
+        const bool in_place = s.aligned && step == size;
+        char* to = raw ? raw : wide;
+        if (!raw || !one_by_one(s) || !in_place) move_bytes<true>(size, to, places, rows, s.length, step, s.pitch, held);
+        if (!raw) return;
+        if (!one_by_one(s)) return load_all(s, raw, wide, s.length * (across ? held : rows));
+        for (int64_t r = 0; r < rows; r++) {
+            const char* from = in_place ? places[r] : raw + r * s.pitch * size;
+            char* own = wide + r * s.pitch * s.size;
+            by_parts(s.length, [&](int64_t start, int64_t count) {
+                load_all(s, from + start * size, own + start * s.size, count);
+            });
         }
-        move_bytes<true>(size, raw ? raw : wide, places, rows, s.length, step, held);
-        if (raw) load_all(s, raw, wide, s.length * (across ? held : rows));
     }
 
     void scatter(const Stage& s, int64_t rows, char* const* places, char* raw, char* wide) {
         const int64_t held = across ? Across<C>::lanes : 0, step = s.length == 1 ? 0 : s.operand->step;
         const int size = size_of(s.operand->dtype);
-        if (raw && !across && s.length > 1 && step == size) {
+        const bool in_place = s.aligned && step == size;
+        if (raw && one_by_one(s)) {
             for (int64_t r = 0; r < rows; r++) {
-                char* from = wide + r * s.length * s.size;
+                char* to = in_place ? places[r] : raw + r * s.pitch * size;
+                const char* own = wide + r * s.pitch * s.size;
                 by_parts(s.length, [&](int64_t start, int64_t count) {
-                    store_all(s, from + start * s.size, places[r] + start * size, count);
+                    store_all(s, own + start * s.size, to + start * size, count);
                 });
             }
-            return;
+            if (in_place) return;
+        } else if (raw) {
+            store_all(s, wide, raw, s.length * (across ? held : rows));
         }
-        if (raw) store_all(s, wide, raw, s.length * (across ? held : rows));
-        move_bytes<false>(size, raw ? raw : wide, places, rows, s.length, step, held);
+        move_bytes<false>(size, raw ? raw : wide, places, rows, s.length, step, s.pitch, held);
     }
 };
+
+// All rows of a problem: short ones across, but for a few that are left; those and others that are not long are padded.
+template <class C>
+int run_rows(const Problem& p, const Formula<C>& f, Pieces pieces, int threads) {
+    constexpr int64_t few = 6;
+    int64_t across = 0;
+    if (!f.block && p.n <= longest_in_eights) {
+        across = p.rows / Across<C>::lanes * Across<C>::lanes;
+        if (p.rows - across > few) across = p.rows;
+    }
+    const Layout rest = !f.block && p.n <= Along<C>::longest_padded ? PADDED : ALONG;
+    const int failed = across ? Run<C>(p, f, ACROSS, 0, across, pieces, threads).all() : 0;
+    return failed || across == p.rows ? failed : Run<C>(p, f, rest, across, p.rows, pieces, threads).all();
+}

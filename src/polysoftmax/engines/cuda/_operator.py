@@ -15,6 +15,7 @@ from polysoftmax._formula import Call
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._sampling import DRAW, DRAW_LEADING, LEADING, MASSES, SAMPLE, block_length
 from polysoftmax._softmax import LOGSUMEXP
+from polysoftmax.engines import chosen
 from polysoftmax.engines.cuda._calls import KERNELS, Launch, evaluate, prepare
 from polysoftmax.engines.cuda._composed import Composed
 from polysoftmax.engines.torch import answer_for_gradient, gradients, is_recorded
@@ -27,6 +28,12 @@ _BY_NAME = {one.name: one for one in KERNELS}
 
 _SEVERAL = (MASSES, DRAW, LEADING, DRAW_LEADING)
 """Formulas that answer a tuple."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_chosen() -> bool:
+    """Whether the kernels were asked for; what is chosen while torch.compile traces stays in the compiled code."""
+    return chosen() == "cuda"
 
 
 def run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
