@@ -1,15 +1,21 @@
 // The machine of the CUDA kernels on the host: each thread is a fiber, and whoever waits at a barrier lets the others
 // run. It stands in for machine.cuh, so that the kernels themselves run where there is no GPU.
+#include <math.h>
 #include <setjmp.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <vector>
 
 #define DEVICE inline
+#undef UNROLL    // unrolled loops would only take longer to compile
 #define UNROLL
 
 namespace polysoftmax {
+
+using Index = long long;
+using Amount = uint64_t;
 
 struct Barrier {
     int size, count = 0;
@@ -98,6 +104,11 @@ inline Amount add_in_block(Amount* to, Amount more) {
     *to += more;
     return before;
 }
+
+inline float greater(float x, float y) { return fmaxf(x, y); }
+inline double greater(double x, double y) { return fmax(x, y); }
+inline float quick_exp2(float x) { return exp2f(x); }
+inline double quick_exp2(double x) { return exp2(x); }
 
 inline bool misaligned = false;    // an access that a GPU would refuse
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,24 +14,32 @@ import polysoftmax as ps
 from polysoftmax import _softmax, _threefry, random
 from polysoftmax._formula import words as words_for
 from polysoftmax.engines import FORMULAS
-from polysoftmax.engines.cuda import _source
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 # Each loops over n entries; the arrays come as pointers.
-_WRAPPERS = """
-using namespace polysoftmax;
+_SOURCE = """
+#include <stdint.h>
+namespace polysoftmax {
+#include "arithmetic.hpp"
+}
+#include "host_machine.hpp"
+namespace polysoftmax {
+#include "cuda/totals.cuh"
 #define LOOP for (long long i = 0; i < n; i++)
 extern "C" {
 void widen_half(long long n, const unsigned short* x, float* y) { LOOP y[i] = widen(Half{x[i]}); }
 void widen_bfloat(long long n, const unsigned short* x, float* y) { LOOP y[i] = widen(BFloat{x[i]}); }
-void round_half(long long n, const float* x, unsigned short* y) { LOOP y[i] = Rounded<Half>::of(x[i]).bits; }
-void round_bfloat(long long n, const float* x, unsigned short* y) { LOOP y[i] = Rounded<BFloat>::of(x[i]).bits; }
+void round_half(long long n, const float* x, unsigned short* y) { LOOP y[i] = rounded<Half>(x[i]).bits; }
+void round_bfloat(long long n, const float* x, unsigned short* y) { LOOP y[i] = rounded<BFloat>(x[i]).bits; }
 void both_words(long long n, const Words* keys, const Words* counters, Words* y) {
     LOOP y[i] = random_words(keys[i], counters[i].first, counters[i].second);
 }
 void order_half(long long n, const Half* x, Half* y, Word* order) {
     LOOP order[i] = order_of(x[i]), y[i] = number_of<Half>(order_of(x[i]));
+}
+void order_bfloat(long long n, const BFloat* x, BFloat* y, Word* order) {
+    LOOP order[i] = order_of(x[i]), y[i] = number_of<BFloat>(order_of(x[i]));
 }
 void order_float(long long n, const float* x, float* y, Word* order) {
     LOOP order[i] = order_of(x[i]), y[i] = number_of<float>(order_of(x[i]));
@@ -41,21 +50,21 @@ void order_double(long long n, const double* x, double* y, Amount* order) {
 void amount(long long n, const float* probability, Amount* y) {
     LOOP y[i] = amount_of(probability[i], scale_of_amounts<float>(n));
 }
-void share(long long n, const double* p, const Amount* all, Amount* y) { LOOP y[i] = share_of_amount(p[i], all[i]); }
+void share(long long n, const double* p, const Amount* all, Amount* y) { LOOP y[i] = share_of(p[i], all[i]); }
 void uniform(long long n, const Word* x, float* y) { LOOP y[i] = uniform_of(x[i]); }
 void gumbel(long long n, const Word* x, float* y) { LOOP y[i] = gumbel_of(x[i]); }
 void z_of(long long n, const float* d, const float* t, float* y) {
-    LOOP y[i] = over_temperature(d[i], temperature_of(true, t[i]));
+    LOOP y[i] = over_temperature(d[i], row_temperature(true, t[i]));
 }
 void term_of(long long n, const float* d, const float* t, float* y) {
-    LOOP y[i] = term(d[i], temperature_of(true, t[i]));
+    LOOP y[i] = term(d[i], row_temperature(true, t[i]));
 }
 void regular(long long n, const float* g, const float* t, float* y) {
-    LOOP y[i] = over_regular_temperature(g[i], temperature_of(true, t[i]));
+    LOOP y[i] = over_regular_temperature(g[i], row_temperature(true, t[i]));
 }
 // A row in parts of three and of one, merged one after the other: its logsumexp, its sum under the top, a loss.
 void total(long long n, const float* x, const float* t, float* y) {
-    Temperature<float> own = temperature_of(*t != 1, *t);
+    RowTemperature<float> own = row_temperature(*t != 1, *t);
     Total<float> all = no_entries<float>();
     for (long long i = 0; i < n;) {
         Total<float> part = no_entries<float>();
@@ -76,7 +85,8 @@ void best(long long n, const float* scores, const long long* index, float* y) {
     y[0] = all.score, y[1] = (float)all.index;
 }
 void noisy(long long n, const float* scores, const float* t, float* y) {
-    LOOP y[i] = noisy_score(scores[i], temperature_of(true, t[i]), Words{1, 2}, i, TOKEN_VARIATES);
+    LOOP y[i] = noisy_score(scores[i], row_temperature(true, t[i]), Words{1, 2}, i, TOKEN_VARIATES);
+}
 }
 }
 """
@@ -85,8 +95,10 @@ void noisy(long long n, const float* scores, const float* t, float* y) {
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     path = tmp_path_factory.mktemp("arithmetic") / "host.cpp"
-    path.write_text(_source.part("arithmetic.cuh") + _WRAPPERS, "utf-8")
+    path.write_text(_SOURCE, "utf-8")
+    folders = (Path(ps.__file__).parent / "native", Path(__file__).parent)
     command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror"]
+    command += [f"-I{one}" for one in folders]
     subprocess.run([*command, str(path), "-o", str(path.with_suffix(".so"))], check=True)
     library = ctypes.CDLL(str(path.with_suffix(".so")))
 
@@ -123,9 +135,11 @@ def words(n, seed=0):
     return np.random.default_rng(seed).integers(0, 1 << 32, n, dtype=np.uint32)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("half", "float16"), ("float", "float32"), ("double", "float64")])
-def test_the_order_of_keys_is_that_of_numbers(host, kind, dtype):
-    info = np.finfo(dtype)
+@pytest.mark.parametrize("kind", ["half", "bfloat", "float", "double"])
+def test_the_order_of_keys_is_that_of_numbers(host, kind):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    dtype = {"half": np.float16, "bfloat": ml_dtypes.bfloat16, "float": np.float32, "double": np.float64}[kind]
+    info = ml_dtypes.finfo(dtype)
     special = [0.0, -0.0, np.inf, -np.inf, info.max, info.min, info.tiny, info.smallest_subnormal, 1.0, -1.0]
     x = np.concatenate([special, np.random.default_rng(5).normal(size=500)]).astype(dtype)
     y = np.zeros_like(x)

@@ -46,8 +46,8 @@ def build(kernel: Kernel, folder: Path) -> ctypes.CDLL:
     shared = folder / "kernels.hpp"
     if not shared.exists():
         machine = (HERE / "host_machine.hpp").read_text("utf-8")
-        parts = [machine if name == "machine.cuh" else _source.part(name) for name in _source.PARTS]
-        shared.write_text("\n".join(parts), "utf-8")
+        parts = [machine if name == "cuda/machine.cuh" else _source.part(name) for name in _source.PARTS]
+        shared.write_text("\n".join(["#include <stdint.h>", *parts]), "utf-8")
         subprocess.run([*COMMAND, "-x", "c++-header", shared, "-o", f"{shared}.gch"], check=True)
         machine = folder / "machine.so"
         subprocess.run([*COMMAND, "-DMACHINE", "-shared", "-x", "c++", shared, "-o", machine], check=True)

@@ -231,7 +231,6 @@ def test_the_source_distribution_builds_a_wheel_for_every_python(tmp_path: Path)
     assert not wheel.name.endswith("-any.whl")
     assert wheel.stat().st_size < 2_000_000
     shipped = zipfile.ZipFile(wheel).namelist()
-    assert {"polysoftmax/native/libpolysoftmax.so", "polysoftmax/native/arithmetic.hpp", "polysoftmax/py.typed"} <= {
-        *shipped
-    }
+    native = ("libpolysoftmax.so", "arithmetic.hpp", "cuda/rows.cuh")
+    assert {"polysoftmax/py.typed", *(f"polysoftmax/native/{name}" for name in native)} <= {*shipped}
     assert not [name for name in shipped if name.endswith(".cpp")]

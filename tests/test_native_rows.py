@@ -458,11 +458,18 @@ def test_logarithms_are_within_an_ulp(dtype: Any) -> None:
     run(2, x, w[:, None], None, Value(y), compute=dtype)
     with mpmath.workdps(40):
         assert ulps(y, [mpmath.log(mpmath.mpf(float(v))) for v in w]) < 1.0
-    # log(1 + w·exp(-1)): the first of two entries stands at the maximum with a weight of 1.
-    pair = np.zeros((len(w), 2), dtype)
-    pair[:, 1] = -1.0
-    weights = np.stack([np.ones_like(w), np.clip(w, 1e-30, 1e30)], axis=1)
-    run(2, pair, weights, None, Value(y), compute=dtype)
-    with mpmath.workdps(80):
-        exact = [mpmath.log(1 + mpmath.mpf(float(v)) * mpmath.exp(-1)) for v in weights[:, 1]]
-        assert ulps(y, exact) < 2.5  # of the exponential, the product and the logarithm
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logarithms_of_1_plus_are_within_an_ulp(dtype: Any) -> None:
+    info, rng = np.finfo(dtype), np.random.default_rng(17)
+    sizes = np.exp(rng.uniform(np.log(float(info.tiny)), np.log(float(info.max)), 2000))
+    next_to_minus_1 = float(info.epsneg) * np.exp(rng.uniform(0, 10, 500)) - 1
+    z = np.concatenate([sizes, -sizes, next_to_minus_1, rng.uniform(-1, 2, 4000)]).astype(dtype)
+    z = z[(z > -1) & (z != 0)]
+    # Of two entries with the weights 1 and z, the first is the maximum, and the exponential of the other rounds to 1.
+    x, y = np.zeros((len(z), 2), dtype), np.empty(len(z), dtype)
+    x[:, 1] = -1e-30
+    run(2, x, np.stack([np.ones_like(z), z], axis=1), None, Value(y), compute=dtype)
+    with mpmath.workdps(60):
+        assert ulps(y, [mpmath.log1p(mpmath.mpf(float(v))) for v in z]) < 1.0

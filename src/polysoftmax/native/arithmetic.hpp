@@ -1,45 +1,95 @@
-// The arithmetic of the kernels: exponential and logarithm, rounding to 16 bits, the limits of temperature, random
-// variates. A function is straight-line code where a loop over it has to become vectors, and it calls nothing: what
-// the C library answers differs between machines. A fused multiply-add is written as one; nothing else may become one.
+// The arithmetic of the kernels, for CPU and GPU: exponential and logarithms, rounding to 16 bits, the order of numbers,
+// the limits of temperature, random variates. A function is straight-line code where a loop over it has to become vectors,
+// and on a CPU it calls nothing: what the C library returns differs between machines. A fused multiply-add is written as
+// one; on a CPU nothing else may become one. The file that includes this one opens the namespace.
 #pragma once
 
-#include <stdint.h>
-
 #if defined(__CUDACC__)
-#define BOTH __host__ __device__ __forceinline__
+// NVRTC has neither headers nor GCC's built-in functions.
+#define BOTH __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define COPY memcpy
+using int16_t = short;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
 #else
+#include <stdint.h>
 #define BOTH inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define COPY __builtin_memcpy
 #endif
 
 using Word = uint32_t;
 
-BOTH float fused(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
-BOTH double fused(double x, double y, double z) { return __builtin_fma(x, y, z); }
+// Integers as wide as a number: for its bits, and for its place among all numbers.
+template <int BYTES>
+struct Integers;
+template <>
+struct Integers<2> {
+    using Bits = uint16_t;
+    using Place = int16_t;
+};
+template <>
+struct Integers<4> {
+    using Bits = uint32_t;
+    using Place = int32_t;
+};
+template <>
+struct Integers<8> {
+    using Bits = uint64_t;
+    using Place = int64_t;
+};
+template <class X>
+using BitsOf = typename Integers<sizeof(X)>::Bits;
+template <class X>
+using PlaceOf = typename Integers<sizeof(X)>::Place;
 
-BOTH uint32_t bits_of(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof x);
+template <class X>
+BOTH BitsOf<X> bits_of(X x) {
+    BitsOf<X> bits;
+    COPY(&bits, &x, sizeof x);
     return bits;
 }
 
-BOTH uint64_t bits_of(double x) {
-    uint64_t bits;
-    __builtin_memcpy(&bits, &x, sizeof x);
-    return bits;
-}
-
-BOTH float of_bits(uint32_t bits) {
-    float x;
-    __builtin_memcpy(&x, &bits, sizeof x);
+template <class X>
+BOTH X of_bits(BitsOf<X> bits) {
+    X x;
+    COPY(&x, &bits, sizeof x);
     return x;
 }
 
-BOTH double of_bits(uint64_t bits) {
-    double x;
-    __builtin_memcpy(&x, &bits, sizeof x);
-    return x;
+template <class C>
+BOTH C infinity() {
+    return (C)of_bits<float>(0x7f800000);
 }
 
+template <class C>
+constexpr C largest = 0x1.fffffep127f;
+template <>
+constexpr double largest<double> = 0x1.fffffffffffffp1023;
+
+template <class C>
+BOTH C nan_of() {
+    return (C)of_bits<float>(0x7fc00000);
+}
+
+template <class C>
+BOTH bool finite(C x) {
+    return x - x == 0;
+}
+
+#if defined(__CUDACC__)
+// CUDA's own are within 2 ulp, and take the fewest instructions.
+BOTH float exp(float z) { return ::expf(z); }
+BOTH double exp(double z) { return ::exp(z); }
+BOTH float log(float x) { return ::logf(x); }
+BOTH double log(double x) { return ::log(x); }
+BOTH float log1p(float z) { return ::log1pf(z); }
+BOTH double log1p(double z) { return ::log1p(z); }
+#else
 // What the functions below need to know of a dtype. `series` of exp is 1 + r + r²·q(r), with q from the values of
 // (exp(r) - 1 - r) / r² at Chebyshev's points of |r| ≤ ½ ln 2.
 template <class C>
@@ -47,7 +97,6 @@ struct Format;
 
 template <>
 struct Format<float> {
-    using Bits = uint32_t;
     static constexpr int mantissa = 23, bias = 127, exp_degree = 6, log_degree = 4;
     static constexpr float exp_series[] = {1.0f,         1.0f,          0.5f,        0.1666658f,
                                            0.04166655f,  0.008363173f,  0.001392618f};
@@ -55,12 +104,11 @@ struct Format<float> {
     static constexpr float per_ln2 = 1.44269504f, ln2 = 0x1.62e43p-1f, ln2_rest = -0x1.05c61p-29f;
     // ln 2 again, with so few digits in the first part that multiples of it are exact.
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    static constexpr float largest = 0x1.fffffep127f, least_normal = 0x1p-126f;
+    static constexpr float least_normal = 0x1p-126f;
 };
 
 template <>
 struct Format<double> {
-    using Bits = uint64_t;
     static constexpr int mantissa = 52, bias = 1023, exp_degree = 11, log_degree = 10;
     static constexpr double exp_series[] = {
         1.0, 1.0, 0.5000000000000001, 0.16666666666666669, 0.041666666666624164, 0.008333333333330065,
@@ -69,23 +117,11 @@ struct Format<double> {
     static constexpr double exp_least = -746.0;
     static constexpr double per_ln2 = 1.4426950408889634, ln2 = 0x1.62e42fefa39efp-1, ln2_rest = 0x1.abc9e3b39803fp-56;
     static constexpr double ln2_high = 0.6931471803691238, ln2_low = 1.9082149292705877e-10;
-    static constexpr double largest = 0x1.fffffffffffffp1023, least_normal = 0x1p-1022;
+    static constexpr double least_normal = 0x1p-1022;
 };
 
-template <class C>
-BOTH C infinity() {
-    return (C)__builtin_inff();
-}
-
-template <class C>
-BOTH C nan_of() {
-    return (C)__builtin_nanf("");
-}
-
-template <class C>
-BOTH bool finite(C x) {
-    return x - x == 0;
-}
+BOTH float fused(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
+BOTH double fused(double x, double y, double z) { return __builtin_fma(x, y, z); }
 
 // 2^exponent, an integer in the range of normal numbers.
 template <class C>
@@ -106,9 +142,8 @@ BOTH C exp(C z) {
     C rounded = fused(z, F::per_ln2, rounding), k = rounded - rounding;
     C r = fused(k, -F::ln2_rest, fused(k, -F::ln2, z));
     C p = F::exp_series[F::exp_degree];
-#pragma GCC unroll 16
-    for (int i = F::exp_degree - 1; i >= 0; i--) p = fused(p, r, F::exp_series[i]);
-    C y = p * of_bits((typename F::Bits)(bits_of(rounded) << F::mantissa)) * (C)0x1p-64;
+    UNROLL for (int i = F::exp_degree - 1; i >= 0; i--) p = fused(p, r, F::exp_series[i]);
+    C y = p * of_bits<C>(bits_of(rounded) << F::mantissa) * (C)0x1p-64;
     return z < F::exp_least ? 0 : y;
 }
 
@@ -117,18 +152,17 @@ BOTH C exp(C z) {
 template <class C>
 BOTH C log_near(C u, C small, C less_exponent) {
     using F = Format<C>;
-    using Bits = typename F::Bits;
+    using Bits = BitsOf<C>;
     constexpr Bits one = (Bits)F::bias << F::mantissa;
     constexpr C shift = power_of_2<C>(F::mantissa);
     const Bits up_to_root = one - bits_of((C)0.70710678118654752);
     Bits bits = bits_of(u), exponent = (bits + up_to_root) >> F::mantissa;
     // There is no vector instruction for a conversion of 64-bit integers everywhere; this one is exact.
-    C k = of_bits((Bits)(bits_of(shift) + exponent)) - (shift + F::bias) - less_exponent;
-    C f = of_bits((Bits)(bits - (exponent << F::mantissa) + one)) - 1;
+    C k = of_bits<C>(bits_of(shift) + exponent) - (shift + F::bias) - less_exponent;
+    C f = of_bits<C>(bits - (exponent << F::mantissa) + one) - 1;
     C s = f / (2 + f), square = s * s, half = (C)0.5 * f * f;
     C p = (C)2 / (2 * F::log_degree + 1);
-#pragma GCC unroll 16
-    for (int i = F::log_degree - 1; i > 0; i--) p = fused(p, square, (C)2 / (2 * i + 1));
+    UNROLL for (int i = F::log_degree - 1; i > 0; i--) p = fused(p, square, (C)2 / (2 * i + 1));
     C rest = fused(s, fused(square, p, half), fused(k, F::ln2_low, small));
     return fused(k, F::ln2_high, f - (half - rest));
 }
@@ -157,6 +191,7 @@ BOTH C log1p(C z) {
     y = u > 0 ? y : nan_of<C>();
     return u == 0 ? -infinity<C>() : y;
 }
+#endif
 
 // 16-bit numbers are storage alone: everything is computed in float or double and rounded once, to nearest, ties to
 // even.
@@ -171,13 +206,19 @@ struct BFloat {
 
 BOTH float widen(float x) { return x; }
 BOTH double widen(double x) { return x; }
-BOTH float widen(BFloat x) { return of_bits((uint32_t)x.bits << 16); }
+BOTH float widen(BFloat x) { return of_bits<float>((uint32_t)x.bits << 16); }
 
 BOTH float widen(Half x) {
+#if defined(__CUDACC__)
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+#else
     uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
     uint32_t subnormal = bits_of((float)(int)rest * 0x1p-24f);
     uint32_t normal = (rest << 13) + (rest >= 0x7c00 ? 0x70000000 : 0x38000000);
-    return of_bits(sign | (rest < 0x400 ? subnormal : normal));
+    return of_bits<float>(sign | (rest < 0x400 ? subnormal : normal));
+#endif
 }
 
 BOTH void round_to(float x, float& y) { y = x; }
@@ -186,18 +227,26 @@ BOTH void round_to(double x, float& y) { y = (float)x; }
 BOTH void round_to(float x, double& y) { y = x; }
 
 BOTH void round_to(float x, BFloat& y) {
+#if defined(__CUDACC__)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
     uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     y.bits = (uint16_t)(x == x ? rounded : 0x7fc0);
+#endif
 }
 
 BOTH void round_to(float x, Half& y) {
+#if defined(__CUDACC__)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
     uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
     // Added to 1/2, a float keeps as many digits as a subnormal half has.
-    uint32_t subnormal = bits_of(of_bits(rest) + 0.5f) - 0x3f000000;
+    uint32_t subnormal = bits_of(of_bits<float>(rest) + 0.5f) - 0x3f000000;
     uint32_t normal = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
     uint32_t rounded = rest < 0x38800000 ? subnormal : normal;
     rounded = rest >= 0x477ff000 ? 0x7c00 : rounded;
     y.bits = (uint16_t)(rest > 0x7f800000 ? 0x7e00 : sign | rounded);
+#endif
 }
 
 // Rounded to odd on the way, or a double would be rounded twice.
@@ -206,11 +255,58 @@ BOTH float rounded_to_odd(double x) {
     double back = y;
     uint32_t bits = bits_of(y);
     bits -= (back < 0 ? -back : back) > (x < 0 ? -x : x) ? 1 : 0;
-    return of_bits(back == x || x != x ? bits_of(y) : bits | 1);
+    return of_bits<float>(back == x || x != x ? bits_of(y) : bits | 1);
 }
 
 BOTH void round_to(double x, BFloat& y) { round_to(rounded_to_odd(x), y); }
 BOTH void round_to(double x, Half& y) { round_to(rounded_to_odd(x), y); }
+
+template <class Y, class X>
+BOTH Y rounded(X x) {
+    Y y;
+    round_to(x, y);
+    return y;
+}
+
+BOTH float with_positive_zero(float x) { return x + 0; }
+BOTH double with_positive_zero(double x) { return x + 0; }
+BOTH Half with_positive_zero(Half x) { return x.bits == 0x8000 ? Half{0} : x; }
+BOTH BFloat with_positive_zero(BFloat x) { return x.bits == 0x8000 ? BFloat{0} : x; }
+
+// The integer that stands for a number in the order of numbers, -0 with 0: negative NaN, -inf, the numbers, inf, NaN.
+template <class X>
+BOTH PlaceOf<X> place(X x) {
+    using P = PlaceOf<X>;
+    constexpr int sign = 8 * sizeof(X) - 1;
+    constexpr P magnitude = (P)((BitsOf<X>)~(BitsOf<X>)0 >> 1);
+    P bits = (P)bits_of(with_positive_zero(x));
+    return bits ^ (bits >> sign & magnitude);
+}
+
+template <class X>
+BOTH X number(PlaceOf<X> at) {
+    using P = PlaceOf<X>;
+    constexpr int sign = 8 * sizeof(X) - 1;
+    constexpr P magnitude = (P)((BitsOf<X>)~(BitsOf<X>)0 >> 1);
+    return of_bits<X>((BitsOf<X>)(at ^ (at >> sign & magnitude)));
+}
+
+BOTH int bit_length(uint64_t v) {
+#if defined(__CUDACC__)
+    return 64 - __clzll(v);
+#else
+    return v ? 64 - __builtin_clzll(v) : 0;
+#endif
+}
+
+// ⌈p·total⌉, at least 1, since the first token always stays. The product is rounded to double, as in the formula: then
+// 0.9, which is above 9/10, asks for nine of ten equal masses.
+BOTH uint64_t share_of(double p, uint64_t total) {
+    const double product = p * (double)total;
+    uint64_t share = (uint64_t)product;
+    share += (double)share < product;
+    return share < 1 ? 1 : share < total ? share : total;
+}
 
 // A row's temperature T. At the limits a distance d from the maximum becomes -inf below `bound`, and at T = inf d / inf is
 // 0 for all that exists; where T has no answer the divisor is NaN.
@@ -224,7 +320,7 @@ template <class C>
 BOTH Temperature<C> temperature_of(C value) {
     bool regular = value > 0 && value < infinity<C>();
     C divisor = value == 0 ? 1 : value >= 0 ? value : nan_of<C>();
-    C bound = value == 0 ? 0 : value == infinity<C>() ? -Format<C>::largest : -infinity<C>();
+    C bound = value == 0 ? 0 : value == infinity<C>() ? -largest<C> : -infinity<C>();
     return Temperature<C>{divisor, bound, regular};
 }
 
@@ -258,10 +354,8 @@ BOTH Words random_words(Words key, Word index, Word domain) {
     constexpr int rotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
     const Word schedule[3] = {key.first, key.second, key.first ^ key.second ^ 0x1BD11BDA};
     Word a = index + key.first, b = domain + key.second;
-#pragma GCC unroll 5
-    for (int group = 0; group < 5; group++) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
+    UNROLL for (int group = 0; group < 5; group++) {
+        UNROLL for (int i = 0; i < 4; i++) {
             a += b;
             b = rotated(b, rotations[group % 2][i]) ^ a;
         }

@@ -183,7 +183,7 @@ class Sampler {
     static void write_limits(const C* x, int64_t n, C temperature, C* z) {
         C top = -infinity<C>();
         for (int64_t j = 0; j < n; j++) top = x[j] > top ? x[j] : top;
-        const C bound = temperature == 0 ? top : -Format<C>::largest;
+        const C bound = temperature == 0 ? top : -largest<C>;
         for (int64_t j = 0; j < n; j++) {
             z[j] = x[j] < bound ? -infinity<C>() : x[j] - x[j];
         }

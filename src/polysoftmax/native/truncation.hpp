@@ -20,33 +20,6 @@ struct Shelf {
     }
 };
 
-template <class C>
-struct Ordered;
-template <> struct Ordered<float> { using Place = int32_t; };
-template <> struct Ordered<double> { using Place = int64_t; };
-template <class C>
-using PlaceOf = typename Ordered<C>::Place;
-
-// The integer that stands for a number in the order of numbers, -0 with 0: negative NaN, -inf, the numbers, inf, NaN.
-template <class C>
-BOTH PlaceOf<C> place(C v) {
-    using P = PlaceOf<C>;
-    constexpr int sign = 8 * sizeof(C) - 1;
-    constexpr P magnitude = (P)(~(typename Format<C>::Bits)0 >> 1);
-    P bits = (P)bits_of(v + 0);
-    return bits ^ (bits >> sign & magnitude);
-}
-
-template <class C>
-BOTH C number(PlaceOf<C> at) {
-    using P = PlaceOf<C>;
-    constexpr int sign = 8 * sizeof(C) - 1;
-    constexpr P magnitude = (P)(~(typename Format<C>::Bits)0 >> 1);
-    return of_bits((typename Format<C>::Bits)(at ^ (at >> sign & magnitude)));
-}
-
-inline int bit_length(uint64_t v) { return v ? 64 - __builtin_clzll(v) : 0; }
-
 // Call f(j) in order for each j that flag(j) holds for. Flags are computed for a group of entries at once, as vectors, and
 // eight clear ones are skipped together, so a rare flag costs little and none is a branch to mispredict.
 template <class Flag, class F>
@@ -136,7 +109,7 @@ class EndOfPrefix {
     }
 
     void by_place(uint64_t& left) {
-        using U = typename Format<C>::Bits;
+        using U = BitsOf<C>;
         const U top = (U)high;
         const int width = bit_length((U)(top - (U)low)) - bits(), shift = width > 0 ? width : 0;
         narrow(left, [=](P at) { return (int32_t)((U)(top - (U)at) >> shift); });
@@ -293,7 +266,7 @@ class Survivors {
     }
 
     static bool write_maxima(const C* x, int64_t groups, P* maxima) {
-        using Bits = typename Format<C>::Bits;
+        using Bits = BitsOf<C>;
         constexpr int half = group / 2;
         alignas(64) Bits odd[half] = {};
         for (int64_t g = 0; g < groups; g++, x += group) {
@@ -341,7 +314,7 @@ class Survivors {
     // overflow. Integers add up exactly, so a prefix weighs the same in whatever order its end is searched.
     void keep_share(const Filters<C>& filters) {
         const int spare = 63 - bit_length((uint64_t)n), digits = spare < 51 ? spare : 51;
-        const double scale = of_bits((uint64_t)(1023 + digits) << 52);
+        const double scale = of_bits<double>((uint64_t)(1023 + digits) << 52);
         const Mass<C> mass(top, filters.temperature);
         // A fused multiply-add with 2^52 rounds to an integer and leaves it in the low bits.
         auto whole = [&](double e) { return bits_of(fused(e, scale, 0x1p52)) - bits_of(0x1p52); };
@@ -358,15 +331,6 @@ class Survivors {
         // Farther down, exp(-48) is less than half of any unit.
         const C floor = mass.regular ? top - 48 * filters.temperature : -infinity<C>();
         keep(EndOfPrefix<C>({count, places, masses}, share_of(filters.p, total), floor, space).found);
-    }
-
-    // ⌈p·total⌉, at least 1, since the first token always stays. The product is rounded to double, as in the formula: then
-    // 0.9, which is above 9/10, asks for nine of ten equal masses.
-    static uint64_t share_of(double p, uint64_t total) {
-        const double product = p * (double)total;
-        uint64_t share = (uint64_t)product;
-        share += (double)share < product;
-        return share < 1 ? 1 : share < total ? share : total;
     }
 
     void keep_likely(const Filters<C>& filters) {

@@ -1,4 +1,4 @@
-"""The CUDA C++ source of a kernel, put together from the files beside this one."""
+"""The CUDA C++ source of a kernel, in one text: NVRTC gets no folder to include files from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ if TYPE_CHECKING:
     from polysoftmax.engines.cuda._plan import Kernel
 
 
-PARTS = ("arithmetic.cuh", "machine.cuh", "rows.cuh", "sample.cuh", "truncate.cuh")
+PARTS = (
+    "arithmetic.hpp",
+    "cuda/machine.cuh",
+    "cuda/totals.cuh",
+    "cuda/rows.cuh",
+    "cuda/sample.cuh",
+    "cuda/truncate.cuh",
+)
 
 _FAMILIES = {
     "sample_masses": ("MASS", "run_masses"),
@@ -23,8 +30,9 @@ _FAMILIES = {
 
 @functools.cache
 def part(name: str) -> str:
-    """Return the text of a file of the source."""
-    return files(__package__).joinpath(name).read_text("utf-8")
+    """Return the text of a file in ``native``, in the namespace of the source."""
+    text = files("polysoftmax").joinpath("native", name).read_text("utf-8")
+    return f"namespace polysoftmax {{\n\n{text}\n}}\n"
 
 
 def body(kernel: Kernel) -> tuple[str, str]:

@@ -9,7 +9,6 @@
 //   CLUSTER     blocks that share a row
 //   HELD        whether the row stays in registers; else it is read again to be written
 //   GENERAL     whether there is a temperature or a mask; most calls have neither, and need not pay for the questions
-namespace polysoftmax {
 
 enum Formula {
     SOFTMAX,
@@ -44,8 +43,8 @@ struct Parameter {
     }
 
     template <class C>
-    DEVICE Temperature<C> as_temperature(Index row) const {
-        return temperature_of<C>(values || value != 1, (C)of<C>(row));
+    DEVICE RowTemperature<C> as_temperature(Index row) const {
+        return row_temperature<C>(values || value != 1, (C)of<C>(row));
     }
 };
 
@@ -148,7 +147,7 @@ struct RowKernel {
     Y* out;
     MaskedRow mask;
     Index head, packs, extra;    // entries before the first whole access, whole accesses, entries outside them
-    Temperature<C> t;
+    RowTemperature<C> t;
     Total<C> total;
     C inverse, log_total, moment;    // 1 / Σ, log Σ, and the sum over the second array
     Index target;
@@ -166,7 +165,7 @@ struct RowKernel {
         x = (const X*)a.x + row * a.x_stride;
         second = (const X*)a.second + row * a.second_stride;
         out = (Y*)a.out + row * (REDUCES ? 1 : a.n);
-        t = temperature_of<C>(false, 1);
+        t = row_temperature<C>(false, 1);
         if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
         head = 0;
         if (W > 1) {
@@ -230,7 +229,7 @@ struct RowKernel {
         Total<C> second;
     };
 
-    DEVICE static Both merge_both(const Both& p, const Both& q, const Temperature<C>& t) {
+    DEVICE static Both merge_both(const Both& p, const Both& q, const RowTemperature<C>& t) {
         Both r{merge(p.total, q.total, t), p.second};
         r.second.rest += q.second.rest;
         r.second.lost += q.second.lost;
@@ -260,10 +259,10 @@ struct RowKernel {
         total = mine.total;
         C sum = sum_of(total);
         inverse = 1 / sum;
-        if constexpr (F == LOG_SOFTMAX) log_total = logarithm(sum);
+        if constexpr (F == LOG_SOFTMAX) log_total = log(sum);
     }
 
-    DEVICE C probability(C v) const { return exponential(over_temperature(v - total.top, t)) * inverse; }
+    DEVICE C probability(C v) const { return exp(over_temperature(v - total.top, t)) * inverse; }
 
     // y of the softmax, and the cotangent where y is not 0.
     template <int N>
@@ -300,7 +299,7 @@ struct RowKernel {
             entries(position, pack, v);
             UNROLL for (int i = 0; i < N; i++) {
                 bool kept = exists(position + i);
-                C p = F == LOG_SOFTMAX_PULLBACK ? exponential(v[i]) : kept ? probability(v[i]) : 0;
+                C p = F == LOG_SOFTMAX_PULLBACK ? exp(v[i]) : kept ? probability(v[i]) : 0;
                 v[i] = over_regular_temperature((kept ? widen(other.at[i]) : 0) - p * moment, t);
             }
         } else if constexpr (F == CROSS_ENTROPY_SLOPE) {
@@ -310,12 +309,12 @@ struct RowKernel {
             entries(position, pack, v);
             UNROLL for (int i = 0; i < N; i++) {
                 C z = over_temperature(v[i] - total.top, t);
-                if constexpr (F == SOFTMAX) v[i] = exists(position + i) ? exponential(z) * inverse : 0;
+                if constexpr (F == SOFTMAX) v[i] = exists(position + i) ? exp(z) * inverse : 0;
                 if constexpr (F == LOG_SOFTMAX) v[i] = exists(position + i) ? z - log_total : -infinity<C>();
             }
         }
         Pack<Y, N> y;
-        UNROLL for (int i = 0; i < N; i++) y.at[i] = Rounded<Y>::of(v[i]);
+        UNROLL for (int i = 0; i < N; i++) round_to(v[i], y.at[i]);
         y.store(out + position);
     }
 
@@ -342,7 +341,7 @@ struct RowKernel {
     DEVICE void write_zeros() {
         visit(false, [&](Index position, const auto& pack, const auto&) {
             Pack<Y, sizeof(pack.at) / sizeof(X)> zeros;
-            for (Y& one : zeros.at) one = Rounded<Y>::of(0);
+            for (Y& one : zeros.at) one = rounded<Y>((C)0);
             zeros.store(out + position);
         });
     }
@@ -362,7 +361,7 @@ struct RowKernel {
                 bool known = target >= 0 && target < a.n;
                 y = !counts ? 0 : known ? loss_of(total, (C)widen(x[target]), weight, (C)a.z_loss) : nan_of<C>();
             }
-            out[0] = Rounded<Y>::of(y);
+            out[0] = rounded<Y>(y);
         } else {
             if (IS_LOSS && !counts) return write_zeros();
             visit(false, [&](Index position, const auto& pack, const auto& other) { answer(position, pack, other); });
@@ -392,5 +391,3 @@ template <class S>
 DEVICE void run_rows(const RowArguments& arguments, char* shared) {
     RowKernel<S>(arguments, shared).run();
 }
-
-}  // namespace polysoftmax

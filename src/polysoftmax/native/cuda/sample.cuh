@@ -5,8 +5,6 @@
 // whole block. A group of LANES threads adds up a block of tokens: LANES·PACKS·WIDTH is its length. One of the draw says
 // X, C, THREADS, BLOCK and GENERAL; one of the draw from few tokens C and THREADS.
 
-namespace polysoftmax {
-
 struct MassArguments {
     const void* x;
     void *top, *mass;
@@ -33,7 +31,7 @@ struct MassKernel {
     Index row, count;
     const X* x;
     C* mass;
-    Temperature<C> t;
+    RowTemperature<C> t;
     MaskedRow mask;
 
     DEVICE MassKernel(const MassArguments& arguments, char* shared) : a(arguments), shared(shared) {
@@ -42,7 +40,7 @@ struct MassKernel {
         count = (a.n + SIZE - 1) / SIZE;
         x = (const X*)a.x + row * a.x_stride;
         mass = (C*)a.mass + row * count;
-        t = temperature_of<C>(false, 1);
+        t = row_temperature<C>(false, 1);
         if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
     }
 
@@ -105,9 +103,8 @@ struct MassKernel {
     }
 
     DEVICE C mass_under(const Tokens& one, C top) const {
-        if (!finite(top)) return nan_of<C>();
-        C mass = one.top == top ? one.mass : one.mass * term(one.top - top, t);
-        return mass + t.zero;    // NaN where the temperature has no answer
+        if (!finite(top) || !t.has_answer()) return nan_of<C>();
+        return one.top == top ? one.mass : one.mass * term(one.top - top, t);
     }
 
     DEVICE void run() {
@@ -163,7 +160,7 @@ struct DrawKernel {
     const X* x;
     C top;
     Words key;
-    Temperature<C> t;
+    RowTemperature<C> t;
     MaskedRow mask;
 
     DEVICE DrawKernel(const DrawArguments& arguments, char* shared) : a(arguments), shared(shared) {
@@ -177,7 +174,7 @@ struct DrawKernel {
         x = (const X*)a.x + a.x_map.offset(row);
         top = ((const C*)a.top)[a.top_map.offset(row)];
         key = key_of(a, row);
-        t = temperature_of<C>(false, 1);
+        t = row_temperature<C>(false, 1);
         if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
     }
 
@@ -186,7 +183,7 @@ struct DrawKernel {
         Total<C> sum = no_entries<C>();
         for (Index i = member; i < count; i += S::THREADS) {
             add_exactly(sum, mass[i]);
-            C score = logarithm(mass[i]);
+            C score = log(mass[i]);
             best = merge(best, Best<C>{noisy_score(score, t, key, i, BLOCK_VARIATES), i});
         }
         *total = sum.rest + sum.lost;
@@ -217,7 +214,7 @@ struct DrawKernel {
         if (member != 0 || !present) return;
         bool drawn = finite(top) && total > 0 && token.index < a.n;
         a.tokens[row] = drawn ? token.index : -1;
-        if (a.logprobs) ((C*)a.logprobs)[row] = drawn ? distance(token.index) - logarithm(total) : nan_of<C>();
+        if (a.logprobs) ((C*)a.logprobs)[row] = drawn ? distance(token.index) - log(total) : nan_of<C>();
     }
 };
 
@@ -251,7 +248,7 @@ struct LeadingKernel {
     const int* index;
     C top;
     Words key;
-    Temperature<C> t;
+    RowTemperature<C> t;
     C *terms, *kept;    // exp((x - top) / T) of all tokens, and of those that the other filters leave; else 0
 
     DEVICE LeadingKernel(const LeadingArguments& arguments, char* shared) : a(arguments), shared(shared) {
@@ -279,7 +276,7 @@ struct LeadingKernel {
     DEVICE void filter() {
         double p = a.p.of<C>(row), min_p = a.min_p.of<C>(row);
         bool answered = p >= 0 && p <= 1 && min_p >= 0 && min_p <= 1;
-        for (Index i = member; i < a.k; i += S::THREADS) terms[i] = exponential(distance(i));
+        for (Index i = member; i < a.k; i += S::THREADS) terms[i] = exp(distance(i));
         block_barrier();
         double target = p < 1 ? p * sum_of_terms(terms, [](Index) { return true; }) : 0;
         for (Index i = member; i < a.k; i += S::THREADS) {
@@ -296,7 +293,7 @@ struct LeadingKernel {
         Best<C> best{-infinity<C>(), a.k};
         for (Index i = member; i < a.k; i += S::THREADS) {
             Index block = index[i] / a.size;
-            C score = logarithm((C)sum_of_terms(kept, [&](Index j) { return index[j] / a.size == block; }));
+            C score = log((C)sum_of_terms(kept, [&](Index j) { return index[j] / a.size == block; }));
             best = merge(best, Best<C>{noisy_score(score, t, key, block, BLOCK_VARIATES), i});
         }
         return best;
@@ -322,7 +319,7 @@ struct LeadingKernel {
         if (member != 0) return;
         bool drawn = total > 0 && token.index < a.k;
         a.tokens[row] = drawn ? index[token.index] : -1;
-        if (a.logprobs) ((C*)a.logprobs)[row] = drawn ? distance(token.index) - logarithm(total) : nan_of<C>();
+        if (a.logprobs) ((C*)a.logprobs)[row] = drawn ? distance(token.index) - log(total) : nan_of<C>();
     }
 };
 
@@ -364,5 +361,3 @@ template <class S>
 DEVICE void run_leading(const LeadingArguments& arguments, char* shared) {
     LeadingKernel<S>(arguments, shared).run();
 }
-
-}  // namespace polysoftmax

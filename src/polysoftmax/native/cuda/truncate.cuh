@@ -5,7 +5,6 @@
 // threads. A block has a row; it reads it once from memory, and again from the cache for each digit.
 //
 // A specialisation S says FORMULA, X, C, WIDTH, THREADS and PACKS as for rows; THREADS is the whole block.
-namespace polysoftmax {
 
 const int DIGIT = 11, BINS = 1 << DIGIT, SHARE = BINS / 32;
 const int MOST_LEADING = 1024;    // tokens that fit the place of the bins, with their indices
@@ -22,17 +21,17 @@ struct FilterArguments {
 // A prefix of the order: what comes before `end`, and of what is equal to it that with an index below `limit`.
 template <class X>
 struct Prefix {
-    Order<X> end;
+    BitsOf<X> end;
     Index limit;
 
-    DEVICE bool holds(Order<X> order, Index i) const { return order > end || (order == end && i < limit); }
+    DEVICE bool holds(BitsOf<X> order, Index i) const { return order > end || (order == end && i < limit); }
 };
 
 template <class S>
 struct FilterKernel {
     using X = typename S::X;
     using C = typename S::C;
-    using Key = Order<X>;
+    using Key = BitsOf<X>;
     static constexpr int W = S::WIDTH, PACKS = S::PACKS, BITS = 8 * sizeof(X);
     static constexpr bool LEADING = S::FORMULA == SAMPLE_LEADING;
 
@@ -56,7 +55,7 @@ struct FilterKernel {
     MaskedRow mask;
     X* out;
     C top, scale;
-    Temperature<C> t;
+    RowTemperature<C> t;
 
     DEVICE FilterKernel(const FilterArguments& arguments, char* shared) : a(arguments), shared(shared) {
         bins = (Amount*)(shared + SCRATCH);
@@ -70,13 +69,13 @@ struct FilterKernel {
     }
 
     DEVICE X entry_at(Index i) const {
-        return mask.exists(i) ? x[i] : Rounded<X>::of(-infinity<C>());
+        return mask.exists(i) ? x[i] : rounded<X>(-infinity<C>());
     }
 
     // Call body(index of the first, entries, how many there are) for every access of this thread.
     template <class Body>
     DEVICE void visit(Body body) const {
-        const X nothing = Rounded<X>::of(-infinity<C>());
+        const X nothing = rounded<X>(-infinity<C>());
         for (Index first = (Index)member * W; first < a.n; first += (Index)S::THREADS * W * PACKS) {
             Pack<X, W> packs[PACKS];
             UNROLL for (int j = 0; j < PACKS; j++) {
@@ -115,7 +114,7 @@ struct FilterKernel {
             mine, shared, [](const Top& p, const Top& q) { return Top{greater(p.top, q.top), p.odd + q.odd}; });
     }
 
-    DEVICE C probability(C value) const { return exponential(over_temperature(value - top, t)); }    // of the greatest: 1
+    DEVICE C probability(C value) const { return exp(over_temperature(value - top, t)); }    // of the greatest: 1
 
     // Which of 32 shares, one a lane, the first lane's first, holds the last that is needed. Every warp finds the same.
     DEVICE Place lane_of(Amount own, Amount need) const {
@@ -192,11 +191,11 @@ struct FilterKernel {
                     if (whole.holds(order, i)) add(order, weight_of(order, by_mass));
                 });
             },
-            [&](Amount all) { return by_mass ? share_of_amount(p, all) : k; });
+            [&](Amount all) { return by_mass ? share_of(p, all) : k; });
         Key end = (Key)last.which;
         if (last.left == last.there || last.left + weight_of(end, by_mass) > last.there) return Prefix<X>{end, a.n};
         Place lowest = descend<Word>(
-            digits_of(a.n),
+            bit_length(a.n),
             [&](auto add) {
                 for (Index i = member; i < a.n; i += S::THREADS) {
                     Key order = order_of(entry_at(i));
@@ -208,7 +207,7 @@ struct FilterKernel {
     }
 
     DEVICE void write(const Prefix<X>& kept, C min_p) const {
-        const X nothing = Rounded<X>::of(-infinity<C>());
+        const X nothing = rounded<X>(-infinity<C>());
         visit([&](Index first, Pack<X, W>& pack, int count) {
             UNROLL for (int e = 0; e < W; e++) {
                 bool keep = kept.holds(order_of(pack.at[e]), first + e);
@@ -227,7 +226,7 @@ struct FilterKernel {
     }
 
     DEVICE void write_nan() const {
-        const X nan = Rounded<X>::of(nan_of<C>());
+        const X nan = rounded<X>(nan_of<C>());
         visit([&](Index first, Pack<X, W>& pack, int count) {
             UNROLL for (int e = 0; e < W; e++) pack.at[e] = nan;
             write_pack(first, pack, count);
@@ -275,7 +274,7 @@ struct FilterKernel {
             return known ? write_leading((int)k) : write_leading_nan((int)k);
         }
         bool answered = known && top < infinity<C>() && k >= 0 && p >= 0 && p <= 1 && min_p >= 0 && min_p <= 1;
-        if (!answered || (t.given && !(t.value >= 0))) return write_nan();
+        if (!answered || !t.has_answer()) return write_nan();
         Prefix<X> kept = everything();
         // Of two searches one is often off: a loop, so that they are compiled once.
         for (int by_mass = 0; by_mass < 2 && finite(top); by_mass++) {
@@ -297,5 +296,3 @@ template <class S>
 DEVICE void run_filter(const FilterArguments& arguments, char* shared) {
     FilterKernel<S>(arguments, shared).run();
 }
-
-}  // namespace polysoftmax

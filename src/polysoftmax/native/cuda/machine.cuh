@@ -1,9 +1,9 @@
-// What the kernels ask of the machine: who a thread is, barriers, and words from other threads. The tests give the same
-// functions on the host, so that the kernels themselves run there.
+// What the kernels ask of the machine: who a thread is, barriers, words from other threads, and its own instructions. The
+// tests give the same functions on the host, so that the kernels themselves run there.
 #define DEVICE __device__ __forceinline__
-#define UNROLL _Pragma("unroll")
 
-namespace polysoftmax {
+using Index = long long;
+using Amount = uint64_t;
 
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE Index block_index() { return blockIdx.x; }
@@ -39,6 +39,18 @@ DEVICE Word word_of_rank(const Word* own, int rank) {
 
 // Add to a number in shared memory, whatever the other threads of the block do; the answer is what it was.
 DEVICE Amount add_in_block(Amount* to, Amount more) { return atomicAdd(to, more); }
+
+DEVICE float greater(float x, float y) { return fmaxf(x, y); }    // a NaN loses
+DEVICE double greater(double x, double y) { return fmax(x, y); }
+
+// 2^x for terms of a sum. The rounding of x weighs as much as the term does, so one instruction is enough.
+DEVICE float quick_exp2(float x) {
+    float y;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+DEVICE double quick_exp2(double x) { return exp2(x); }
 
 // W entries in accesses of up to 16 bytes.
 template <int BYTES>
@@ -90,5 +102,3 @@ struct Pack {
         }
     }
 };
-
-}  // namespace polysoftmax
