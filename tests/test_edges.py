@@ -83,7 +83,8 @@ def check_ends(lib: Adapter, dtype: str, n: int, kept: str, by: str, temperature
     counts = []
     for number in numbers_near(P if by == "top_p" else MIN_P, dtype):
         answers = []
-        for form in forms(lib, number, dtype):
+        # A number is a constant of a program: each would be compiled.
+        for form in forms(lib, number, dtype)[2 if lib.can.compiles and len(counts) > 0 else 0 :]:
             options = {by: form, "temperature": temperature} | ({"top_k": top_k} if top_k else {})
             left = lib.call(polysoftmax.truncate, rows, **options)
             drawn = lib.call(polysoftmax.sample, rows, keys, return_logprobs=True, **options)
