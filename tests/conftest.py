@@ -27,6 +27,9 @@ _ASKED = "POLYSOFTMAX_TEST_BACKENDS"
 _CONTRACT = "test_contract"
 """The one file of tests that runs everywhere: each backend in each engine and dtype."""
 
+_EVERYTHING = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
+"""Whether every backend runs in every file and dtype, which takes hours."""
+
 _FUNCTIONS = ("accuracy", "derivatives", "edges", "losses", "random", "sampling", "truncation")
 
 _FILES = {
@@ -55,7 +58,7 @@ def _runs_in(backend: Backend, engine: str, file: str) -> bool:
     # A library that compiles compiles a formula whole; one operation after another, each is a compilation.
     if backend.capability.compiles and engine == "portable":
         return file == _CONTRACT
-    return file in _FILES.get(backend, {file})
+    return _EVERYTHING or file in _FILES.get(backend, {file})
 
 
 def _asked() -> list[Backend]:
@@ -107,7 +110,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not all(one(can) for one in keep):
             continue
         marks = [pytest.mark.gpu] if can.gpu else []
-        dtypes = can.dtypes if file == _CONTRACT else _DTYPES.get(backend, can.dtypes)
+        dtypes = can.dtypes if _EVERYTHING or file == _CONTRACT else _DTYPES.get(backend, can.dtypes)
         for engine in can.engines:
             if not _runs_in(backend, engine, file):
                 continue
