@@ -140,7 +140,7 @@ def test_integers_become_floating(lib: Adapter) -> None:
 
 @ordered
 def test_ties_go_to_the_lowest_index(lib: Adapter) -> None:
-    for n in (4, 300):
+    for n in (300, 4)[: 1 if lib.can.compiles else 2]:
         x = lib.asarray(np.zeros(n), "float32")
         assert kept(lib, lib.call(polysoftmax.truncate, x, top_k=3)) == [0, 1, 2]
         assert kept(lib, lib.call(polysoftmax.truncate, x, top_p=0.5)) == list(range(n // 2))
@@ -211,6 +211,8 @@ def test_parameters_for_each_row(lib: Adapter) -> None:
     ]
     y = lib.call(polysoftmax.truncate, lib.asarray(x, "float32"), **arrays)
     assert [[np.flatnonzero(row > -INF).tolist() for row in block] for block in lib.values(y)] == expected
+    if lib.can.traced:
+        return  # the same program, transposed
     turned = lib.asarray(np.moveaxis(x, -1, 0), "float32")
     y = lib.call(polysoftmax.truncate, turned, axis=0, **arrays)
     moved = np.moveaxis(lib.values(y), 0, -1)
