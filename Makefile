@@ -18,7 +18,7 @@ COMPILERS := $(shell for one in $${CXX:-c++ g++ clang++}; do command -v $$one; d
 export POLYSOFTMAX_NATIVE ?= $(if $(COMPILERS),required)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-build fuzz-native lint docs bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
+.PHONY: help demo test test-quick test-build fuzz-native lint docs bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
 
 help: ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -29,12 +29,19 @@ help: ## Show this list.
 demo: $(VENV)/installed-all ## Fit a character model to English text on every CPU backend, and compare them.
 	@$(BIN)/python -m polysoftmax demo $(ARGS)
 
-# One BLAS thread a worker: two workers' threads would spend most of their time waiting for each other.
-test: export OMP_NUM_THREADS ?= 1
-test: export OPENBLAS_NUM_THREADS ?= 1
+# One BLAS thread a worker: two workers' threads would spend most of their time waiting for each other. Tests that follow
+# one another stay together, for the programs that they compile.
+test test-quick: export OMP_NUM_THREADS ?= 1
+test test-quick: export OPENBLAS_NUM_THREADS ?= 1
 test: export POLYSOFTMAX_TEST_NVRTC ?= $(abspath $(NVRTC_OLDEST))
 test: $(VENV)/installed-test $(NVRTC_OLDEST) ## Run the whole test suite: every backend found, engines on and portable.
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+QUICK := contract losses sampling truncation same_bits native_rows native_draws errors engines package matrix
+
+test-quick: export POLYSOFTMAX_TEST_BACKENDS ?= numpy,torch
+test-quick: $(VENV)/installed-test ## Run two minutes' worth of tests: NumPy and eager PyTorch, most functions, the C++ kernels.
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK:%=tests/test_%.py) $(ARGS)
 
 test-build: $(VENV)/installed-test ## Build wheels and a source distribution, and install without a compiler: the tests that call pip.
 	@$(BIN)/python -m pytest -m build tests/test_native_build.py $(ARGS)

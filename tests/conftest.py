@@ -1,8 +1,13 @@
-"""The one fixture of the test matrix: a backend, a way of running it, an engine."""
+"""The one fixture of the test matrix: a backend, a way of running it, an engine; and which of them run where."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import gc
+import itertools
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,18 +15,50 @@ import pytest
 # JAX would take three quarters of a GPU's memory with its first array, and leave the others too little.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from polysoftmax.testing import Adapter, Backend, missing, open_backend
+from polysoftmax.testing import Adapter, Backend, missing, open_backend, reference
+from polysoftmax.testing._adapters import forget_programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 _ASKED = "POLYSOFTMAX_TEST_BACKENDS"
 
-_OP_BY_OP = "test_contract"
-"""The one file of tests in which a library that compiles runs formulas as they stand, one operation after another.
+_CONTRACT = "test_contract"
+"""The one file of tests that runs everywhere: each backend in each engine and dtype."""
 
-Each operation is a compilation then, and the formula is the one that it compiles whole everywhere else.
-"""
+_EVERYTHING = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
+"""Whether every backend runs in every file and dtype, which takes hours."""
+
+_FUNCTIONS = ("accuracy", "derivatives", "edges", "losses", "random", "sampling", "truncation")
+
+_FILES = {
+    # The same calls as in 2024.12, whose standard has fewer functions.
+    Backend.STRICT_2025: {_CONTRACT},
+    # A write to an input is found on every backend; here, memory that is taken to be writable.
+    Backend.NUMPY_READONLY: {_CONTRACT, "test_losses", "test_sampling", "test_truncation"},
+    # The programs of `jax` in float64, whose second derivatives have tests of their own, and 64-bit integers.
+    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_peers", "test_random", "test_sampling"},
+    # All but laws and peers, which are about the formulas' numbers; these are those of eager PyTorch.
+    Backend.TORCH_COMPILE: {_CONTRACT, *(f"test_{name}" for name in _FUNCTIONS)},
+}
+"""The files of tests that a backend runs in, where another backend runs the same code in the rest."""
+
+_DTYPES = {
+    # 16 bits where a compiler may leave their roundings out; for PyTorch's, see test_torch_programs.py.
+    Backend.JAX: ("float32",),
+    Backend.JAX_FUSED: ("float32", "bfloat16"),
+    Backend.JAX_X64: ("float64",),
+    Backend.TORCH_COMPILE: ("float32",),
+}
+"""The dtypes of a test outside the contract, where each is a compilation of a second or more."""
+
+
+def _runs_in(backend: Backend, engine: str, file: str) -> bool:
+    # A library that compiles compiles a formula whole; one operation after another, each is a compilation.
+    if backend.capability.compiles and engine == "portable":
+        return file == _CONTRACT
+    return _EVERYTHING or file in _FILES.get(backend, {file})
 
 
 def _asked() -> list[Backend]:
@@ -34,6 +71,12 @@ def _asked() -> list[Backend]:
     return [known[name] for name in names]
 
 
+@functools.cache
+def _backends() -> list[Backend]:
+    """Return what is asked for, or else every backend but those of a GPU that is not here."""
+    return _asked() or [one for one in Backend if not (one.capability.gpu and missing(one))]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(keep): on which backends a test runs, as a function of Capability")
     asked = _asked()
@@ -43,26 +86,62 @@ def pytest_configure(config: pytest.Config) -> None:
             pytest.exit(f"these tests need a GPU: {'; '.join(absent)}", 2)
 
 
+def pytest_report_header() -> str | None:
+    absent = [one for one in Backend if one not in _backends() and one.capability.gpu]
+    return None if _asked() or not absent else f"no tests of: {'; '.join(map(str, map(missing, absent)))}"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave the tests of the kernels on a GPU out where there is none; named on the command line, they are skipped."""
+    has_gpu = collection_path.name != "test_gpu.py" or any(one.capability.gpu for one in _backends())
+    return None if has_gpu else True
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a test that takes `lib` each backend in each of its engines, and one that takes `dtype` its dtypes."""
     if "lib" not in metafunc.fixturenames:
         return
     keep = [mark.args[0] for mark in metafunc.definition.iter_markers("backends")]
     with_dtype = "dtype" in metafunc.fixturenames
+    file = metafunc.module.__name__.rpartition(".")[2]
     params = []
-    for backend in _asked() or Backend:
+    for backend in _backends():
         can = backend.capability
         if not all(one(can) for one in keep):
             continue
         marks = [pytest.mark.gpu] if can.gpu else []
+        dtypes = can.dtypes if _EVERYTHING or file == _CONTRACT else _DTYPES.get(backend, can.dtypes)
         for engine in can.engines:
-            if can.compiles and engine == "portable" and metafunc.module.__name__.rpartition(".")[2] != _OP_BY_OP:
+            if not _runs_in(backend, engine, file):
                 continue
-            for dtype in can.dtypes if with_dtype else ("",):
+            for dtype in dtypes if with_dtype else ("",):
                 values = ((backend, engine), dtype) if with_dtype else ((backend, engine),)
                 name = "-".join(filter(None, (backend.value, engine, dtype)))
                 params.append(pytest.param(*values, id=name, marks=marks))
     metafunc.parametrize(("lib", "dtype") if with_dtype else ("lib",), params, indirect=["lib"])
+
+
+def _forget_compiled_code() -> None:
+    forget_programs()
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        # The C library would keep what was freed; musl has no such function.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _end_of_file() -> Iterator[None]:
+    """Let programs go with the file that they were compiled for: all of them take 5 GB."""
+    yield
+    reference.cache_clear()
+    _forget_compiled_code()
+
+
+_COMPILING = itertools.count(1)
 
 
 @pytest.fixture
@@ -79,3 +158,5 @@ def lib(request: pytest.FixtureRequest) -> Iterator[Adapter]:
         pytest.skip(absent)
     with open_backend(backend, engine) as adapter:
         yield adapter
+    if backend.capability.compiles and next(_COMPILING) % 16 == 0:  # each may take 50 MB
+        _forget_compiled_code()

@@ -241,7 +241,7 @@ def test_a_bad_element_of_a_temperature_is_nan_in_its_row(lib: Adapter, temperat
 @pytest.mark.parametrize("temperature", [NAN, -1.0, -INF])
 def test_a_bad_temperature_is_nan_everywhere(lib: Adapter, temperature: float) -> None:
     dtype = lib.can.default_float
-    for n in (1, 2, 3, 8, 33):
+    for n in lib.some((1, 2, 3, 8, 33)):
         for op in ELEMENTWISE:
             y = lib.call(
                 getattr(polysoftmax, op), lib.asarray(np.zeros(n), dtype), temperature=lib.asarray(temperature, dtype)

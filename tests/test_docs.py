@@ -62,8 +62,8 @@ def test_the_readme_names_what_is_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {one for names in re.findall(r"\.\[([\w,]+)\]", text) for one in names.split(",")}
     assert {"numpy", "cuda"} <= extras <= set(project["optional-dependencies"])
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert {"demo", "test"} <= set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)) <= targets
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"demo", "test", "test-quick"} <= set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) <= targets
     links = re.findall(r"\]\((?!https:)([^)#]+)", text)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 ROWS = 24
 P, MIN_P = 0.9, 0.03
 
-eager = pytest.mark.backends(lambda can: not can.lazy and not can.traced and "64" not in can.how)  # Dask cannot sort
+# Dask cannot sort, the standard's arrays are NumPy's, and what PyTorch records has a test of its own.
+eager = pytest.mark.backends(lambda can: can.how in ("eager", "eager, on CUDA"))
 
 
 def rows_at_the_edge(n: int, dtype: str, *, top_k: int = 0, by: str = "top_p", temperature: float = 1.0) -> np.ndarray:
@@ -83,7 +84,8 @@ def check_ends(lib: Adapter, dtype: str, n: int, kept: str, by: str, temperature
     counts = []
     for number in numbers_near(P if by == "top_p" else MIN_P, dtype):
         answers = []
-        for form in forms(lib, number, dtype):
+        # A number is a constant of a program: each would be compiled.
+        for form in lib.some(forms(lib, number, dtype))[1 if lib.can.compiles and len(counts) > 0 else 0 :]:
             options = {by: form, "temperature": temperature} | ({"top_k": top_k} if top_k else {})
             left = lib.call(polysoftmax.truncate, rows, **options)
             drawn = lib.call(polysoftmax.sample, rows, keys, return_logprobs=True, **options)
@@ -115,9 +117,9 @@ def test_a_compiled_draw_ends_where_the_row_does(lib: Adapter, options: dict[str
     rows = lib.asarray(rows_at_the_edge(300, "float32", top_k=options.get("top_k", 0)), "float32")
     keys = lib.asarray(random.split(3, ROWS), "int32")
     tokens = lib.values(lib.call(polysoftmax.sample, rows, keys, **options))
-    for top_p in forms(lib, P, "float32")[:2]:
-        left = lib.call(polysoftmax.truncate, rows, **{**options, "top_p": top_p})
-        np.testing.assert_array_equal(lib.values(lib.call(polysoftmax.sample, left, keys)), tokens)
+    top_p = forms(lib, P, "float32")["top_k" in options]  # a number, an array
+    left = lib.call(polysoftmax.truncate, rows, **{**options, "top_p": top_p})
+    np.testing.assert_array_equal(lib.values(lib.call(polysoftmax.sample, left, keys)), tokens)
 
 
 def test_several_keys_of_a_row_draw_from_one_decision() -> None:

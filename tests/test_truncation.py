@@ -94,7 +94,7 @@ def check_survivors(lib: Adapter, rows: np.ndarray, parameters: dict[str, float]
 @eager
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
 def test_survivors(lib: Adapter, parameters: dict[str, float]) -> None:
-    for rows in batches():
+    for rows in batches()[-1 if lib.can.compiles else 0 :]:
         check_survivors(lib, rows, parameters)
 
 
@@ -140,7 +140,7 @@ def test_integers_become_floating(lib: Adapter) -> None:
 
 @ordered
 def test_ties_go_to_the_lowest_index(lib: Adapter) -> None:
-    for n in (4, 300):
+    for n in (300, 4)[: 1 if lib.can.compiles else 2]:
         x = lib.asarray(np.zeros(n), "float32")
         assert kept(lib, lib.call(polysoftmax.truncate, x, top_k=3)) == [0, 1, 2]
         assert kept(lib, lib.call(polysoftmax.truncate, x, top_p=0.5)) == list(range(n // 2))
@@ -152,7 +152,8 @@ def test_ties_go_to_the_lowest_index(lib: Adapter) -> None:
 @eager
 def test_the_crossing_token_is_kept(lib: Adapter) -> None:
     x = lib.asarray(np.log([0.05, 0.5, 0.15, 0.3]), "float32")
-    for p, indices in ((0.4, [1]), (0.55, [1, 3]), (0.79, [1, 3]), (0.81, [1, 2, 3]), (0.96, [0, 1, 2, 3])):
+    shares = ((0.79, [1, 3]), (0.4, [1]), (0.55, [1, 3]), (0.96, [0, 1, 2, 3]), (0.81, [1, 2, 3]))
+    for p, indices in lib.some(shares):
         assert kept(lib, lib.call(polysoftmax.truncate, x, top_p=p)) == indices
     halves = lib.asarray([0.0, 0.0], "float32")
     assert kept(lib, lib.call(polysoftmax.truncate, halves, top_p=0.5)) == [0]
@@ -162,7 +163,8 @@ def test_the_crossing_token_is_kept(lib: Adapter) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0, 1e6, INF])
 def test_the_most_likely_token_always_survives(lib: Adapter, temperature: float) -> None:
     x = lib.asarray([0.0, 1.0, 3.0, 2.0, 3.0], "float32")
-    for parameters in ({"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-30}, {"top_k": 1, "top_p": 0.0, "min_p": 1.0}):
+    every = ({"top_p": 0.0}, {"top_k": 1}, {"top_p": 1e-30}, {"top_k": 1, "top_p": 0.0, "min_p": 1.0})
+    for parameters in lib.some(every):
         y = lib.call(polysoftmax.truncate, x, temperature=temperature, **parameters)
         assert kept(lib, y) == [2]
 
@@ -209,6 +211,8 @@ def test_parameters_for_each_row(lib: Adapter) -> None:
     ]
     y = lib.call(polysoftmax.truncate, lib.asarray(x, "float32"), **arrays)
     assert [[np.flatnonzero(row > -INF).tolist() for row in block] for block in lib.values(y)] == expected
+    if lib.can.traced:
+        return  # the same program, transposed
     turned = lib.asarray(np.moveaxis(x, -1, 0), "float32")
     y = lib.call(polysoftmax.truncate, turned, axis=0, **arrays)
     moved = np.moveaxis(lib.values(y), 0, -1)
@@ -229,7 +233,8 @@ def test_axes(lib: Adapter) -> None:
 @eager
 def test_bad_rows_are_nan(lib: Adapter) -> None:
     x = lib.asarray([[0.0, NAN, 1.0], [0.0, INF, 1.0], [-INF, -INF, -INF], [0.0, 2.0, 1.0]], "float32")
-    for parameters in ({}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.2}, {"top_k": 2, "top_p": 0.9, "min_p": 0.2}):
+    every = ({}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.2}, {"top_k": 2, "top_p": 0.9, "min_p": 0.2})
+    for parameters in lib.some(every):
         y = lib.values(lib.call(polysoftmax.truncate, x, **parameters))
         assert np.isnan(y[:2]).all(), parameters
         assert (y[2] == -INF).all()
@@ -244,7 +249,7 @@ def test_bad_rows_have_no_probabilities(lib: Adapter, parameters: dict[str, floa
     def probabilities(x: Any) -> Any:
         return polysoftmax.softmax(polysoftmax.truncate(x, **parameters))
 
-    for n in (2, 4, 16):
+    for n in lib.some((2, 4, 16)):
         rows = np.zeros((3, n))
         rows[0, 0], rows[1, 1] = NAN, INF
         y = lib.values(lib.call(probabilities, lib.asarray(rows, "float32")))
@@ -309,7 +314,7 @@ def test_derivatives() -> None:
         y = polysoftmax.truncate(x, top_k=3, top_p=0.8, min_p=0.01)
         return jax.numpy.where(y > -INF, y, 0.0).sum()
 
-    assert jax.grad(total)(x).tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert jax.jit(jax.grad(total))(x).tolist() == [1.0, 0.0, 1.0, 0.0]
     torch = pytest.importorskip("torch")
     leaf = torch.tensor([3.0, 1.0, 2.0, 0.0], requires_grad=True)
     y = polysoftmax.truncate(leaf, top_k=3, top_p=0.8, min_p=0.01)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import array_api_compat
 import numpy as np
@@ -15,11 +15,13 @@ from polysoftmax.testing._formats import FORMATS, rounded
 from polysoftmax.testing._work import unmultiplied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
     Array = Any
+
+T = TypeVar("T")
 
 
 class _Call(NamedTuple):
@@ -95,6 +97,10 @@ class Adapter:
 
     def _run(self, spec: _Call, arrays: list[Array]) -> Any:
         return spec(*arrays)
+
+    def some(self, choices: Sequence[T]) -> Sequence[T]:
+        """Return all choices, or the first and the last where each of them costs a compilation or a graph."""
+        return [choices[0], *choices[1:][-1:]] if self.can.compiles or self.can.lazy else choices
 
     def program(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of nested tuples of arrays as the backend runs it."""
@@ -359,6 +365,12 @@ def _adapter(backend: Backend, engine: str) -> Adapter:
     # One for each engine, because compiled calls are kept and the engine is chosen while they are traced.
     del engine
     return _ADAPTERS[backend.library](backend)
+
+
+def forget_programs() -> None:
+    """Let go of what was compiled for calls until now."""
+    _Jax._compiled.cache_clear()
+    _Torch._compiled.cache_clear()
 
 
 @contextmanager
