@@ -127,7 +127,8 @@ class Problem:
         """Return a hash of the outputs, computed in this process."""
         buffers = [None if one is None else one.memory() for one in self.operands]
         # An empty operand may have no address, and must not look like one that is absent.
-        addresses = [0 if one is None else one.ctypes.data or 8 for one in buffers]
+        placed = zip(self.operands, buffers, strict=True)
+        addresses = [0 if one is None else (buffer.ctypes.data or 8) + one.origin for one, buffer in placed]
         library.run(self.words(), struct.pack(f"{len(addresses)}q", *addresses))
         digest = hashlib.sha256()
         for one, buffer in zip(self.operands, buffers, strict=True):

@@ -13,6 +13,7 @@
 
 namespace POLYSOFTMAX_LEVEL {
 
+#include "run.hpp"
 #include "losses.hpp"
 #include "truncation.hpp"
 #include "sampling.hpp"

@@ -2,6 +2,7 @@
 // probabilities, y for the answer, g for a cotangent, d for a tangent.
 #pragma once
 
+#include "problem.hpp"
 #include "rows.hpp"
 
 // A choice between numbers that have both been loaded: a load under a condition would not become vectors.

@@ -2,6 +2,7 @@
 // every token. Each of top_k and top_p keeps a prefix of the tokens in order of logit, then index.
 #pragma once
 
+#include "problem.hpp"
 #include "rows.hpp"
 
 // Compiled once for all its callers: inlined, these functions would double the time of the build.
