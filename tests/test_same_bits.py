@@ -136,10 +136,12 @@ class Call(NamedTuple):
         return [self._lines(one) for one in (y if isinstance(y, tuple) else (y,))]
 
     def _lines(self, y: Any) -> Arrays:
+        # NaN is one value: which of its bits are set depends on the CPU, and on who was the first of two operands.
         if self.library == "torch":
-            if str(y.dtype) == "torch.bfloat16":
-                y = y.masked_fill(y.isnan(), np.nan)  # PyTorch's cast of a NaN has other bits in a vector than alone
+            y = y.masked_fill(y.isnan(), np.nan) if y.is_floating_point() else y
             y = (y.view(y.short().dtype) if y.element_size() == 2 else y).numpy()
+        elif y.dtype.kind == "f":
+            y = np.where(np.isnan(y), y.dtype.type(np.nan), y)
         y = np.moveaxis(y, self.axis, -1) if np.ndim(y) == 2 else np.asarray(y)
         return np.ascontiguousarray(y).view(f"u{y.itemsize}").reshape(len(self.index), -1)
 

@@ -9,7 +9,6 @@ from polysoftmax._arrays import library
 from polysoftmax._ops import Ops, ops_of
 
 if TYPE_CHECKING:
-
     from polysoftmax._arrays import Array
     from polysoftmax._formula import Call, RowFormula
 
