@@ -41,7 +41,7 @@ class Run {
         : p(problem), f(formula), first(first), last(last), share(pieces), threads(threads) {
         across = layout == ACROSS;
         padded = layout == PADDED;
-        pitch = padded ? Along<C, true>::to_the_end(p.n) : p.n;
+        pitch = padded ? Along<C, true>::to_the_end(p.n ? p.n : 1) : p.n;    // a class is looked up even where there is none
         for (int k = 0; k < p.count + f.scratch; k++) prepare(stages[k], k);
         choose_tile();
     }
@@ -336,7 +336,7 @@ template <class C>
 int run_rows(const Problem& p, const Formula<C>& f, Pieces pieces, int threads) {
     constexpr int64_t few = 6;
     int64_t across = 0;
-    if (!f.block && p.n <= longest_in_eights) {
+    if (!f.block && p.n > 0 && p.n <= longest_in_eights) {
         across = p.rows / Across<C>::lanes * Across<C>::lanes;
         if (p.rows - across > few) across = p.rows;
     }
