@@ -17,6 +17,7 @@ import polysoftmax as ps
 from polysoftmax import _formula, engines
 from polysoftmax._formula import Call
 from polysoftmax.engines import cuda
+from polysoftmax.engines import numpy as numpy_engine
 from polysoftmax.engines.cuda import _calls, _devices, _source
 from polysoftmax.engines.cuda._plan import Kernel, Machine
 
@@ -103,6 +104,7 @@ def device(monkeypatch, folder):
     found = HostDevice(folder)
     monkeypatch.setattr(_devices, "device_of", found.of)
     monkeypatch.setitem(_formula._RUNNERS, np.ndarray, cuda)
+    monkeypatch.setattr(cuda, "words", numpy_engine.words)  # for what runs as it stands
     token = engines._CHOICE.set("cuda")
     yield found
     engines._CHOICE.reset(token)
@@ -111,9 +113,9 @@ def device(monkeypatch, folder):
 def portable(function, *arrays, dtype=np.float64, **options):
     """What the array API formulas answer, in float64 if not otherwise asked."""
     wide = [one.astype(dtype) if dtype and one.dtype.kind in "fV" else one for one in arrays]
-    found, _formula._RUNNERS[np.ndarray] = _formula._RUNNERS[np.ndarray], engines._Portable()
+    found, _formula._RUNNERS[np.ndarray] = _formula._RUNNERS[np.ndarray], numpy_engine
     try:
-        with np.errstate(all="ignore"):
+        with ps.engine("portable"):
             return function(*wide, **options)
     finally:
         _formula._RUNNERS[np.ndarray] = found
