@@ -86,8 +86,8 @@ struct FilterKernel {
                 Index i = first + (Index)j * S::THREADS * W;
                 int count = i + W <= a.n ? W : i < a.n ? (int)(a.n - i) : 0;
                 UNROLL for (int e = 0; e < W; e++) {
-                    if (count < W && e < count) packs[j].at[e] = x[i + e];
-                    if (e < count && !mask.exists(i + e)) packs[j].at[e] = nothing;
+                    if (count < W && e < count) packs[j].set(e, x[i + e]);
+                    if (e < count && !mask.exists(i + e)) packs[j].set(e, nothing);
                 }
                 if (count) body(i, packs[j], count);
             }
@@ -98,7 +98,7 @@ struct FilterKernel {
     DEVICE void visit_entries(Body body) const {
         visit([&](Index i, const Pack<X, W>& pack, int count) {
             UNROLL for (int e = 0; e < W; e++) {
-                if (e < count) body(i + e, pack.at[e]);
+                if (e < count) body(i + e, pack.get(e));
             }
         });
     }
@@ -110,7 +110,7 @@ struct FilterKernel {
             mine.top = greater(mine.top, value);
             if (value != value) mine.odd = value;
         });
-        return merged<S::THREADS, 1>(
+        return merged<S::THREADS>(
             mine, shared, [](const Top& p, const Top& q) { return Top{greater(p.top, q.top), p.odd + q.odd}; });
     }
 
@@ -126,7 +126,7 @@ struct FilterKernel {
         }
         Place found{0, 0, 0};
         if (before < need && need <= before + own) found = Place{need - before, own, member % 32};
-        return merged<32, 1>(found, shared, [](const Place& p, const Place& q) {
+        return merged<32>(found, shared, [](const Place& p, const Place& q) {
             return Place{p.left + q.left, p.there + q.there, p.which + q.which};
         });
     }
@@ -147,7 +147,7 @@ struct FilterKernel {
     DEVICE Amount all_bins() const {
         Amount sum = 0;
         for (int i = member; i < BINS; i += S::THREADS) sum += bins[i];
-        return merged<S::THREADS, 1>(sum, shared, [](Amount p, Amount q) { return p + q; });
+        return merged<S::THREADS>(sum, shared, [](Amount p, Amount q) { return p + q; });
     }
 
     // The key of the last entry that is needed, if they come by their keys, the greatest first, and visit(add) adds
@@ -210,9 +210,9 @@ struct FilterKernel {
         const X nothing = rounded<X>(-infinity<C>());
         visit([&](Index first, Pack<X, W>& pack, int count) {
             UNROLL for (int e = 0; e < W; e++) {
-                bool keep = kept.holds(order_of(pack.at[e]), first + e);
-                if (min_p > 0) keep = keep && probability(widen(pack.at[e])) >= min_p;
-                if (!keep) pack.at[e] = nothing;
+                bool keep = kept.holds(order_of(pack.get(e)), first + e);
+                if (min_p > 0) keep = keep && probability(widen(pack.get(e))) >= min_p;
+                if (!keep) pack.set(e, nothing);
             }
             write_pack(first, pack, count);
         });
@@ -221,14 +221,14 @@ struct FilterKernel {
     DEVICE void write_pack(Index first, const Pack<X, W>& pack, int count) const {
         if (count == W) return pack.store(out + first);
         UNROLL for (int e = 0; e < W; e++) {
-            if (e < count) out[first + e] = pack.at[e];
+            if (e < count) out[first + e] = pack.get(e);
         }
     }
 
     DEVICE void write_nan() const {
         const X nan = rounded<X>(nan_of<C>());
         visit([&](Index first, Pack<X, W>& pack, int count) {
-            UNROLL for (int e = 0; e < W; e++) pack.at[e] = nan;
+            UNROLL for (int e = 0; e < W; e++) pack.set(e, nan);
             write_pack(first, pack, count);
         });
     }
