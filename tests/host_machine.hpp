@@ -11,6 +11,7 @@
 #define DEVICE inline
 #undef UNROLL    // unrolled loops would only take longer to compile
 #define UNROLL
+#define ONCE
 
 namespace polysoftmax {
 
@@ -99,14 +100,28 @@ inline Word word_of_rank(const Word* own, int rank) {
     return word;
 }
 
-inline Amount add_in_block(Amount* to, Amount more) {
-    Amount before = *to;
+inline Word add_in_block(Word* to, Word more) {
+    Word before = *to;
     *to += more;
     return before;
 }
 
 inline float greater(float x, float y) { return fmaxf(x, y); }
 inline double greater(double x, double y) { return fmax(x, y); }
+template <class C>
+C greater_or_nan(C x, C y) {
+    return x > y || x != x ? x : y;
+}
+
+template <class X>
+Word greater_or_nan_pair(Word x, Word y, const X*) {
+    X p[2], q[2];
+    memcpy(p, &x, 4), memcpy(q, &y, 4);
+    for (int i = 0; i < 2; i++) p[i] = rounded<X>(greater_or_nan(widen(p[i]), widen(q[i])));
+    memcpy(&x, p, 4);
+    return x;
+}
+
 inline float quick_exp2(float x) { return exp2f(x); }
 inline double quick_exp2(double x) { return exp2(x); }
 

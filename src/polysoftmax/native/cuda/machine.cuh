@@ -1,6 +1,7 @@
 // What the kernels ask of the machine: who a thread is, barriers, words from other threads, and its own instructions. The
 // tests give the same functions on the host, so that the kernels themselves run there.
 #define DEVICE __device__ __forceinline__
+#define ONCE _Pragma("unroll 1")    // a loop whose body is long
 
 using Index = long long;
 using Amount = uint64_t;
@@ -38,7 +39,7 @@ DEVICE Word word_of_rank(const Word* own, int rank) {
 }
 
 // Add to a number in shared memory, whatever the other threads of the block do; the answer is what it was.
-DEVICE Amount add_in_block(Amount* to, Amount more) { return atomicAdd(to, more); }
+DEVICE Word add_in_block(Word* to, Word more) { return atomicAdd(to, more); }
 
 DEVICE float greater(float x, float y) { return fmaxf(x, y); }    // a NaN loses
 DEVICE double greater(double x, double y) { return fmax(x, y); }
@@ -51,6 +52,28 @@ DEVICE float quick_exp2(float x) {
 }
 
 DEVICE double quick_exp2(double x) { return exp2(x); }
+
+// A NaN wins.
+DEVICE float greater_or_nan(float x, float y) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(x), "f"(y));
+    return most;
+}
+
+DEVICE double greater_or_nan(double x, double y) { return x > y || x != x ? x : y; }
+
+// The same for two numbers of 16 bits each; the pointer says of which kind.
+DEVICE Word greater_or_nan_pair(Word x, Word y, const Half*) {
+    Word most;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(most) : "r"(x), "r"(y));
+    return most;
+}
+
+DEVICE Word greater_or_nan_pair(Word x, Word y, const BFloat*) {
+    Word most;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(x), "r"(y));
+    return most;
+}
 
 // W entries in accesses of up to 16 bytes.
 template <int BYTES>
