@@ -56,6 +56,12 @@ struct FilterKernel {
         int count;
     };
 
+    // Distances from the greatest: one within which are the first k tokens, or -1 if none is known; one beyond which a
+    // search for a mass need not look; and one beyond which there is next to nothing in most rows.
+    struct Bounds {
+        C for_count, for_mass, usual;
+    };
+
     // Where among the bins what is needed is reached: how much of it is left for there, how much there is, and in all.
     struct Place {
         Amount left, there, all;
@@ -84,7 +90,7 @@ struct FilterKernel {
     Index row;
     int member;
     const X* x;
-    MaskedRow mask;
+    const unsigned char* where;    // the row of the mask, if there is one
     X* out;
     Word n, head, packs, extra;    // entries before the first whole access, whole accesses, entries outside them
     C top, scale;
@@ -103,7 +109,7 @@ struct FilterKernel {
         member = thread_index();
         n = (Word)a.n;
         x = (const X*)a.x + row * a.x_stride;
-        mask = a.where.of(row);
+        where = a.where.of(row).where;
         out = (X*)a.out + row * a.n;
         t = a.temperature.as_temperature<C>(row);
         scale = scale_of_amounts<C>(a.n);
@@ -121,9 +127,9 @@ struct FilterKernel {
     DEVICE static X nothing() { return rounded<X>(-infinity<C>()); }
 
     DEVICE void hide(Word at, Pack<X, W>& pack, int count) const {
-        if (!mask.where) return;
+        if (!where) return;
         UNROLL for (int e = 0; e < W; e++) {
-            if (e < count && !mask.exists((Index)at + e)) pack.at[e] = nothing();
+            if (e < count && !where[((Index)at + e) * a.where.stride]) pack.at[e] = nothing();
         }
     }
 
@@ -185,12 +191,12 @@ struct FilterKernel {
             }
         }
         Parts mine{-infinity<C>(), 0, infinity<C>(), 0};
-        UNROLL for (int e = 0; e < W; e++) {
-            C value = widen(parts.at[e]);
+        each(parts, W, [&](int, X part) {
+            C value = widen(part);
             mine.top = greater(mine.top, value);
             if (value != value) mine.odd = value;
             if (value > -infinity<C>()) mine.least = lesser(mine.least, value), mine.count++;
-        }
+        });
         return merged<S::THREADS, 1>(mine, shared, [](const Parts& p, const Parts& q) {
             return Parts{greater(p.top, q.top), p.odd + q.odd, lesser(p.least, q.least), p.count + q.count};
         });
@@ -318,36 +324,43 @@ struct FilterKernel {
     // A logit that at least `count` tokens reach, since the greatest of as many parts do.
     DEVICE C bound_of(const Pack<X, W>& parts, const Parts& found, Amount count) const {
         Range range = range_to(top - found.least);
-        auto has_bin = [&](C value, int most) { return value > -infinity<C>() && bin_of(step_of(range, value)) <= most; };
         clear_bins();
         Adder adder{*this};
-        UNROLL for (int e = 0; e < W; e++) {
-            C value = widen(parts.at[e]);
-            if (has_bin(value, BINS)) adder.add(bin_of(step_of(range, value)), 1);
-        }
+        each(parts, W, [&](int, X part) {
+            C value = widen(part);
+            if (value > -infinity<C>()) adder.add(bin_of(step_of(range, value)), 1);
+        });
         adder.flush();
         const int last = place_of([&](Amount) { return count; }).bin;
         C least = top;
-        UNROLL for (int e = 0; e < W; e++) {
-            C value = widen(parts.at[e]);
-            if (has_bin(value, last)) least = lesser(least, value);
-        }
+        each(parts, W, [&](int, X part) {
+            C value = widen(part);
+            if (value > -infinity<C>() && bin_of(step_of(range, value)) <= last) least = lesser(least, value);
+        });
         return merged<S::THREADS, 1>(least, shared, lesser);
     }
 
     // A distance from the greatest beyond which there is nothing of the shortest prefix that has a share p of the mass.
     // All that are lighter than the n-th part of the rest have less than the rest, and the total is at least that of the
     // parts. An exponential is right to much less than the 1% that is left for it, and a sum to less than 2^-50.
-    DEVICE C distance_for_mass(const Pack<X, W>& parts, const Prefix& whole, double p) const {
+    DEVICE C distance_for_mass(const Pack<X, W>& parts, bool of_top, double p) const {
         Amount mass = 0;
-        UNROLL for (int e = 0; e < W; e++) {
-            if (whole.holds(gap_of(parts.at[e]), 0)) mass += weight_of(widen(parts.at[e]), true);
-        }
-        mass = merged<S::THREADS, 1>(mass, shared, sum_of_two);
+        each(parts, W, [&](int, X part) { mass += weight_of(widen(part), true); });
+        mass = of_top ? amount_of((C)1, scale) : merged<S::THREADS, 1>(mass, shared, sum_of_two);
         double light = ((1 - p - 0x1p-50) * (double)mass - 2) / a.n - 0.5;
         // An amount is rounded, and what is rounded to 0 counts for nothing.
         double least = (light > 0.4 ? light : 0.4) / scale;
         return t.is_zero() ? 0 : (C)(t.divisor * (0.01 - log(least)));
+    }
+
+    // The parts are far above most tokens: four times as far down as the least of them there is next to nothing.
+    DEVICE Bounds bounds_of(const Pack<X, W>& parts, const Parts& found, Amount k, double p) const {
+        Bounds bounds{-1, 0, 4 * bounded((top - found.least) / 4)};
+        if (n <= LISTED || !finite(top)) return bounds;
+        if (k > 0 && 2 * k <= (Amount)found.count) bounds.for_count = top - bound_of(parts, found, k);
+        // What is not among the first k does not count for the total.
+        if (p < 1) bounds.for_mass = lesser(bounds.usual, distance_for_mass(parts, k > 0, p));
+        return bounds;
     }
 
     // Add up the tokens of a prefix in each step of a range. The answer is what there is of them beyond it.
@@ -449,67 +462,73 @@ struct FilterKernel {
 
     // The last key that is needed, of keys below 1 << bits that visit(add) adds, the least first: digit by digit, until
     // all that is found is needed. Then the lowest bits, which have not been looked at, are 1.
-    template <class K>
     struct Last {
-        K key;
+        Gap key;
         Amount left, there;
     };
 
-    template <class K, class Visit>
-    DEVICE Last<K> descend(int bits, Amount need, Visit visit_all) const {
-        Last<K> last{0, need, ~(Amount)0};
-        for (; bits > 0 && last.left != last.there;) {
+    template <class Visit>
+    DEVICE Last descend(int bits, Amount need, Visit visit_all) const {
+        Last last{0, need, ~(Amount)0};
+        while (bits > 0 && last.left != last.there) {
             const int shift = bits > DIGIT ? bits - DIGIT : 0;
             clear_bins();
             Adder adder{*this};
-            visit_all([&](K key, Amount weight) {
-                K digit = (key ^ last.key) >> shift;    // more than there are, if a digit before is another
+            visit_all([&](Gap key, Amount weight) {
+                Gap digit = (key ^ last.key) >> shift;    // more than there are, if a digit before is another
                 if (digit >> (bits - shift) == 0) adder.add((int)digit, weight);
             });
             adder.flush();
             Place place = place_of([&](Amount) { return last.left; });
-            last = Last<K>{last.key | (K)place.bin << shift, place.left, place.there};
+            last = Last{last.key | (Gap)place.bin << shift, place.left, place.there};
             bits = shift;
         }
-        if (bits > 0) last.key |= ((K)1 << bits) - 1;
+        if (bits > 0) last.key |= ((Gap)1 << bits) - 1;
         return last;
     }
 
-    // The prefix that ends with the last token that is needed of a range of another.
+    DEVICE static Prefix common(const Prefix& p, const Prefix& q) {
+        bool shorter = p.end < q.end || (p.end == q.end && p.limit < q.limit);
+        return shorter ? p : q;
+    }
+
+    // The prefix that ends with the last token that is needed of a range of another. Of several with its logit, which
+    // are as heavy, it is found by their indices.
     DEVICE Prefix find_last(const Prefix& whole, const Range& range, bool by_mass, Amount need) const {
-        auto last = descend<Gap>(bit_length(list.far - list.near), need, [&](auto add) {
-            visit_candidates(whole, range, [&](Gap gap, Word) { add(gap - list.near, weight_at(gap, by_mass)); });
-        });
-        const Gap end = list.near + last.key;
-        if (last.left == last.there) return Prefix{end, a.n};
-        // Now all of that gap are equal, and as heavy.
-        const Amount weight = weight_at(end, by_mass), count = weight > 1 ? (last.left - 1) / weight + 1 : last.left;
-        if (count * weight > last.there - weight) return Prefix{end, a.n};
-        auto lowest = descend<Word>(bit_length(n - 1), count, [&](auto add) {
-            visit_candidates(whole, range, [&](Gap gap, Word i) {
-                if (gap == end) add(i, 1);
+        Gap end = 0;
+        for (bool by_index = false;; by_index = true) {
+            const int bits = bit_length(by_index ? n - 1 : list.far - list.near);
+            Last last = descend(bits, need, [&](auto add) {
+                visit_candidates(whole, range, [&](Gap gap, Word i) {
+                    if (!by_index) {
+                        add(gap - list.near, weight_at(gap, by_mass));
+                    } else if (gap == end) {
+                        add(i, 1);
+                    }
+                });
             });
-        });
-        return Prefix{end, (Index)lowest.key + 1};
+            if (by_index) return common(Prefix{end, (Index)last.key + 1}, whole);
+            end = list.near + last.key;
+            if (last.left == last.there) return common(Prefix{end, a.n}, whole);
+            const Amount weight = weight_at(end, by_mass);
+            need = weight > 1 ? (last.left - 1) / weight + 1 : last.left;
+            if (need * weight > last.there - weight) return common(Prefix{end, a.n}, whole);
+        }
     }
 
     DEVICE Prefix everything() const { return Prefix{~(Gap)0, a.n}; }
 
     // The shortest prefix of another that has a share p of its mass, or k tokens of it.
-    DEVICE Prefix shortest(
-        const Prefix& whole, const Pack<X, W>& parts, const Parts& found, bool by_mass, double p, Amount k, C min_p) {
+    DEVICE Prefix shortest(const Prefix& whole, const Bounds& bounds, bool by_mass, double p, Amount k, C min_p) {
         Range range = everything_in_range();
         Amount need = k;
         const bool small = n <= LISTED || !finite(top);
         // Whether the list may hold all that could be kept, and not only what could be the last.
-        bool direct = small || (!by_mass && 2 * k <= (Amount)found.count);
-        if (direct && !small && !complete) range = range_to(top - bound_of(parts, found, k));
+        bool direct = small || (!by_mass && bounds.for_count >= 0);
+        if (!small) range = range_to(bounds.for_count);
         while (!complete) {
             if (!direct) {
-                // The parts are far above most tokens; four times as far down there is next to nothing.
-                C distance = 4 * bounded((top - found.least) / 4);
-                if (by_mass) distance = lesser(distance, distance_for_mass(parts, whole, p));
-                range = range_to(distance);
+                range = range_to(by_mass ? bounds.for_mass : bounds.usual);
                 const Amount beyond = add_up(whole, range, by_mass);
                 Place place = place_of([&](Amount all) { return by_mass ? share_of(p, all + beyond) : k; });
                 need = place.left;
@@ -592,17 +611,18 @@ struct FilterKernel {
         if constexpr (LEADING) {
             if (member == 0) ((C*)a.top)[row] = known ? top : nan_of<C>();
             if (!known) return write_leading_nan((int)k);
-            return write_leading(shortest(everything(), parts, found, false, 1, (Amount)k, 0), (int)k);
+            const Bounds bounds = bounds_of(parts, found, (Amount)k, 1);
+            return write_leading(shortest(everything(), bounds, false, 1, (Amount)k, 0), (int)k);
         }
         bool answered = known && top < infinity<C>() && k >= 0 && p >= 0 && p <= 1 && min_p >= 0 && min_p <= 1;
         if (!answered || !t.has_answer()) return write_nan();
         if (!finite(top)) return write(everything(), 0);
+        const Amount count = k < (double)a.n ? (Amount)ceil(k) : 0;
+        const Bounds bounds = bounds_of(parts, found, count, p);
         Prefix kept = everything();
         // Of two searches one is often off: a loop, so that they are compiled once.
         for (int by_mass = 0; by_mass < 2; by_mass++) {
-            if (by_mass ? p < 1 : k > 0 && k < (double)a.n) {
-                kept = shortest(kept, parts, found, by_mass, p, (Amount)ceil(k), (C)min_p);
-            }
+            if (by_mass ? p < 1 : count > 0) kept = shortest(kept, bounds, by_mass, p, count, (C)min_p);
         }
         if (list.fits()) {
             correct(kept);
