@@ -12,6 +12,7 @@
 #define DEVICE inline
 #undef UNROLL    // unrolled loops would only take longer to compile
 #define UNROLL
+#define ONCE
 
 namespace polysoftmax {
 
@@ -105,14 +106,19 @@ inline void give_word(Word* own, Word word, int rank) {
     memcpy(host->shared.data() + (size_t)rank * host->shared_bytes + offset, &word, 4);
 }
 
-inline Amount add_in_block(Amount* to, Amount more) {
-    Amount before = *to;
+inline Word add_in_block(Word* to, Word more) {
+    Word before = *to;
     *to += more;
     return before;
 }
 
 inline float greater(float x, float y) { return fmaxf(x, y); }
 inline double greater(double x, double y) { return fmax(x, y); }
+template <class C>
+C greater_or_nan(C x, C y) {
+    return x > y || x != x ? x : y;
+}
+
 inline float quick_exp2(float x) { return exp2f(x); }
 inline double quick_exp2(double x) { return exp2(x); }
 
@@ -143,6 +149,9 @@ struct Pack {
         check(to);
         memcpy(to, at, sizeof(at));
     }
+    void drop_first() {
+        for (int i = 1; i < W; i++) at[i - 1] = at[i];
+    }
     void change(Word) {}
 };
 
@@ -166,6 +175,14 @@ Word greater_pair(Word x, Word y) {
     float first[2], second[2], most[2];
     widen_pair<T>(x, first), widen_pair<T>(y, second);
     for (int i = 0; i < 2; i++) most[i] = greater(first[i], second[i]);
+    return round_pair<T>(most);
+}
+
+template <class T>
+Word greater_or_nan_pair(Word x, Word y) {
+    float first[2], second[2], most[2];
+    widen_pair<T>(x, first), widen_pair<T>(y, second);
+    for (int i = 0; i < 2; i++) most[i] = greater_or_nan(first[i], second[i]);
     return round_pair<T>(most);
 }
 

@@ -37,12 +37,11 @@ _SCRATCH = 2304
 _SLOT = 64
 """Bytes of shared memory that a warp's value takes in a merge, as rows.cuh says."""
 
-_BINS = 2048 * 8
+_BINS = 2048
+_LISTED = 2048
+_BOARD = 320
 MOST_LEADING: Final = 1024
-"""Bytes of shared memory in which a filter adds up, and tokens that fit there, as truncate.cuh says."""
-
-_FILTER_PACKS = 4
-"""Single entries that a thread of a filter has under way; a whole access is enough."""
+"""Sums and tokens that fit the shared memory of a filter, bytes beside them, leading tokens, as truncate.cuh says."""
 
 _SHARED = 48 << 10
 """Bytes of shared memory that a block may have without asking."""
@@ -61,6 +60,9 @@ _LIGHT = 32
 
 _FEW_PACKS = 4
 """Accesses under way that hide the latency of memory."""
+
+_MOST_FILTER_THREADS = 1024
+"""Threads of a block that has a multiprocessor for itself, and needs no more than 64 registers a thread."""
 
 
 class Machine(NamedTuple):
@@ -211,18 +213,18 @@ def plan_draw(x: str, rows: int, n: int, *, general: bool) -> Plan:
     return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), _SCRATCH)
 
 
-def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Plan:
+def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool, machine: Machine) -> Plan:
     """Choose the layout of a search for the tokens that filters leave.
 
-    ``aligned`` says that every row starts at 16 bytes.
+    ``aligned`` says that whole accesses of a row are those of its answer.
     """
     compute = "float64" if x == "float64" else "float32"
     width = 16 // SIZES[x] if aligned else 1
-    packs = 1 if width > 1 else _FILTER_PACKS
-    threads = min(_MOST_THREADS, max(64, _power(_over(n, width * packs))))
+    most = _MOST_FILTER_THREADS if rows <= machine.processors else _MOST_FILTER_THREADS // 2
+    threads = min(most, max(64, _power(_over(n, width * _FEW_PACKS))))
     y = compute if formula == "sample_leading" else x
-    kernel = Kernel(formula, x, y, compute, width, threads, threads, packs)
-    return Plan(kernel, rows, _SCRATCH + _BINS)
+    kernel = Kernel(formula, x, y, compute, width, threads, threads, _FEW_PACKS)
+    return Plan(kernel, rows, _SCRATCH + 8 * _BINS + (4 + max(4, SIZES[x])) * _LISTED + _BOARD)
 
 
 def plan_draw_leading(compute: str, rows: int, k: int) -> Plan:

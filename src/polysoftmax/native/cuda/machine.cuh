@@ -1,6 +1,7 @@
 // What the kernels ask of the machine: who a thread is, barriers, words from other threads, and its own instructions. The
 // tests give the same functions on the host, so that the kernels themselves run there.
 #define DEVICE __device__ __forceinline__
+#define ONCE _Pragma("unroll 1")    // a loop whose body is long
 
 using Index = long long;
 using Amount = uint64_t;
@@ -44,7 +45,7 @@ DEVICE void give_word(Word* own, Word word, int rank) {
 }
 
 // Add to a number in shared memory, whatever the other threads of the block do; the answer is what it was.
-DEVICE Amount add_in_block(Amount* to, Amount more) { return atomicAdd(to, more); }
+DEVICE Word add_in_block(Word* to, Word more) { return atomicAdd(to, more); }
 
 DEVICE float greater(float x, float y) { return fmaxf(x, y); }    // a NaN loses
 DEVICE double greater(double x, double y) { return fmax(x, y); }
@@ -58,6 +59,15 @@ DEVICE float quick_exp2(float x) {
 }
 
 DEVICE double quick_exp2(double x) { return exp2(x); }
+
+// A NaN wins.
+DEVICE float greater_or_nan(float x, float y) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(x), "f"(y));
+    return most;
+}
+
+DEVICE double greater_or_nan(double x, double y) { return x > y || x != x ? x : y; }
 
 // W entries in accesses of up to 16 bytes.
 template <int BYTES>
@@ -144,6 +154,15 @@ struct Pack {
             *(Unit*)to = *(const Unit*)kept;
         }
     }
+    // Move each entry to the place before its own.
+    DEVICE void drop_first() {
+        if constexpr (IN_PAIRS) {
+            UNROLL for (int i = 1; i < W / 2; i++) kept[i - 1] = kept[i - 1] >> 16 | kept[i] << 16;
+            kept[W / 2 - 1] >>= 16;
+        } else {
+            UNROLL for (int i = 1; i < W; i++) kept[i - 1] = kept[i];
+        }
+    }
     // Change some bits of the pairs, if these are not 0.
     DEVICE void change(Word bits) {
         if constexpr (IN_PAIRS) {
@@ -188,6 +207,18 @@ DEVICE Word greater_pair(Word x, Word y) {
         asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
     } else {
         asm("max.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
+    }
+    return pair;
+}
+
+// The same, but a NaN wins.
+template <class T>
+DEVICE Word greater_or_nan_pair(Word x, Word y) {
+    Word pair;
+    if constexpr (IS_BFLOAT<T>) {
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
+    } else {
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
     }
     return pair;
 }
