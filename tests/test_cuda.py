@@ -34,7 +34,11 @@ class FakeDevice:
         self.launched = []
 
     def view(self, x):
-        return _devices.View(x.ctypes.data, x.shape, tuple(one // x.itemsize for one in x.strides), str(x.dtype))
+        pointer = x.ctypes.data
+        return pointer, (x.dtype, x.shape, tuple(one // x.itemsize for one in x.strides), pointer % 16)
+
+    def pointer(self, x):
+        return x.ctypes.data
 
     def empty(self, shape, dtype):
         return np.empty(shape, dtype)
@@ -298,7 +302,7 @@ def test_fields_of_structured_arrays_are_not_covered():
         with pytest.raises(_devices.Uncovered, match="multiples of their size"):
             _devices._CupyDevice.view(None, x)
     x.strides = (8,)
-    assert _devices._CupyDevice.view(None, x) == (512, (5,), (2,), "float32")
+    assert _devices._CupyDevice.view(None, x) == (512, (np.float32, (5,), (2,), 0))
 
 
 def test_every_length_has_a_layout():

@@ -78,8 +78,11 @@ class HostDevice:
     def view(self, x):
         if self.xp is not np:
             return _devices._TorchDevice.view(self, x)
-        size = x.dtype.itemsize
-        return _devices.View(x.ctypes.data, x.shape, tuple(one // size for one in x.strides), str(x.dtype))
+        size, pointer = x.dtype.itemsize, x.ctypes.data
+        return pointer, (x.dtype, x.shape, tuple(one // size for one in x.strides), pointer % 16)
+
+    def pointer(self, x):
+        return x.data_ptr() if self.xp is not np else x.ctypes.data
 
     def empty(self, shape, dtype):
         if self.xp is not np and isinstance(dtype, str):

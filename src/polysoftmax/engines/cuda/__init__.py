@@ -39,7 +39,10 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
 def launch_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call in its kernel, or as it stands where no kernel covers it."""
     found = prepare(call, operands)
-    return found.run() if isinstance(found, Launch) else evaluate(call, operands)
+    if isinstance(found, str):
+        return evaluate(call, operands)
+    launch, values, _kept = found
+    return launch.run(values)
 
 
 def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
