@@ -163,7 +163,7 @@ def is_recorded(operands: tuple[Array, ...]) -> bool:
 
 
 def _run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
-    if all(is_on_gpu(one) for one in operands if isinstance(one, torch.Tensor)):
+    if _are_on_gpu(operands):
         from polysoftmax.engines.cuda import _operator
 
         if _operator.is_chosen():
@@ -186,7 +186,7 @@ def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     engine = chosen()
     if engine == "portable" or torch._C._len_torch_dispatch_stack():
         return _evaluate(call, operands)
-    if engine == "cuda" and all(is_on_gpu(one) for one in operands if isinstance(one, torch.Tensor)):
+    if engine == "cuda" and _are_on_gpu(operands):
         from polysoftmax.engines import cuda
 
         return cuda.run(call, operands)
@@ -205,6 +205,13 @@ def is_in_memory(x: Array) -> bool:
 def is_on_gpu(x: Array) -> bool:
     """Whether a CUDA kernel can be given the memory of ``x``."""
     return x.is_cuda and _is_strided(x)
+
+
+def _are_on_gpu(operands: tuple[Array, ...]) -> bool:
+    for one in operands:
+        if one is not None and type(one) is not float and not is_on_gpu(one):
+            return False
+    return True
 
 
 def _is_strided(x: Array) -> bool:

@@ -26,14 +26,13 @@ class Composed:
     ) -> None:
         self._call, self._operands, self._run = call, operands, run
         self.axis = axis
-        self._words = _formula.words(operands[0], axis)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._words, name)
+        return getattr(_formula.words(self._operands[0], self.axis), name)
 
     def along(self, axis: int) -> Composed:
         """Return the words for rows along another axis."""
-        return Composed(self._call, self._operands, self._run, axis)
+        return self if axis == self.axis else Composed(self._call, self._operands, self._run, axis)
 
     def call(self, formula: RowFormula, *operands: Any, **options: Any) -> Any:
         """Run a formula by its kernel."""
