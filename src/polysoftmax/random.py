@@ -357,7 +357,7 @@ def as_key(value: Any, like: Array | None = None) -> Array:
 
 def _is_key(value: Array) -> bool:
     """Whether an array is a key, or keys, as they are computed with."""
-    return value.dtype == namespace(value).int32 and value.ndim > 0 and value.shape[-1] == 2
+    return bool(value.dtype == namespace(value).int32 and value.ndim > 0 and value.shape[-1] == 2)
 
 
 def _words_of(keys: Array) -> Array:

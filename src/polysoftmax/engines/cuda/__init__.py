@@ -12,8 +12,8 @@ from polysoftmax._arrays import library
 from polysoftmax._ops import Ops, ops_of
 from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
+from polysoftmax.engines.cuda import _steps
 from polysoftmax.engines.cuda._calls import Launch, evaluate, launch_for_last_axis, prepare
-from polysoftmax.engines.cuda._composed import Composed
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -31,7 +31,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call in its kernel, on the caller's device and stream, or as it stands where no kernel covers it."""
     if chosen() == "cuda":
         if call.formula is SAMPLE:
-            return Composed(call, operands, launch_or_evaluate).answer()
+            return _steps.run(call, operands, launch_or_evaluate)
         return launch_or_evaluate(call, operands)
     return evaluate(call, operands)
 

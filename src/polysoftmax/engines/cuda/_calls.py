@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from polysoftmax._arrays import cast, float_bits, namespace
@@ -27,6 +28,8 @@ from polysoftmax.engines.cuda._plan import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from polysoftmax._arrays import Array
     from polysoftmax.engines.cuda._devices import Device
 
@@ -105,15 +108,30 @@ class Launch:
 
     def run(self, values: list[int | float]) -> Any:
         """Make the answers, launch, and return them."""
+        return self.answer(self.make(values))
+
+    def answer(self, made: list[Array]) -> Any:
+        """Return the answers as the formula does."""
+        return tuple(made) if self._is_tuple else made[0]
+
+    def make(self, values: list[int | float]) -> list[Array]:
+        """Launch, and return the answers, whose addresses are appended to the values."""
         device, arguments, made = self.device, self._arguments.copy(), []
         for i, place in self._given:
             arguments[i] = values[place]
         for i, shape, dtype in self._answers:
             y = device.empty(shape, dtype)
-            arguments[i] = device.pointer(y)
+            pointer = arguments[i] = device.pointer(y)
             made.append(y)
+            values.append(pointer)
         device.launch(self.plan, arguments)
-        return tuple(made) if self._is_tuple else made[0]
+        return made
+
+    def taking(self, places: Sequence[int]) -> Launch:
+        """Return this launch for values of which the i-th stands at ``places[i]``."""
+        found = copy(self)
+        found._given = tuple((i, places[place]) for i, place in self._given)
+        return found
 
 
 Prepared: TypeAlias = tuple[Launch, list[int | float], tuple["Array", ...]]
@@ -128,8 +146,11 @@ class _Widen(NamedTuple):
 
 _MOST_FOUND = 4096
 
-_found: dict[tuple[Any, ...], Launch | _Widen | str] = {}
+_found: dict[tuple[Any, ...], Any] = {}
 """What was found for a call, by all of it that a launch depends on; no array is kept, and no number of a parameter."""
+
+recall = _found.get
+"""Return what was found for a call, None the first time."""
 
 
 def evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -139,48 +160,55 @@ def evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
 
 def prepare(call: Call, operands: tuple[Array, ...]) -> Prepared | str:
     """Return the launch that answers a call and what to run it with, or why there is none."""
+    if call.formula not in KERNELS:
+        return f"there is no CUDA kernel for {call.formula.name}"
     device = _devices.device_of(operands[0])
     if isinstance(device, str):
-        return device if call.formula in KERNELS else _no_kernel(call)
-    formula, options, *others = call
-    key: list[Any] = [device, formula, *others, *options]
-    values: list[int | float] = []
+        return device
     try:
-        for one in operands:
-            if one is None:
-                values.append(0)
-                key.append(None)
-            elif isinstance(one, float):
-                values.append(one)
-                key.append(float)
-            else:
-                pointer, seen = device.view(one)
-                values.append(pointer)
-                key.append(seen)
+        key, values = look(call, operands, device)
     except Uncovered as reason:
-        return str(reason) if call.formula in KERNELS else _no_kernel(call)
-    for one in options.values():
-        values.append(one)
-        key.append(bool(one) if isinstance(one, float) else one)
-    whole = tuple(key)
-    found = _found.get(whole)
+        return str(reason)
+    found = recall(key)
     if found is None:
-        if len(_found) >= _MOST_FOUND:
-            _found.clear()
-        found = _found[whole] = _find(call, operands, device, key[len(key) - len(values) :])
+        found = _find(call, operands, device, key[len(key) - len(values) :])
+        remember(key, found)
     if isinstance(found, _Widen):
         return prepare(call, tuple([cast(x, call.compute) if i in found.places else x for i, x in enumerate(operands)]))
     return found if isinstance(found, str) else (found, values, operands)
 
 
-def _no_kernel(call: Call) -> str:
-    return f"there is no CUDA kernel for {call.formula.name}"
+def look(call: Call, operands: tuple[Array, ...], device: Device) -> tuple[tuple[Any, ...], list[int | float]]:
+    """Return all of a call that its launch depends on, and the values that it is run with."""
+    formula, options, *others = call
+    key: list[Any] = [device, formula, *others, *options]
+    values: list[int | float] = []
+    for one in operands:
+        if one is None:
+            values.append(0)
+            key.append(None)
+        elif isinstance(one, float):
+            values.append(one)
+            key.append(float)
+        else:
+            pointer, seen = device.view(one)
+            values.append(pointer)
+            key.append(seen)
+    for one in options.values():
+        values.append(one)
+        key.append(bool(one) if isinstance(one, float) else one)
+    return tuple(key), values
 
 
-def _find(call: Call, operands: tuple[Array, ...], device: Device, seen: list[Any]) -> Launch | _Widen | str:
+def remember(key: tuple[Any, ...], found: object) -> None:
+    """Keep what was found for a call."""
+    if len(_found) >= _MOST_FOUND:
+        _found.clear()
+    _found[key] = found
+
+
+def _find(call: Call, operands: tuple[Array, ...], device: Device, seen: tuple[Any, ...]) -> Launch | _Widen | str:
     """Return the launch for all calls that look like this one, from what is seen of its operands."""
-    if call.formula not in KERNELS:
-        return _no_kernel(call)
     places = _to_widen(call, operands)
     if places:
         return _Widen(places)

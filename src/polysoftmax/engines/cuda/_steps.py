@@ -1,0 +1,87 @@
+"""Calls that take several launches: composed once by their formula, and repeated as the launches that this took."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from polysoftmax.engines.cuda import _devices
+from polysoftmax.engines.cuda._calls import evaluate, look, prepare, recall, remember
+from polysoftmax.engines.cuda._composed import Composed
+from polysoftmax.engines.cuda._devices import Uncovered
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polysoftmax._arrays import Array
+    from polysoftmax._formula import Call
+    from polysoftmax.engines.cuda._calls import Launch
+
+
+class _Program:
+    """Launches in a row: each has the answers of those before it among its values."""
+
+    __slots__ = ("launches",)
+
+    def __init__(self, launches: tuple[Launch, ...]) -> None:
+        self.launches = launches
+
+    def run(self, values: list[int | float]) -> tuple[Array, ...]:
+        """Launch all, and return the answers of the last."""
+        made = [one.make(values) for one in self.launches]  # kept until the last launch, which reads them
+        return tuple(made[-1])
+
+
+_COMPOSED = "there are other steps than launches"
+
+
+def run(call: Call, operands: tuple[Array, ...], step: Callable[[Call, tuple[Array, ...]], Any]) -> Any:
+    """Answer a call whose formula is made of others, each of which ``step`` answers by its kernel if it has one."""
+    device = _devices.device_of(operands[0])
+    if isinstance(device, str):
+        return Composed(call, operands, step).answer()
+    try:
+        key, values = look(call, operands, device)
+    except Uncovered:
+        return Composed(call, operands, step).answer()
+    found = recall(key)
+    if isinstance(found, _Program):
+        return found.run(values)
+    if found is _COMPOSED:
+        return Composed(call, operands, step).answer()
+    steps = _Steps(call, operands)
+    answer = Composed(call, steps.operands, steps.take).answer()
+    remember(key, steps.program() or _COMPOSED)
+    return answer
+
+
+class _Steps:
+    """The steps of a call while it is composed, and where each has its operands from."""
+
+    def __init__(self, call: Call, operands: tuple[Array, ...]) -> None:
+        # Each number an object of its own, since two parameters may be one.
+        self.operands = tuple([one * 1.0 if isinstance(one, float) else one for one in operands])
+        self._places = {id(one): i for i, one in enumerate(self.operands) if one is not None}
+        self._count = len(operands) + len(call.options)
+        self._kept: list[Any] = []  # an object that is gone leaves its id to another
+        self._launches: list[Launch] = []
+        self._is_known = len(self._places) == sum(one is not None for one in operands)
+
+    def take(self, call: Call, operands: tuple[Array, ...]) -> Any:
+        """Take a step."""
+        found = prepare(call, operands)
+        if isinstance(found, str):
+            self._is_known = False
+            return evaluate(call, operands)
+        launch, values, kept = found
+        made = launch.make(values)
+        places = [0 if one is None else self._places.get(id(one), -1) for one in kept]
+        self._is_known = self._is_known and -1 not in places
+        self._launches.append(launch.taking(places))
+        self._places |= {id(one): i for i, one in enumerate(made, self._count)}
+        self._count += len(made)
+        self._kept.append((kept, made))
+        return launch.answer(made)
+
+    def program(self) -> _Program | None:
+        """Return the launches; None if there was another step, or an operand that was made on the way."""
+        return _Program(tuple(self._launches)) if self._is_known and self._launches else None
