@@ -461,6 +461,21 @@ def test_sample_draws_the_same_tokens_from_what_filters_leave(device, dtype, n, 
 
 
 @needs_compiler
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.75}, {"top_k": 5}, {"top_k": 400, "min_p": 0.01}])
+def test_draws_after_the_first(device, options):
+    """The first is composed by its formula; later ones are its launches, and what they leave to each other is one array."""
+    rng = np.random.default_rng(7)
+    for seed in range(3):
+        x, t = logits(rng, "float32", (9, 1003)), rng.uniform(0.5, 2.0)
+        given = {**options, "temperature": t, "return_logprobs": True}
+        tokens, found = ps.sample(x, seed, **given)
+        expected, logprobs = portable(ps.sample, x, seed, dtype=None, **given)
+        np.testing.assert_array_equal(tokens, expected)
+        np.testing.assert_allclose(found, logprobs, rtol=1e-5, atol=1e-5)
+    assert len(device.plans) == 3 * len({plan.kernel.formula for plan in device.plans})
+
+
+@needs_compiler
 def test_masks_and_keys_that_kernels_take_as_they_are(device):
     """A mask of padding, draws of each row by several keys under it, and a mask that no kernel can follow."""
     rng = np.random.default_rng(4)

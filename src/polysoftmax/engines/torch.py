@@ -34,7 +34,7 @@ class TorchOps(Ops):
     """The words of PyTorch, whose sums are accurate along any axis."""
 
     def constant(self, x: Array) -> Array:
-        return x.detach()
+        return x.detach() if x.requires_grad else x
 
     def cast(self, x: Array, dtype: DType) -> Array:
         return x.to(dtype)
@@ -65,6 +65,9 @@ class TorchOps(Ops):
 class DifferentiatedOps(TorchOps):
     """The words of PyTorch where it differentiates the formula itself, and cannot be given its rules."""
 
+    def constant(self, x: Array) -> Array:
+        return x.detach() if x.requires_grad or _is_transformed() else x
+
     def exp(self, z: Array) -> Array:
         # The derivative of what vanishes is 0: that of z for the temperature may overflow there.
         gone = z < _VANISHED
@@ -83,6 +86,9 @@ class DifferentiatedOps(TorchOps):
 
 class _Compiled(TorchOps):
     """What Inductor needs: it computes logits anew for each use, and 16 bits in 32."""
+
+    def constant(self, x: Array) -> Array:
+        return x.detach()
 
     def below(self, x: Array, top: Array) -> Array:
         return torch.clamp(x, max=top) - top  # the derivative of a minimum would be 1/2 at the maximum

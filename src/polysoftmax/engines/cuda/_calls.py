@@ -37,6 +37,8 @@ Map = tuple[int, int, int]
 """Where the entry for a row stands: at ``row // inner % period * stride``."""
 
 _ONE: Map = (1, 1, 0)
+_LINE = 128
+"""Bytes of a line of the cache; no two arrays share one."""
 _INT32_MAX = (1 << 31) - 1
 
 
@@ -89,7 +91,7 @@ class View(NamedTuple):
 class Launch:
     """What calls that look alike share: a kernel, the arguments that do not differ, and the shapes of the answers."""
 
-    __slots__ = ("_answers", "_arguments", "_given", "_is_tuple", "device", "plan")
+    __slots__ = ("_answers", "_arguments", "_given", "_is_tuple", "_pieces", "device", "plan")
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class Launch:
         self._arguments = [0 if isinstance(one, Given) else one for one in arguments]
         self._given = tuple((i, one.place) for i, one in enumerate(arguments) if isinstance(one, Given))
         self._answers = tuple((i, *one) for i, one in enumerate(answers, len(before)) if one is not None)
+        self._pieces: tuple[tuple[int, int], ...] = ()
         self._is_tuple = plan.kernel.formula.startswith("sample")
 
     def run(self, values: list[int | float]) -> Any:
@@ -114,11 +117,14 @@ class Launch:
         """Return the answers as the formula does."""
         return tuple(made) if self._is_tuple else made[0]
 
-    def make(self, values: list[int | float]) -> list[Array]:
-        """Launch, and return the answers, whose addresses are appended to the values."""
+    def make(self, values: list[int | float], scratch: int = 0) -> list[Array]:
+        """Launch, and return the answers; where they are, in scratch memory or not, is appended to the values."""
         device, arguments, made = self.device, self._arguments.copy(), []
         for i, place in self._given:
             arguments[i] = values[place]
+        for i, offset in self._pieces:
+            arguments[i] = scratch + offset
+            values.append(scratch + offset)
         for i, shape, dtype in self._answers:
             y = device.empty(shape, dtype)
             pointer = arguments[i] = device.pointer(y)
@@ -132,6 +138,16 @@ class Launch:
         found = copy(self)
         found._given = tuple((i, places[place]) for i, place in self._given)
         return found
+
+    def into_scratch(self, start: int) -> tuple[Launch, int]:
+        """Return this launch with its answers in scratch memory from ``start`` on, and where they end."""
+        found, pieces = copy(self), []
+        for i, shape, dtype in self._answers:
+            pieces.append((i, start))
+            size = math.prod(shape) * (4 if dtype == "int32" else SIZES[_devices.dtype_name(dtype)])
+            start += -(-size // _LINE) * _LINE
+        found._answers, found._pieces = (), tuple(pieces)
+        return found, start
 
 
 Prepared: TypeAlias = tuple[Launch, list[int | float], tuple["Array", ...]]

@@ -20,15 +20,24 @@ if TYPE_CHECKING:
 class _Program:
     """Launches in a row: each has the answers of those before it among its values."""
 
-    __slots__ = ("launches",)
+    __slots__ = ("_before", "_last", "_words")
 
-    def __init__(self, launches: tuple[Launch, ...]) -> None:
-        self.launches = launches
+    def __init__(self, launches: list[Launch]) -> None:
+        end, before = 0, []
+        for one in launches[:-1]:
+            launch, end = one.into_scratch(end)
+            before.append(launch)
+        self._before, self._last, self._words = tuple(before), launches[-1], end // 4
 
     def run(self, values: list[int | float]) -> tuple[Array, ...]:
         """Launch all, and return the answers of the last."""
-        made = [one.make(values) for one in self.launches]  # kept until the last launch, which reads them
-        return tuple(made[-1])
+        device = self._last.device
+        # One array for all that is gone in the end: to make one takes as long as half of a launch.
+        scratch = device.empty((self._words,), "int32")
+        start = device.pointer(scratch)
+        for one in self._before:
+            one.make(values, start)
+        return tuple(self._last.make(values))
 
 
 _COMPOSED = "there are other steps than launches"
@@ -84,4 +93,4 @@ class _Steps:
 
     def program(self) -> _Program | None:
         """Return the launches; None if there was another step, or an operand that was made on the way."""
-        return _Program(tuple(self._launches)) if self._is_known and self._launches else None
+        return _Program(self._launches) if self._is_known and self._launches else None
