@@ -463,7 +463,7 @@ def test_sample_draws_the_same_tokens_from_what_filters_leave(device, dtype, n, 
 @needs_compiler
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.75}, {"top_k": 5}, {"top_k": 400, "min_p": 0.01}])
 def test_draws_after_the_first(device, options):
-    """The first is composed by its formula; later ones are its launches, and what they leave to each other is one array."""
+    """The first is composed by its formula. Later ones are its launches, sharing an array for what is in between."""
     rng = np.random.default_rng(7)
     for seed in range(3):
         x, t = logits(rng, "float32", (9, 1003)), rng.uniform(0.5, 2.0)
