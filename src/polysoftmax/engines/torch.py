@@ -230,7 +230,7 @@ def _sample_with_gradient(call: Call, operands: tuple[Array, ...]) -> tuple[Arra
     """Draw in a kernel, and take the log-probabilities of what was drawn by formulas that have rules."""
     x, _, t, where, *filters = operands
     detached = tuple(one.detach() if isinstance(one, torch.Tensor) else one for one in operands)
-    tokens, *_ = _run_constant(call._replace(options={**call.options, "logprobs": False}), detached)
+    tokens, *_ = _run_constant(call._replace(options={**call.options, "logprobs": False}, squeeze=False), detached)
     drawn = tokens >= 0
     x = torch.where(drawn.any(call.axis, keepdim=True), x, 0.0)  # a row without a token has no slope
     wide = Call(LOG_SOFTMAX, {}, call.axis, call.compute, call.compute)
@@ -239,7 +239,8 @@ def _sample_with_gradient(call: Call, operands: tuple[Array, ...]) -> tuple[Arra
         x = run(wide._replace(formula=TRUNCATE, options={"top_k": top_k}), (x, t, where, *filters))
         where = None
     log_p = run(wide, (x, t, where))
-    return tokens, torch.where(drawn, log_p.gather(call.axis, tokens.clamp(min=0)), torch.nan)
+    log_p = torch.where(drawn, log_p.gather(call.axis, tokens.clamp(min=0)), torch.nan)
+    return call.without_axis((tokens, log_p))
 
 
 def gradients(

@@ -139,6 +139,12 @@ class Launch:
         found._given = tuple((i, places[place]) for i, place in self._given)
         return found
 
+    def squeezed(self) -> Launch:
+        """Return this launch with answers that lack the last axis, of length 1."""
+        found = copy(self)
+        found._answers = tuple((i, shape[:-1], dtype) for i, shape, dtype in self._answers)
+        return found
+
     def into_scratch(self, start: int) -> tuple[Launch, int]:
         """Return this launch with its answers in scratch memory from ``start`` on, and where they end."""
         found, pieces = copy(self), []

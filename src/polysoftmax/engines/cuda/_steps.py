@@ -58,9 +58,9 @@ def run(call: Call, operands: tuple[Array, ...], step: Callable[[Call, tuple[Arr
     if found is _COMPOSED:
         return Composed(call, operands, step).answer()
     steps = _Steps(call, operands)
-    answer = Composed(call, steps.operands, steps.take).answer()
-    remember(key, steps.program() or _COMPOSED)
-    return answer
+    answers = Composed(call, steps.operands, steps.take).answer_of_rows()
+    remember(key, steps.program(answers) or _COMPOSED)
+    return call.without_axis(answers)
 
 
 class _Steps:
@@ -71,6 +71,8 @@ class _Steps:
         self.operands = tuple([one * 1.0 if isinstance(one, float) else one for one in operands])
         self._places = {id(one): i for i, one in enumerate(self.operands) if one is not None}
         self._count = len(operands) + len(call.options)
+        self._squeeze = call.squeeze
+        self._last: list[Array] = []
         self._kept: list[Any] = []  # an object that is gone leaves its id to another
         self._launches: list[Launch] = []
         self._is_known = len(self._places) == sum(one is not None for one in operands)
@@ -89,8 +91,12 @@ class _Steps:
         self._places |= {id(one): i for i, one in enumerate(made, self._count)}
         self._count += len(made)
         self._kept.append((kept, made))
+        self._last = made
         return launch.answer(made)
 
-    def program(self) -> _Program | None:
-        """Return the launches; None if there was another step, or an operand that was made on the way."""
-        return _Program(self._launches) if self._is_known and self._launches else None
+    def program(self, answers: tuple[Array, ...]) -> _Program | None:
+        """Return the launches; None if there was another step, or an array that was made on the way."""
+        is_known = self._is_known and list(map(id, answers)) == list(map(id, self._last))
+        if not (is_known and self._launches):
+            return None
+        return _Program([*self._launches[:-1], self._launches[-1].squeezed() if self._squeeze else self._launches[-1]])
