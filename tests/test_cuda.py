@@ -34,7 +34,11 @@ class FakeDevice:
         self.launched = []
 
     def view(self, x):
-        return _devices.View(x.ctypes.data, x.shape, tuple(one // x.itemsize for one in x.strides), str(x.dtype))
+        pointer = x.ctypes.data
+        return pointer, (x.dtype, x.shape, tuple(one // x.itemsize for one in x.strides), pointer % 16)
+
+    def pointer(self, x):
+        return x.ctypes.data
 
     def empty(self, shape, dtype):
         return np.empty(shape, dtype)
@@ -250,6 +254,7 @@ def test_the_kernels_are_off_unless_asked_for(device):
 
 def test_without_cuda_core_the_reason_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(engines, "_can_launch", engines._can_launch.__wrapped__)
     with pytest.raises(ImportError, match=r"pip install polysoftmax\[cuda\]"), ps.engine("cuda"):
         pass
 
@@ -298,7 +303,7 @@ def test_fields_of_structured_arrays_are_not_covered():
         with pytest.raises(_devices.Uncovered, match="multiples of their size"):
             _devices._CupyDevice.view(None, x)
     x.strides = (8,)
-    assert _devices._CupyDevice.view(None, x) == (512, (5,), (2,), "float32")
+    assert _devices._CupyDevice.view(None, x) == (512, (np.float32, (5,), (2,), 0))
 
 
 def test_every_length_has_a_layout():
@@ -335,3 +340,63 @@ def test_the_tests_on_a_gpu_say_that_they_need_one():
     found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr == "Exit: these tests need a GPU: torch finds no CUDA device\n"
+
+
+def test_calls_that_look_alike_share_a_launch_and_not_their_numbers(device):
+    x, y = np.zeros((4, 1000), np.float32), np.ones((4, 1000), np.float32)
+    ps.softmax(x, temperature=0.5)
+    count = len(_calls._found)
+    out = ps.softmax(y, temperature=2.0)
+    assert len(_calls._found) == count
+    (plan, _), (again, arguments) = device.launched
+    given = named("ROW", arguments)
+    assert again is plan
+    assert (given["x"], given["out"], given["temperature_value"]) == (y.ctypes.data, out.ctypes.data, 2.0)
+    targets = np.zeros(4, np.int64)
+    for z_loss in (0.25, 0.5):
+        ps.cross_entropy(x, targets, z_loss=z_loss)
+    assert [named("ROW", arguments)["z_loss"] for _, arguments in device.launched[2:]] == [0.25, 0.5]
+    assert len(_calls._found) == count + 1
+
+
+def test_what_differs_in_a_launch_is_seen(device):
+    whole = np.zeros((4, 2048), np.float32)
+    for x in (whole[:, :1024], whole[:, 1:1025], whole[:2, :1024], whole[:, :1024].copy(), whole[:, :512]):
+        ps.softmax(x)
+        ps.logsumexp(x, where=np.ones(x.shape[-1], bool))
+    given = [(plan.kernel.width, *arguments) for plan, arguments in device.launched]
+    assert len(set(given)) == len(given) == 10
+    assert [plan.kernel.width for plan, _ in device.launched[:4]] == [4, 4, 1, 4]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 5}, {"top_k": 400, "top_p": 0.5}])
+def test_a_draw_is_repeated_with_the_operands_of_each_call(device, options):
+    """The second call and later ones take the launches of the first, without its formula."""
+    calls = [(np.zeros((4, 1000), np.float32), number) for number in (0.5, 0.75, 0.25)]
+    found = []
+    for x, number in calls:
+        device.launched.clear()
+        given = {name: number if name == "top_p" else value for name, value in options.items()}
+        tokens = ps.sample(x, 3, temperature=number, **given)
+        found.append([(plan.kernel, arguments) for plan, arguments in device.launched])
+        first, last = device.launched[0][1], device.launched[-1][1]
+        draw = named("LEADING" if options == {"top_k": 5} else "DRAW", last)
+        assert x.ctypes.data in first
+        assert draw["temperature_value"] == number
+        assert draw["tokens"] == tokens.ctypes.data
+        assert (draw["x"] == x.ctypes.data) == (not options)
+        if "top_p" in options:
+            filters = named("FILTER", first)
+            assert (filters["temperature_value"], filters["p_value"]) == (number, number)
+            assert draw["x"] == filters["out"]
+    assert [[kernel for kernel, _ in one] for one in found] == [[kernel for kernel, _ in found[0]]] * 3
+
+
+def test_found_launches_are_bounded_and_keep_no_array(device, monkeypatch):
+    monkeypatch.setattr(_calls, "_MOST_FOUND", 8)
+    for rows in range(1, 30):
+        x = np.zeros((rows, 8), np.float32)
+        ps.sample(x, 3, temperature=np.ones(rows, np.float32))
+        assert len(_calls._found) <= 8
+        assert sys.getrefcount(x) == 2
+        device.launched.clear()

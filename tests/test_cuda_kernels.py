@@ -78,8 +78,11 @@ class HostDevice:
     def view(self, x):
         if self.xp is not np:
             return _devices._TorchDevice.view(self, x)
-        size = x.dtype.itemsize
-        return _devices.View(x.ctypes.data, x.shape, tuple(one // size for one in x.strides), str(x.dtype))
+        size, pointer = x.dtype.itemsize, x.ctypes.data
+        return pointer, (x.dtype, x.shape, tuple(one // size for one in x.strides), pointer % 16)
+
+    def pointer(self, x):
+        return x.data_ptr() if self.xp is not np else x.ctypes.data
 
     def empty(self, shape, dtype):
         if self.xp is not np and isinstance(dtype, str):
@@ -455,6 +458,21 @@ def test_sample_draws_the_same_tokens_from_what_filters_leave(device, dtype, n, 
     assert [plan.kernel.formula for plan in device.plans] == kernels
     np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_allclose(found, logprobs, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.75}, {"top_k": 5}, {"top_k": 400, "min_p": 0.01}])
+def test_draws_after_the_first(device, options):
+    """The first is composed by its formula. Later ones are its launches, sharing an array for what is in between."""
+    rng = np.random.default_rng(7)
+    for seed in range(3):
+        x, t = logits(rng, "float32", (9, 1003)), rng.uniform(0.5, 2.0)
+        given = {**options, "temperature": t, "return_logprobs": True}
+        tokens, found = ps.sample(x, seed, **given)
+        expected, logprobs = portable(ps.sample, x, seed, dtype=None, **given)
+        np.testing.assert_array_equal(tokens, expected)
+        np.testing.assert_allclose(found, logprobs, rtol=1e-5, atol=1e-5)
+    assert len(device.plans) == 3 * len({plan.kernel.formula for plan in device.plans})
 
 
 @needs_compiler

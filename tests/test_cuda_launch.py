@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 import time
@@ -75,33 +76,50 @@ def test_what_could_not_be_loaded_is_tried_again():
     assert _launch._load(("a key",), lambda: 5) == 5
 
 
+CALLERS, ON_DEVICE = 5000, 7000
+"""Contexts: the caller's, and the primary one of the first device."""
+
+
 class FakeCore:
     """The parts of ``cuda.core`` and the driver that a launch takes, remembering what they were given."""
 
     def __init__(self):
-        self.said, self.streams = [], []
-        self.context = "of the caller"
-        self.driver = SimpleNamespace(cuCtxGetCurrent=lambda: (0, self.context), cuCtxSetCurrent=self.make_current)
+        self.said, self.loaded, self.made_current = [], [], []
+        self.context, self.status = CALLERS, 0
+        self.driver = SimpleNamespace(
+            cuCtxGetCurrent=lambda: (0, self.context),
+            cuCtxSetCurrent=self.make_current,
+            cuGetErrorName=lambda status: (0, {700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}[status]),
+            cuLaunchKernelEx=self.launch,
+            CUfunction=lambda address: ("function", address),
+            CUlaunchConfig=SimpleNamespace,
+            CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace())),
+            CUlaunchAttributeID=SimpleNamespace(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster"),
+        )
 
     def make_current(self, context):
         self.context = context
+        self.made_current.append(context)
+        return (0,)
 
     def Device(self, ordinal):
-        return SimpleNamespace(set_current=lambda: self.make_current(f"of device {ordinal}"))
+        return SimpleNamespace(set_current=lambda: self.make_current(ON_DEVICE + ordinal))
 
     @property
     def ObjectCode(self):
-        return SimpleNamespace(from_cubin=lambda code: SimpleNamespace(get_kernel=lambda name: (code, name)))
+        return SimpleNamespace(from_cubin=lambda code: SimpleNamespace(get_kernel=lambda name: self.load(code, name)))
 
-    @property
-    def Stream(self):
-        return SimpleNamespace(from_handle=lambda handle: self.streams.append(handle) or ("stream", handle))
+    def load(self, code, name):
+        self.loaded.append((code, name))
+        return SimpleNamespace(handle=len(self.loaded))
 
-    def LaunchConfig(self, **options):
-        return options
-
-    def launch(self, *what):
-        self.said.append((self.context, *what))
+    def launch(self, config, function, pointers, extra):
+        words = (ctypes.c_void_p * 2).from_address(pointers)
+        given = (ctypes.c_longlong.from_address(words[0]).value, ctypes.c_double.from_address(words[1]).value)
+        kind, number = function
+        assert (kind, extra) == ("function", 0)
+        self.said.append((self.context, SimpleNamespace(**vars(config)), self.loaded[number - 1], given))
+        return (self.status,)
 
 
 @pytest.fixture
@@ -115,23 +133,59 @@ def core(monkeypatch):
 
 def test_a_launch_goes_to_the_stream_and_device_of_the_caller(core):
     cluster = PLAN._replace(kernel=replace(KERNEL, cluster=4))
-    for plan in (PLAN, PLAN, cluster):
-        _launch.launch(plan, 90, 1, 1234, (5, 1.5))
-    assert core.streams == [1234]
-    config = {"grid": 7, "cluster": None, "block": KERNEL.block, "shmem_size": 2304}
-    assert core.said[0] == ("of device 1", ("stream", 1234), config, ((1, 90), KERNEL.name), 5, 1.5)
-    assert core.said[2][2]["cluster"] == 4
+    plans = (PLAN, PLAN._replace(grid=9, shared=64), cluster)
+    for plan, stream in zip(plans, (1234, 1234, 5678), strict=True):
+        _launch.launch(plan, 90, 1, stream, [stream, 1.5])
+    assert core.loaded == [((1, 90), KERNEL.name), ((4, 90), cluster.kernel.name)]
+    for plan, stream, (context, config, loaded, given) in zip(plans, (1234, 1234, 5678), core.said, strict=True):
+        assert (context, config.hStream, given) == (ON_DEVICE + 1, stream, (stream, 1.5))
+        assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (plan.grid * plan.kernel.cluster, 1, 1)
+        assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (KERNEL.block, 1, 1)
+        assert (config.sharedMemBytes, loaded[1]) == (plan.shared, plan.kernel.name)
+    assert not hasattr(core.said[0][1], "attrs")
+    (attribute,) = core.said[2][1].attrs
+    size = attribute.value.clusterDim
+    assert (core.said[2][1].numAttrs, attribute.id, size.x, size.y, size.z) == (1, "cluster", 4, 1, 1)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_context_of_the_caller_stays_current(core, monkeypatch, fails):
     if fails:
-        monkeypatch.setattr(core, "launch", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            _launch.launch(PLAN, 90, 1, 1234, ())
+        core.status = 700
+        with pytest.raises(RuntimeError, match=f"launch {KERNEL.name}: CUDA_ERROR_ILLEGAL_ADDRESS"):
+            _launch.launch(PLAN, 90, 1, 1234, [5, 1.5])
     else:
-        _launch.launch(PLAN, 90, 1, 1234, ())
-    assert core.context == "of the caller"
+        _launch.launch(PLAN, 90, 1, 1234, [5, 1.5])
+    assert core.context == CALLERS
+
+
+def test_a_context_that_is_current_stays_as_it_is(core):
+    _launch.launch(PLAN, 90, 1, 1234, [5, 1.5])
+    core.context = ON_DEVICE + 1
+    core.made_current.clear()
+    _launch.launch(PLAN, 90, 1, 1234, [5, 1.5])
+    assert [context for context, *_ in core.said] == [ON_DEVICE + 1] * 2
+    assert not core.made_current
+
+
+def test_threads_that_launch_at_once_have_memory_of_their_own(core):
+    """The driver is called without the interpreter lock, and reads the arguments there."""
+    launch, inside, done = core.driver.cuLaunchKernelEx, threading.Event(), threading.Event()
+
+    def slowly(*what):
+        inside.set()
+        assert done.wait(10)
+        return launch(*what)
+
+    core.driver.cuLaunchKernelEx = slowly
+    slow = threading.Thread(target=_launch.launch, args=(PLAN, 90, 1, 1234, [5, 1.5]))
+    slow.start()
+    assert inside.wait(10)
+    core.driver.cuLaunchKernelEx = launch
+    _launch.launch(PLAN, 90, 1, 5678, [6, 2.5])
+    done.set()
+    slow.join()
+    assert [(config.hStream, given) for _, config, _, given in core.said] == [(5678, (6, 2.5)), (1234, (5, 1.5))]
 
 
 class FakeDevice:
@@ -196,9 +250,9 @@ def test_cupy_with_cuda_core_launches_through_it(cupy, core, monkeypatch):
     monkeypatch.setattr(_compile, "target_of", lambda arch: arch - 3)
     found = _devices._CupyDevice(1)
     assert found.machine == Machine(132, clusters=True)
-    found.launch(PLAN, (5,))
-    assert core.said[0][:2] == ("of device 1", ("stream", 1001))
-    assert core.said[0][3] == ((1, 87), KERNEL.name)
+    found.launch(PLAN, [5, 1.5])
+    context, config, loaded, _ = core.said[0]
+    assert (context, config.hStream, loaded) == (ON_DEVICE + 1, 1001, ((1, 87), KERNEL.name))
     assert not cupy.said
     assert cupy.device.entered == 0
 
@@ -208,15 +262,16 @@ def test_tensors_are_launched_on_without_changing_the_device_of_torch(core, monk
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     streams = SimpleNamespace(cuda_stream=1234)
     torch = SimpleNamespace(
+        device=lambda *what: what,
         version=SimpleNamespace(cuda="13.0"),
         cuda=SimpleNamespace(get_device_properties=lambda ordinal: properties, current_stream=lambda ordinal: streams),
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(_devices, "has_cuda_core", lambda: True)
     monkeypatch.setattr(_compile, "target_of", lambda arch: arch)
-    _devices._TorchDevice(1).launch(PLAN, (5,))
-    assert core.said[0][:2] == ("of device 1", ("stream", 1234))
-    assert core.context == "of the caller"
+    _devices._TorchDevice(1).launch(PLAN, [5, 1.5])
+    context, config, *_ = core.said[0]
+    assert (context, config.hStream, core.context) == (ON_DEVICE + 1, 1234, CALLERS)
 
 
 def test_a_device_that_kernels_cannot_be_compiled_for_has_a_reason(cupy, monkeypatch):

@@ -110,9 +110,8 @@ def test_the_device_is_used_as_the_engine_uses_it(dry, monkeypatch):
     """What the stages patch and read of the engine, which no other test reaches without a GPU."""
     for name, parameters in {"empty": ["self", "shape", "dtype"], "launch": ["self", "plan", "arguments"]}.items():
         assert list(inspect.signature(getattr(_devices._TorchDevice, name)).parameters) == parameters
-    stream = SimpleNamespace(current_stream=lambda _: SimpleNamespace(cuda_stream=7))
     with host._without_launches():
-        one = SimpleNamespace(torch=SimpleNamespace(cuda=stream), ordinal=0, target=90)
+        one = SimpleNamespace(stream=lambda _: 7, ordinal=0, target=90)
         _devices._TorchDevice.launch(one, None, ())
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")

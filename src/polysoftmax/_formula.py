@@ -122,7 +122,7 @@ class Call(NamedTuple):
     def evaluate(self, ops: Ops, operands: Sequence[Array]) -> Any:
         """Run the formula as it stands: the portable engine, and the definition of every other."""
         y = self.formula.function(ops, *self.widen(ops, operands), **self.options)
-        return y if isinstance(y, tuple) else self.answer(y)
+        return self.without_axis(y) if isinstance(y, tuple) else self.answer(y)
 
     def widen(self, ops: Ops, operands: Sequence[Array]) -> Sequence[Array]:
         """Bring the rows, and every floating array beside them, to the compute dtype."""
@@ -138,6 +138,12 @@ class Call(NamedTuple):
         """Bring what the formula computed to the dtype and shape that were asked for."""
         y = cast(y, self.result)
         return namespace(y).squeeze(y, self.axis) if self.squeeze else y
+
+    def without_axis(self, several: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Bring several answers, in dtypes of their own, to the shape that was asked for."""
+        if not self.squeeze:
+            return several
+        return tuple([namespace(y).squeeze(y, self.axis) for y in several])
 
 
 class Runner(Protocol):

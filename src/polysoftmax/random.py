@@ -67,7 +67,7 @@ def _int32(value: Array, name: str) -> Array:
     if value.ndim < 1 or value.shape[-1] != 2:
         msg = f"{name} must have two words along the last axis, got shape {tuple(value.shape)}"
         raise ValueError(msg)
-    return xp.astype(value, xp.int32)
+    return cast(value, xp.int32)
 
 
 def key(seed: int | Array, *, xp: Any = None, device: Any = None) -> Array:
@@ -337,6 +337,8 @@ def gumbel(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, de
 
 def as_key(value: Any, like: Array | None = None) -> Array:
     """Return keys as an int32 array of shape (..., 2), in the library of ``like`` if that is given."""
+    if like is not None and type(value) is type(like) and _is_key(value):
+        return to_library_of(value, like)
     if is_number(value) and hasattr(value, "__index__"):
         if like is None:
             return key(value)
@@ -351,6 +353,11 @@ def as_key(value: Any, like: Array | None = None) -> Array:
             raise TypeError(msg)
         found = jitted(_words_of, value)
     return found if like is None else to_library_of(found, like)
+
+
+def _is_key(value: Array) -> bool:
+    """Whether an array is a key, or keys, as they are computed with."""
+    return bool(value.dtype == namespace(value).int32 and value.ndim > 0 and value.shape[-1] == 2)
 
 
 def _words_of(keys: Array) -> Array:

@@ -27,13 +27,16 @@ class FakeDevice:
 
         return _devices._TorchDevice.view(self, x)  # type: ignore[arg-type]
 
+    def pointer(self, x: Any) -> Any:
+        return x.data_ptr()
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         import torch
 
         # What nothing writes to takes no memory, whatever its size.
         return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
-    def launch(self, plan: Plan, arguments: tuple[int | float, ...]) -> None:
+    def launch(self, plan: Plan, arguments: list[int | float]) -> None:
         del arguments
         self.launched(plan)
 

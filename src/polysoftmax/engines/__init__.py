@@ -6,9 +6,10 @@ as it stands. Formulas know nothing of this.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -24,8 +25,6 @@ from polysoftmax.engines import _library
 from polysoftmax.engines._library import set_num_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from polysoftmax._formula import Call, RowFormula, Runner
 
 __all__ = ["Explanation", "engine", "explain", "portable", "set_num_threads"]
@@ -94,6 +93,11 @@ def has_cuda_core() -> bool:
     return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.core") is not None
 
 
+@functools.cache  # the look takes far longer than a call
+def _can_launch() -> bool:
+    return has_cuda_core() or importlib.util.find_spec("cupy") is not None
+
+
 def _known(name: str) -> str:
     if name not in ENGINES:
         msg = f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}"
@@ -101,7 +105,7 @@ def _known(name: str) -> str:
     if name == "native" and _library.load() is None:
         msg = f'the engine "native" cannot run: {_library.reason()}'
         raise ImportError(msg)
-    if name == "cuda" and not (has_cuda_core() or importlib.util.find_spec("cupy") is not None):
+    if name == "cuda" and not _can_launch():
         msg = 'the engine "cuda" needs cuda.core: pip install polysoftmax[cuda]'
         raise ImportError(msg)
     return name
@@ -120,13 +124,16 @@ def portable() -> bool:
     return chosen() == "portable"
 
 
-class using:  # noqa: N801  # it stands in a ``with`` as a function would
+class using(ContextDecorator):  # noqa: N801  # it stands in a ``with`` as a function would
     """Set the engine inside a ``with`` block, without a look at whether there is one of that name."""
 
     __slots__ = ("name", "token")  # a generator would take twice as long, in every backward pass
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def _recreate_cm(self) -> using:
+        return using(self.name)  # a function that is decorated may call itself
 
     def __enter__(self) -> None:
         self.token = _CHOICE.set(self.name)
@@ -135,8 +142,7 @@ class using:  # noqa: N801  # it stands in a ``with`` as a function would
         _CHOICE.reset(self.token)
 
 
-@contextmanager
-def engine(name: str) -> Iterator[None]:
+def engine(name: str) -> using:
     """Choose the engine for the calls inside a ``with`` block.
 
     Parameters
@@ -168,8 +174,7 @@ def engine(name: str) -> Iterator[None]:
     ...     polysoftmax.softmax(np.zeros(4))
     array([0.25, 0.25, 0.25, 0.25])
     """
-    with using(_known(name)):
-        yield
+    return using(_known(name))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class TorchOps(Ops):
     """The words of PyTorch, whose sums are accurate along any axis."""
 
     def constant(self, x: Array) -> Array:
-        return x.detach()
+        return x.detach() if x.requires_grad else x
 
     def cast(self, x: Array, dtype: DType) -> Array:
         return x.to(dtype)
@@ -65,6 +65,9 @@ class TorchOps(Ops):
 class DifferentiatedOps(TorchOps):
     """The words of PyTorch where it differentiates the formula itself, and cannot be given its rules."""
 
+    def constant(self, x: Array) -> Array:
+        return x.detach() if x.requires_grad or _is_transformed() else x
+
     def exp(self, z: Array) -> Array:
         # The derivative of what vanishes is 0: that of z for the temperature may overflow there.
         gone = z < _VANISHED
@@ -83,6 +86,9 @@ class DifferentiatedOps(TorchOps):
 
 class _Compiled(TorchOps):
     """What Inductor needs: it computes logits anew for each use, and 16 bits in 32."""
+
+    def constant(self, x: Array) -> Array:
+        return x.detach()
 
     def below(self, x: Array, top: Array) -> Array:
         return torch.clamp(x, max=top) - top  # the derivative of a minimum would be 1/2 at the maximum
@@ -163,7 +169,7 @@ def is_recorded(operands: tuple[Array, ...]) -> bool:
 
 
 def _run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
-    if all(is_on_gpu(one) for one in operands if isinstance(one, torch.Tensor)):
+    if _are_on_gpu(operands):
         from polysoftmax.engines.cuda import _operator
 
         if _operator.is_chosen():
@@ -186,7 +192,7 @@ def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     engine = chosen()
     if engine == "portable" or torch._C._len_torch_dispatch_stack():
         return _evaluate(call, operands)
-    if engine == "cuda" and all(is_on_gpu(one) for one in operands if isinstance(one, torch.Tensor)):
+    if engine == "cuda" and _are_on_gpu(operands):
         from polysoftmax.engines import cuda
 
         return cuda.run(call, operands)
@@ -207,6 +213,15 @@ def is_on_gpu(x: Array) -> bool:
     return x.is_cuda and _is_strided(x)
 
 
+def _are_on_gpu(operands: tuple[Array, ...]) -> bool:
+    for one in operands:  # a generator would take twice as long
+        if one is None or type(one) is float:
+            continue
+        if not is_on_gpu(one):
+            return False
+    return True
+
+
 def _is_strided(x: Array) -> bool:
     return type(x) in _PLAIN and x.layout is torch.strided and not x.is_neg()
 
@@ -215,7 +230,7 @@ def _sample_with_gradient(call: Call, operands: tuple[Array, ...]) -> tuple[Arra
     """Draw in a kernel, and take the log-probabilities of what was drawn by formulas that have rules."""
     x, _, t, where, *filters = operands
     detached = tuple(one.detach() if isinstance(one, torch.Tensor) else one for one in operands)
-    tokens, *_ = _run_constant(call._replace(options={**call.options, "logprobs": False}), detached)
+    tokens, *_ = _run_constant(call._replace(options={**call.options, "logprobs": False}, squeeze=False), detached)
     drawn = tokens >= 0
     x = torch.where(drawn.any(call.axis, keepdim=True), x, 0.0)  # a row without a token has no slope
     wide = Call(LOG_SOFTMAX, {}, call.axis, call.compute, call.compute)
@@ -224,7 +239,8 @@ def _sample_with_gradient(call: Call, operands: tuple[Array, ...]) -> tuple[Arra
         x = run(wide._replace(formula=TRUNCATE, options={"top_k": top_k}), (x, t, where, *filters))
         where = None
     log_p = run(wide, (x, t, where))
-    return tokens, torch.where(drawn, log_p.gather(call.axis, tokens.clamp(min=0)), torch.nan)
+    log_p = torch.where(drawn, log_p.gather(call.axis, tokens.clamp(min=0)), torch.nan)
+    return call.without_axis((tokens, log_p))
 
 
 def gradients(

@@ -144,6 +144,7 @@ def sample(
         t,
         mask,
         *kept,
+        squeeze=layout.each == 1,
         top_k=top_k,
         is_one_key=keys.ndim == 1 and bool(r.reduced_shape),
         logprobs=return_logprobs,
@@ -188,8 +189,8 @@ class _Draws(NamedTuple):
 
     def answer(self, y: Array) -> Array:
         """Give what was drawn for each row the shape of the draws."""
-        xp = namespace(y)
         if self.shape == self.rows:
-            return xp.squeeze(y, axis=-1)
+            return y
+        xp = namespace(y)
         y = xp.reshape(y, tuple([self.shape[d] for d in self.order]))
         return xp.permute_dims(y, tuple([self.order.index(d) for d in range(len(self.order))]))

@@ -12,8 +12,8 @@ from polysoftmax._arrays import library
 from polysoftmax._ops import Ops, ops_of
 from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
+from polysoftmax.engines.cuda import _steps
 from polysoftmax.engines.cuda._calls import Launch, evaluate, launch_for_last_axis, prepare
-from polysoftmax.engines.cuda._composed import Composed
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -31,7 +31,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call in its kernel, on the caller's device and stream, or as it stands where no kernel covers it."""
     if chosen() == "cuda":
         if call.formula is SAMPLE:
-            return Composed(call, operands, launch_or_evaluate).answer()
+            return _steps.run(call, operands, launch_or_evaluate)
         return launch_or_evaluate(call, operands)
     return evaluate(call, operands)
 
@@ -39,7 +39,10 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
 def launch_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call in its kernel, or as it stands where no kernel covers it."""
     found = prepare(call, operands)
-    return found.run() if isinstance(found, Launch) else evaluate(call, operands)
+    if isinstance(found, str):
+        return evaluate(call, operands)
+    launch, values, _kept = found
+    return launch.run(values)
 
 
 def explain(x: Array, formula: RowFormula) -> tuple[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from copy import copy
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from polysoftmax._arrays import cast, float_bits, namespace
 from polysoftmax._formula import Call, RowFormula, words
@@ -27,13 +28,17 @@ from polysoftmax.engines.cuda._plan import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from polysoftmax._arrays import Array
-    from polysoftmax.engines.cuda._devices import Device, View
+    from polysoftmax.engines.cuda._devices import Device
 
 Map = tuple[int, int, int]
 """Where the entry for a row stands: at ``row // inner % period * stride``."""
 
 _ONE: Map = (1, 1, 0)
+_LINE = 128
+"""Bytes of a line of the cache; no two arrays share one."""
 _INT32_MAX = (1 << 31) - 1
 
 
@@ -63,23 +68,111 @@ _ROLES = {
 }
 
 
-class Launch(NamedTuple):
-    """A kernel and its arguments, but for the answers, which are made when it runs."""
+class Given(NamedTuple):
+    """An argument that differs from call to call: an operand's address or number, or the number of an option."""
 
-    device: Device
-    plan: Plan
-    before: tuple[int | float, ...]
-    answers: tuple[tuple[tuple[int, ...], Any] | None, ...]
-    after: tuple[int | float, ...]
-    keeps: tuple[Array, ...]
+    place: int
 
-    def run(self) -> Any:
+
+Argument: TypeAlias = "int | float | Given"
+
+
+class View(NamedTuple):
+    """An operand as a plan sees it: all but its address. Strides count entries."""
+
+    pointer: Given
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    """The address modulo 16."""
+
+
+class Launch:
+    """What calls that look alike share: a kernel, the arguments that do not differ, and the shapes of the answers."""
+
+    __slots__ = ("_answers", "_arguments", "_given", "_is_tuple", "_pieces", "device", "plan")
+
+    def __init__(
+        self,
+        device: Device,
+        plan: Plan,
+        before: tuple[Argument, ...],
+        answers: tuple[tuple[tuple[int, ...], Any] | None, ...],
+        after: tuple[Argument, ...],
+    ) -> None:
+        arguments = [*before, *[0] * len(answers), *after]
+        self.device, self.plan = device, plan
+        self._arguments = [0 if isinstance(one, Given) else one for one in arguments]
+        self._given = tuple((i, one.place) for i, one in enumerate(arguments) if isinstance(one, Given))
+        self._answers = tuple((i, *one) for i, one in enumerate(answers, len(before)) if one is not None)
+        self._pieces: tuple[tuple[int, int], ...] = ()
+        self._is_tuple = plan.kernel.formula.startswith("sample")
+
+    def run(self, values: list[int | float]) -> Any:
         """Make the answers, launch, and return them."""
-        made = [None if one is None else self.device.empty(*one) for one in self.answers]
-        pointers = tuple(0 if one is None else self.device.view(one).pointer for one in made)
-        self.device.launch(self.plan, (*self.before, *pointers, *self.after))
-        found = tuple(one for one in made if one is not None)
-        return found if self.plan.kernel.formula.startswith("sample") else found[0]
+        return self.answer(self.make(values))
+
+    def answer(self, made: list[Array]) -> Any:
+        """Return the answers as the formula does."""
+        return tuple(made) if self._is_tuple else made[0]
+
+    def make(self, values: list[int | float], scratch: int = 0) -> list[Array]:
+        """Launch, and return the answers; where they are, in scratch memory or not, is appended to the values."""
+        device, arguments, made = self.device, self._arguments.copy(), []
+        for i, place in self._given:
+            arguments[i] = values[place]
+        for i, offset in self._pieces:
+            arguments[i] = scratch + offset
+            values.append(scratch + offset)
+        for i, shape, dtype in self._answers:
+            y = device.empty(shape, dtype)
+            pointer = arguments[i] = device.pointer(y)
+            made.append(y)
+            values.append(pointer)
+        device.launch(self.plan, arguments)
+        return made
+
+    def taking(self, places: Sequence[int]) -> Launch:
+        """Return this launch for values of which the i-th stands at ``places[i]``."""
+        found = copy(self)
+        found._given = tuple((i, places[place]) for i, place in self._given)
+        return found
+
+    def squeezed(self) -> Launch:
+        """Return this launch with answers that lack the last axis, of length 1."""
+        found = copy(self)
+        found._answers = tuple((i, shape[:-1], dtype) for i, shape, dtype in self._answers)
+        return found
+
+    def into_scratch(self, start: int) -> tuple[Launch, int]:
+        """Return this launch with its answers in scratch memory from ``start`` on, and where they end."""
+        found, pieces = copy(self), []
+        for i, shape, dtype in self._answers:
+            pieces.append((i, start))
+            size = math.prod(shape) * (4 if dtype == "int32" else SIZES[_devices.dtype_name(dtype)])
+            start += -(-size // _LINE) * _LINE
+        found._answers, found._pieces = (), tuple(pieces)
+        return found, start
+
+
+Prepared: TypeAlias = tuple[Launch, list[int | float], tuple["Array", ...]]
+"""A launch, the values to run it with, and the arrays that these point into, to be kept until then."""
+
+
+class _Widen(NamedTuple):
+    """Operands to bring to the compute dtype before there can be a launch."""
+
+    places: tuple[int, ...]
+
+
+_MOST_FOUND = 4096
+
+_found: dict[tuple[Any, ...], Any] = {}
+"""What was found for a call, by all of it that a launch depends on; no array is kept, and no number of a parameter."""
+
+recall = _found.get
+"""Return what was found for a call, None the first time."""
 
 
 def evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -87,33 +180,85 @@ def evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
     return call.evaluate(words(operands[0], call.axis), operands)
 
 
-def prepare(call: Call, operands: tuple[Array, ...]) -> Launch | str:
-    """Return the launch that answers a call, or why there is none."""
-    prepare_it = _prepare_rows if call.formula in _ROLES else _SAMPLING.get(call.formula)
-    if prepare_it is None:
+def prepare(call: Call, operands: tuple[Array, ...]) -> Prepared | str:
+    """Return the launch that answers a call and what to run it with, or why there is none."""
+    if call.formula not in KERNELS:
         return f"there is no CUDA kernel for {call.formula.name}"
     device = _devices.device_of(operands[0])
     if isinstance(device, str):
         return device
     try:
-        return prepare_it(call, _in_compute_dtype(call, operands), device)
+        key, values = look(call, operands, device)
+    except Uncovered as reason:
+        return str(reason)
+    found = recall(key)
+    if found is None:
+        found = _find(call, operands, device, key[len(key) - len(values) :])
+        remember(key, found)
+    if isinstance(found, _Widen):
+        return prepare(call, tuple([cast(x, call.compute) if i in found.places else x for i, x in enumerate(operands)]))
+    return found if isinstance(found, str) else (found, values, operands)
+
+
+def look(call: Call, operands: tuple[Array, ...], device: Device) -> tuple[tuple[Any, ...], list[int | float]]:
+    """Return all of a call that its launch depends on, and the values that it is run with."""
+    formula, options, *others = call
+    key: list[Any] = [device, formula, *others, *options]
+    values: list[int | float] = []
+    for one in operands:
+        if one is None:
+            values.append(0)
+            key.append(None)
+        elif isinstance(one, float):
+            values.append(one)
+            key.append(float)
+        else:
+            pointer, seen = device.view(one)
+            values.append(pointer)
+            key.append(seen)
+    for one in options.values():
+        values.append(one)
+        key.append(bool(one) if isinstance(one, float) else one)
+    return tuple(key), values
+
+
+def remember(key: tuple[Any, ...], found: object) -> None:
+    """Keep what was found for a call."""
+    if len(_found) >= _MOST_FOUND:
+        _found.clear()
+    _found[key] = found
+
+
+def _find(call: Call, operands: tuple[Array, ...], device: Device, seen: tuple[Any, ...]) -> Launch | _Widen | str:
+    """Return the launch for all calls that look like this one, from what is seen of its operands."""
+    places = _to_widen(call, operands)
+    if places:
+        return _Widen(places)
+    find = _rows_launch if call.formula in _ROLES else _SAMPLING[call.formula]
+    given = tuple(
+        View(Given(i), _devices.dtype_name(one[0]), *one[1:]) if isinstance(one, tuple) else one and Given(i)
+        for i, one in enumerate(seen[: len(operands)])
+    )
+    try:
+        return find(call, given, device)
     except Uncovered as reason:
         return str(reason)
 
 
-def _in_compute_dtype(call: Call, operands: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Bring parameters, weights and one cotangent a row to the compute dtype; what has the size of the rows stays."""
+def _to_widen(call: Call, operands: tuple[Array, ...]) -> tuple[int, ...]:
+    """Return the places of the parameters, weights and cotangents, one a row, that are not in the compute dtype."""
     roles = _ROLES.get(call.formula)
     if roles is None:
         places: set[int | None] = {*range(1, len(operands))} - ({1} if call.formula is DRAW else set())  # 1: its logits
     else:
         places = {roles.temperature, roles.weight, roles.cotangent}
 
-    def widened(i: int, one: Array) -> Array:
-        stays = i not in places or one is None or isinstance(one, float) or not float_bits(namespace(one), one.dtype)
-        return one if stays else cast(one, call.compute)
+    def is_narrow(one: Array) -> bool:
+        if one is None or isinstance(one, float) or one.dtype == call.compute:
+            return False
+        return float_bits(namespace(one), one.dtype) > 0
 
-    return tuple([widened(i, one) for i, one in enumerate(operands)])
+    return tuple(i for i, one in enumerate(operands) if i in places and is_narrow(one))
 
 
 def launch_for_last_axis(x: Array, formula: RowFormula) -> Launch | str:
@@ -125,15 +270,16 @@ def launch_for_last_axis(x: Array, formula: RowFormula) -> Launch | str:
     r = rows(x, -1)
     options = {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0, "top_k": 1}
     operands = tuple(r.x if i in (0, roles.x, roles.y_or_cotangent) else None for i in range(7))
-    return prepare(Call(formula, options, r.axis, r.compute, r.result), operands)
+    found = prepare(Call(formula, options, r.axis, r.compute, r.result), operands)
+    return found if isinstance(found, str) else found[0]
 
 
 class _Batch:
     """The rows of a call: their number and length, and where each operand keeps what belongs to a row."""
 
-    def __init__(self, call: Call, x: Array, device: Device) -> None:
+    def __init__(self, call: Call, x: View, device: Device) -> None:
         self.device = device
-        self.x = device.view(x)
+        self.x = x
         self.compute = _devices.dtype_name(call.compute)
         shape = self.x.shape
         if call.axis != len(shape) - 1:
@@ -158,7 +304,7 @@ class _Batch:
 
     def starts_aligned(self, view: View, stride: int) -> bool:
         """Whether every row starts at 16 bytes."""
-        return view.pointer % 16 == 0 and (self.rows == 1 or stride * SIZES[view.dtype] % 16 == 0)
+        return view.offset == 0 and (self.rows == 1 or stride * SIZES[view.dtype] % 16 == 0)
 
     def map(self, view: View) -> Map:
         """Return where the rows of an operand stand that may be repeated or broadcast."""
@@ -167,38 +313,35 @@ class _Batch:
             raise Uncovered("an operand's strides have no pattern that the kernels know")
         return found
 
-    def per_row(self, x: Array | None, dtype: str, name: str) -> tuple[int, *Map]:
-        """Return the arguments for an operand with one entry a row; ``x`` may be None or 0-d."""
-        if x is None:
+    def per_row(self, view: View | None, dtype: str, name: str) -> tuple[Argument, *Map]:
+        """Return the arguments for an operand with one entry a row, which may be None or 0-d."""
+        if view is None:
             return (0, *_ONE)
-        view = self.device.view(x)
         if view.dtype != dtype:
             raise Uncovered(f"{name} has dtype {view.dtype} and not {dtype}")
         return (view.pointer, *(self.map(view) if view.shape else _ONE))
 
-    def parameter(self, value: Array | float | None, absent: float = 1.0) -> tuple[float, ...]:
-        """Return the arguments for a parameter that is a number, an array, or ``absent``."""
-        if value is None or isinstance(value, float):
+    def parameter(self, value: View | Given | float | None, absent: float = 1.0) -> tuple[Argument, ...]:
+        """Return the arguments for a parameter that is an array, a number, or ``absent``."""
+        if not isinstance(value, View):
             return (0, absent if value is None else value, *_ONE)
         pointer, *where = self.per_row(value, self.compute, "a parameter")
         return (pointer, absent, *where)
 
-    def mask(self, where: Array | None) -> tuple[int, ...]:
+    def mask(self, where: View | None) -> tuple[Argument, ...]:
         """Return the arguments for the mask."""
         if where is None:
             return (0, *_ONE, 0)
-        view = self.device.view(where)
         pointer, *rows = self.per_row(where, "bool", "the mask")
-        along = view.strides[-1] if view.shape and view.shape[-1] > 1 else 0
+        along = where.strides[-1] if where.shape and where.shape[-1] > 1 else 0
         return (pointer, *rows, along)
 
-    def keys(self, keys: Array, is_one_key: bool) -> tuple[int, ...]:
+    def keys(self, keys: View, is_one_key: bool) -> tuple[Argument, ...]:
         """Return the arguments for a key a row, or for one from which the kernel makes those of the rows."""
-        step = self.device.view(keys).strides[-1]
-        return (*self.per_row(keys, "int32", "the key"), step, int(is_one_key))
+        return (*self.per_row(keys, "int32", "the key"), keys.strides[-1], int(is_one_key))
 
 
-def _prepare_rows(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+def _rows_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
     roles = _ROLES[call.formula]
     if roles.kernel.endswith("pullback") and operands[roles.x] is None:
         roles = roles._replace(kernel=roles.kernel.replace("pullback", "vjp"), x=0)
@@ -209,10 +352,11 @@ def _prepare_rows(call: Call, operands: tuple[Array, ...], device: Device) -> La
     batch = _Batch(call, operands[roles.x], device)
     x = batch.x
     stride = batch.row_stride(x)
-    second, second_stride = 0, 0
+    second: Argument = 0
+    second_stride = 0
     aligned = roles.kernel in REDUCTIONS or _shares_alignment(batch, x, stride)
     if roles.y_or_cotangent is not None:
-        view = device.view(operands[roles.y_or_cotangent])
+        view = operands[roles.y_or_cotangent]
         if view.dtype != x.dtype:
             raise Uncovered(f"the rows are {x.dtype} and the cotangent is {view.dtype}")
         second, second_stride = view.pointer, batch.row_stride(view)
@@ -240,27 +384,26 @@ def _prepare_rows(call: Call, operands: tuple[Array, ...], device: Device) -> La
     )
     length = () if call.squeeze else (1 if roles.kernel in REDUCTIONS else batch.n,)
     shape = (*batch.batch, *length)
-    return Launch(device, plan, (x.pointer, second), ((shape, call.result),), after, operands)
+    return Launch(device, plan, (x.pointer, second), ((shape, call.result),), after)
 
 
 def _shares_alignment(batch: _Batch, view: View, stride: int) -> bool:
     """Whether the rows of an operand share the alignment of the answer's, which starts at 16 bytes and has no gaps."""
     width = 16 // SIZES[view.dtype]
-    at_start = view.pointer % 16 == 0
-    return at_start and (batch.rows == 1 or (stride - batch.n) % width == 0)
+    return view.offset == 0 and (batch.rows == 1 or (stride - batch.n) % width == 0)
 
 
-def _loss_arguments(batch: _Batch, call: Call, operands: tuple[Array, ...], roles: _Roles) -> tuple[int | float, ...]:
+def _loss_arguments(batch: _Batch, call: Call, operands: tuple[Any, ...], roles: _Roles) -> tuple[Argument, ...]:
     if roles.targets is None:
         return (0, *_ONE, 0, 0, *_ONE, 0, 0, 0, 0.0)
-    pointer, along = 0, 0
+    pointer: Argument = 0
+    along = 0
     weight = None if roles.weight is None else operands[roles.weight]
     if weight is not None:
-        view = batch.device.view(weight)
         pointer, *rows = batch.per_row(weight, batch.compute, "weight")
         if rows[2] != 0:
             raise Uncovered("the class weights differ from row to row")
-        along = view.strides[-1]
+        along = weight.strides[-1]
     cotangent = None if roles.cotangent is None else operands[roles.cotangent]
     ignore_index = call.options["ignore_index"]
     return (
@@ -270,11 +413,11 @@ def _loss_arguments(batch: _Batch, call: Call, operands: tuple[Array, ...], role
         along,
         int(ignore_index is not None),
         ignore_index or 0,
-        float(call.options["z_loss"]),
+        Given(len(operands) + list(call.options).index("z_loss")),
     )
 
 
-def _prepare_masses(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+def _masses_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
     x, temperature, where, *_ = operands
     batch = _Batch(call, x, device)
     stride = batch.row_stride(batch.x)
@@ -291,21 +434,20 @@ def _prepare_masses(call: Call, operands: tuple[Array, ...], device: Device) -> 
     after = (batch.n, batch.rows, stride, *batch.parameter(temperature), *batch.mask(where))
     blocks = -(-batch.n // block_length(batch.n))
     answers = tuple(((*batch.batch, length), call.compute) for length in (1, blocks))
-    return Launch(device, plan, (batch.x.pointer,), answers, after, operands)
+    return Launch(device, plan, (batch.x.pointer,), answers, after)
 
 
-def _prepare_draw(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+def _draw_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
     mass, x, top, keys, temperature, where = operands
     batch = _Batch(call, mass, device)
-    view = device.view(x)
-    if view.dtype not in SIZES or batch.x.dtype != batch.compute:
-        raise Uncovered(f"the kernels do not draw from {view.dtype} with masses in {batch.x.dtype}")
-    n = view.shape[-1]
-    for one in (batch.x, view):
+    if x.dtype not in SIZES or batch.x.dtype != batch.compute:
+        raise Uncovered(f"the kernels do not draw from {x.dtype} with masses in {batch.x.dtype}")
+    n = x.shape[-1]
+    for one in (batch.x, x):
         if one.shape[-1] > 1 and one.strides[-1] != 1:
             raise Uncovered("the entries of a row do not lie side by side")
     after = (
-        *(batch.x.pointer, *batch.map(batch.x), view.pointer, *batch.map(view)),
+        *(batch.x.pointer, *batch.map(batch.x), x.pointer, *batch.map(x)),
         *(n, batch.rows, call.options["size"]),
         *batch.per_row(top, batch.compute, "the maximum"),
         *batch.keys(keys, call.options["is_one_key"]),
@@ -313,11 +455,11 @@ def _prepare_draw(call: Call, operands: tuple[Array, ...], device: Device) -> La
         *batch.mask(where),
     )
     general = temperature is not None or where is not None
-    plan = plan_draw(view.dtype, batch.rows, n, general=general)
-    return Launch(device, plan, (), _drawn(batch, call), after, operands)
+    plan = plan_draw(x.dtype, batch.rows, n, general=general)
+    return Launch(device, plan, (), _drawn(batch, call), after)
 
 
-def _prepare_truncate(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+def _truncate_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
     x, temperature, where, k, p, min_p, *_ = operands
     batch = _Batch(call, x, device)
     if _devices.dtype_name(call.result) != batch.x.dtype:
@@ -325,10 +467,10 @@ def _prepare_truncate(call: Call, operands: tuple[Array, ...], device: Device) -
     top_k = call.options["top_k"]
     parameters = (temperature, 1.0), (k if top_k is None else float(top_k), 0.0), (p, 1.0), (min_p, 0.0)
     answers = (None, ((*batch.batch, batch.n), call.result), None)
-    return _filter(batch, call, where, parameters, answers, operands)
+    return _filter(batch, call, where, parameters, answers)
 
 
-def _prepare_leading(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+def _leading_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
     x, where, *_ = operands
     batch = _Batch(call, x, device)
     top_k = call.options["top_k"]
@@ -337,16 +479,15 @@ def _prepare_leading(call: Call, operands: tuple[Array, ...], device: Device) ->
     parameters = (None, 1.0), (float(top_k), 0.0), (None, 1.0), (None, 0.0)
     kept = (*batch.batch, top_k)
     answers = (((*batch.batch, 1), call.compute), (kept, call.compute), (kept, "int32"))
-    return _filter(batch, call, where, parameters, answers, operands)
+    return _filter(batch, call, where, parameters, answers)
 
 
 def _filter(
     batch: _Batch,
     call: Call,
-    where: Array | None,
-    parameters: tuple[tuple[Array | float | None, float], ...],
+    where: View | None,
+    parameters: tuple[tuple[View | Given | float | None, float], ...],
     answers: tuple[tuple[tuple[int, ...], Any] | None, ...],
-    operands: tuple[Array, ...],
 ) -> Launch:
     stride = batch.row_stride(batch.x)
     plan = plan_filter(
@@ -359,14 +500,13 @@ def _filter(
     )
     numbers = [number for one in parameters for number in batch.parameter(*one)]
     after = (batch.n, batch.rows, stride, *numbers)
-    return Launch(batch.device, plan, (batch.x.pointer, *batch.mask(where)), answers, after, operands)
+    return Launch(batch.device, plan, (batch.x.pointer, *batch.mask(where)), answers, after)
 
 
-def _prepare_draw_leading(call: Call, operands: tuple[Array, ...], device: Device) -> Launch:
+def _draw_leading_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
     x, index, top, keys, temperature, p, min_p = operands
     batch = _Batch(call, x, device)
-    view = device.view(index)
-    for one in (batch.x, view):
+    for one in (batch.x, index):
         if one.shape[-1] > 1 and one.strides[-1] != 1:
             raise Uncovered("the entries of a row do not lie side by side")
     if batch.x.dtype != batch.compute or batch.n > MOST_LEADING:
@@ -378,9 +518,8 @@ def _prepare_draw_leading(call: Call, operands: tuple[Array, ...], device: Devic
         *batch.keys(keys, call.options["is_one_key"]),
         *(*batch.parameter(temperature), *batch.parameter(p), *batch.parameter(min_p, 0.0)),
     )
-    return Launch(
-        device, plan_draw_leading(batch.compute, batch.rows, batch.n), (), _drawn(batch, call), after, operands
-    )
+    plan = plan_draw_leading(batch.compute, batch.rows, batch.n)
+    return Launch(device, plan, (), _drawn(batch, call), after)
 
 
 def _drawn(batch: _Batch, call: Call) -> tuple[tuple[tuple[int, ...], Any] | None, ...]:
@@ -390,11 +529,11 @@ def _drawn(batch: _Batch, call: Call) -> tuple[tuple[tuple[int, ...], Any] | Non
 
 
 _SAMPLING = {
-    TRUNCATE: _prepare_truncate,
-    MASSES: _prepare_masses,
-    DRAW: _prepare_draw,
-    LEADING: _prepare_leading,
-    DRAW_LEADING: _prepare_draw_leading,
+    TRUNCATE: _truncate_launch,
+    MASSES: _masses_launch,
+    DRAW: _draw_launch,
+    LEADING: _leading_launch,
+    DRAW_LEADING: _draw_leading_launch,
 }
 
 

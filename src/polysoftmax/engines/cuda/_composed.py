@@ -26,20 +26,23 @@ class Composed:
     ) -> None:
         self._call, self._operands, self._run = call, operands, run
         self.axis = axis
-        self._words = _formula.words(operands[0], axis)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._words, name)
+        return getattr(_formula.words(self._operands[0], self.axis), name)
 
     def along(self, axis: int) -> Composed:
         """Return the words for rows along another axis."""
-        return Composed(self._call, self._operands, self._run, axis)
+        return self if axis == self.axis else Composed(self._call, self._operands, self._run, axis)
 
     def call(self, formula: RowFormula, *operands: Any, **options: Any) -> Any:
         """Run a formula by its kernel."""
         result = operands[0].dtype if formula is TRUNCATE else self._call.compute
         return self._run(Call(formula, options, operands[0].ndim - 1, self._call.compute, result), operands)
 
-    def answer(self) -> Any:
+    def answer(self) -> tuple[Array, ...]:
         """Return what the call answers."""
-        return self._call.formula.function(self, *self._operands, **self._call.options)
+        return self._call.without_axis(self.answer_of_rows())
+
+    def answer_of_rows(self) -> tuple[Array, ...]:
+        """Return what the formula answers, with the axis."""
+        return self._call.formula.function(self, *self._operands, **self._call.options)  # type: ignore[no-any-return]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from polysoftmax._arrays import library
 from polysoftmax.engines import has_cuda_core
 from polysoftmax.engines.cuda import _compile, _launch
-from polysoftmax.engines.cuda._plan import SIZES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from polysoftmax._arrays import Array, DType
@@ -21,13 +21,8 @@ class Uncovered(Exception):  # noqa: N818 - control flow that ends in _calls.pre
     """The reason why no kernel covers a call."""
 
 
-class View(NamedTuple):
-    """An array as a kernel sees it; strides count entries."""
-
-    pointer: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
+Seen: TypeAlias = "tuple[DType, tuple[int, ...], tuple[int, ...], int]"
+"""What a launch depends on of an array: dtype, shape, strides in entries, and the address modulo 16."""
 
 
 class Device(Protocol):
@@ -35,11 +30,17 @@ class Device(Protocol):
 
     machine: Machine
 
-    def view(self, x: Array) -> View: ...
+    def view(self, x: Array) -> tuple[int, Seen]:
+        """Return the address of an array, and the rest that there is to know of it."""
 
-    def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array: ...
+    def pointer(self, x: Array) -> int:
+        """Return the address of an array."""
 
-    def launch(self, plan: Plan, arguments: tuple[int | float, ...]) -> None: ...
+    def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
+        """Return a new array without gaps."""
+
+    def launch(self, plan: Plan, arguments: list[int | float]) -> None:
+        """Launch a kernel on the current stream."""
 
 
 def dtype_name(dtype: DType) -> str:
@@ -47,29 +48,44 @@ def dtype_name(dtype: DType) -> str:
     return str(dtype).rpartition(".")[2].removesuffix("'>")
 
 
-_devices: dict[tuple[str, int], Device | str] = {}
+_devices: dict[tuple[type, Any], Device | str] = {}
+"""What was found for a type of arrays on a device of its library."""
 
 
 def device_of(x: Array) -> Device | str:
     """Return the GPU that an array is on, or why there is none that kernels can use."""
+    key = (type(x), getattr(x, "device", None))
+    found = _devices.get(key)
+    return _open(x, key) if found is None else found
+
+
+def _open(x: Array, key: tuple[type, Any]) -> Device | str:
     name = library(x).name
     kind: type[_TorchDevice | _CupyDevice]
     if name == "torch":
         if x.device.type != "cuda":
             return f"the tensor is on {x.device}"
-        key, kind = (name, x.device.index or 0), _TorchDevice
+        ordinal, kind = x.device.index or 0, _TorchDevice
     elif name == "cupy":
-        key, kind = (name, x.device.id), _CupyDevice
+        ordinal, kind = x.device.id, _CupyDevice
     else:
         return f"{name} runs on the GPU in its own way"
-    found = _devices.get(key)
+    found: Device | str | None = _devices.get((kind, ordinal))
     if found is None:
         try:
-            found = kind(key[1])
+            found = kind(ordinal)
         except ImportError as error:
             found = f"no CUDA kernels here: {error}"
-        _devices[key] = found
+        _devices[kind, ordinal] = found
+    _devices[key] = found
     return found
+
+
+def _streams_of(torch: Any) -> Callable[[int], int]:
+    """Return PyTorch's function from a device's number to its current stream, as the driver knows it."""
+    # The public way makes an object, which takes as long as the rest of a launch. Triton calls this one, too.
+    raw: Callable[[int], int] | None = getattr(getattr(torch, "_C", None), "_cuda_getCurrentRawStream", None)
+    return raw or (lambda ordinal: torch.cuda.current_stream(ordinal).cuda_stream)
 
 
 class _TorchDevice:
@@ -86,20 +102,25 @@ class _TorchDevice:
         arch = found.major * 10 + found.minor
         self.torch = torch
         self.ordinal = ordinal
+        self.device = torch.device("cuda", ordinal)
         self.machine = _compile.machine_of(arch, found.multi_processor_count, clusters=True)
         self.target = _compile.target_of(arch)
+        self.stream = _streams_of(torch)
 
-    def view(self, x: Array) -> View:
-        return View(x.data_ptr(), tuple(x.shape), tuple(x.stride()), dtype_name(x.dtype))
+    def view(self, x: Array) -> tuple[int, Seen]:
+        pointer = x.data_ptr()
+        return pointer, (x.dtype, x.shape, x.stride(), pointer % 16)
+
+    def pointer(self, x: Array) -> int:
+        return x.data_ptr()  # type: ignore[no-any-return]
 
     def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
         if isinstance(dtype, str):
             dtype = getattr(self.torch, dtype)
-        return self.torch.empty(shape, dtype=dtype, device=f"cuda:{self.ordinal}")
+        return self.torch.empty(shape, dtype=dtype, device=self.device)
 
-    def launch(self, plan: Plan, arguments: tuple[int | float, ...]) -> None:
-        stream = self.torch.cuda.current_stream(self.ordinal).cuda_stream
-        _launch.launch(plan, self.target, self.ordinal, stream, arguments)
+    def launch(self, plan: Plan, arguments: list[int | float]) -> None:
+        _launch.launch(plan, self.target, self.ordinal, self.stream(self.ordinal), arguments)
 
 
 class _CupyDevice:
@@ -118,25 +139,27 @@ class _CupyDevice:
         self.machine = _compile.machine_of(arch, processors, clusters=core)
         self.target = _compile.target_of(arch) if core else None
 
-    def view(self, x: Array) -> View:
-        dtype = dtype_name(x.dtype)
-        size = SIZES.get(dtype, x.dtype.itemsize)
-        if x.data.ptr % size or any(one % size for one in x.strides):
+    def view(self, x: Array) -> tuple[int, Seen]:
+        pointer, size = x.data.ptr, x.dtype.itemsize
+        if pointer % size or any(one % size for one in x.strides):
             raise Uncovered("the entries do not lie at multiples of their size")  # a field of a structured array
-        return View(x.data.ptr, tuple(x.shape), tuple(one // size for one in x.strides), dtype)
+        return pointer, (x.dtype, x.shape, tuple([one // size for one in x.strides]), pointer % 16)
+
+    def pointer(self, x: Array) -> int:
+        return x.data.ptr  # type: ignore[no-any-return]
 
     def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
         with self.current():
             return self.cupy.empty(shape, dtype)
 
-    def launch(self, plan: Plan, arguments: tuple[int | float, ...]) -> None:
+    def launch(self, plan: Plan, arguments: list[int | float]) -> None:
         if self.target is not None:
             stream = self.cupy.cuda.get_current_stream(self.device.id).ptr
             _launch.launch(plan, self.target, self.device.id, stream, arguments)
             return
         with self.current():
             kernel = _launch.raw_kernel(self.cupy, plan.kernel, self.device.id)
-            kernel((plan.grid,), (plan.kernel.block,), arguments, shared_mem=plan.shared)
+            kernel((plan.grid,), (plan.kernel.block,), tuple(arguments), shared_mem=plan.shared)
 
     def current(self) -> AbstractContextManager[Any]:
         """Make the device current, unless it is: at its end, CuPy's own ``with`` replaces the caller's context."""

@@ -1,7 +1,9 @@
-"""Launches through ``cuda.core``, and of CuPy's own; each kernel is loaded once."""
+"""Launches through the driver, and of CuPy's own; each kernel is loaded once."""
 
 from __future__ import annotations
 
+import ctypes
+import struct
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -28,30 +30,105 @@ def _load(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     return found
 
 
-def launch(plan: Plan, arch: int, ordinal: int, stream: int, arguments: tuple[int | float, ...]) -> None:
+def launch(plan: Plan, arch: int, ordinal: int, stream: int, arguments: list[int | float]) -> None:
     """Launch a kernel on a stream of a device, both of the caller's library. The caller's context stays current."""
-    from cuda.bindings import driver
-    from cuda.core import Device, LaunchConfig, ObjectCode, Stream
-    from cuda.core import launch as launch_now
+    key = (plan.kernel, arch, ordinal)
+    found = _loaded.get(key) or _load(key, lambda: _Launcher(*key))
+    found.launch(plan, stream, arguments)
 
-    kernel = plan.kernel
 
-    def load() -> Any:
-        return ObjectCode.from_cubin(_cache.machine_code(kernel, arch)).get_kernel(kernel.name)
+class _Launcher:
+    """A kernel in the memory of a device, and what it takes to launch it.
 
-    _, before = driver.cuCtxGetCurrent()
-    Device(ordinal).set_current()
-    try:
-        loaded = _load((kernel, arch, ordinal), load)
-        # To make a stream costs more than the launch. Its handle may come back for another device's stream.
-        on = _load(("stream", ordinal, stream), lambda: Stream.from_handle(stream))
-        # With a cluster, the grid counts clusters.
-        cluster = kernel.cluster if kernel.cluster > 1 else None
-        config = LaunchConfig(grid=plan.grid, cluster=cluster, block=kernel.block, shmem_size=plan.shared)
-        launch_now(on, config, loaded, *arguments)
-    finally:
-        # Not the device that was current: the context may be another one on it.
-        driver.cuCtxSetCurrent(before)
+    Through the driver and not through ``cuda.core``, which makes the configuration and the arguments' memory anew for
+    each launch.
+    """
+
+    def __init__(self, kernel: Kernel, arch: int, ordinal: int) -> None:
+        from cuda.bindings import driver
+        from cuda.core import Device, ObjectCode
+
+        self.driver, self.kernel = driver, kernel
+        before = self._current()
+        Device(ordinal).set_current()
+        try:
+            # Kept, since the driver unloads the kernel with it.
+            self.loaded = ObjectCode.from_cubin(_cache.machine_code(kernel, arch)).get_kernel(kernel.name)
+            self.function = driver.CUfunction(int(self.loaded.handle))
+            self.context = self._current()
+        finally:
+            driver.cuCtxSetCurrent(before)
+        self.address = int(self.context)
+        self.unused: list[_Frame] = []
+
+    def launch(self, plan: Plan, stream: int, arguments: list[int | float]) -> None:
+        """Launch the kernel with its arguments, each of which takes eight bytes."""
+        before = self._current()
+        if int(before) == self.address:
+            self._launch(plan, stream, arguments)
+            return
+        self._check(self.driver.cuCtxSetCurrent(self.context)[0], "make a context current")
+        try:
+            self._launch(plan, stream, arguments)
+        finally:
+            # Not the device that was current: the context may be another one on it.
+            self.driver.cuCtxSetCurrent(before)
+
+    def _launch(self, plan: Plan, stream: int, arguments: list[int | float]) -> None:
+        try:
+            frame = self.unused.pop()
+        except IndexError:  # the first launch, or others are being made
+            frame = _Frame(self.driver, self.kernel, arguments)
+        frame.set(plan, stream, arguments)
+        (status,) = self.driver.cuLaunchKernelEx(frame.config, self.function, frame.pointers, 0)
+        self.unused.append(frame)
+        if status:
+            self._check(status, f"launch {self.kernel.name}")
+
+    def _current(self) -> Any:
+        status, context = self.driver.cuCtxGetCurrent()
+        if status:
+            self._check(status, "tell the current context")
+        return context
+
+    def _check(self, status: Any, what: str) -> None:
+        """Raise an exception with the driver's name for an error."""
+        if status:
+            _, name = self.driver.cuGetErrorName(status)
+            msg = f"the driver could not {what}: {name.decode() if name else status}"
+            raise RuntimeError(msg)
+
+
+class _Frame:
+    """Memory for one launch at a time: the arguments, their addresses and the configuration."""
+
+    def __init__(self, driver: Any, kernel: Kernel, arguments: list[int | float]) -> None:
+        self.pack = struct.Struct("".join(["d" if isinstance(one, float) else "q" for one in arguments])).pack_into
+        self.words = ctypes.create_string_buffer(8 * len(arguments))
+        start = ctypes.addressof(self.words)
+        self.addresses = (ctypes.c_void_p * len(arguments))(*range(start, start + 8 * len(arguments), 8))
+        self.pointers = ctypes.addressof(self.addresses)
+        self.plan: Plan | None = None
+        self.stream: int | None = None
+        self.config = config = driver.CUlaunchConfig()
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.blockDimX = kernel.block
+        if kernel.cluster > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            cluster = attribute.value.clusterDim
+            cluster.x, cluster.y, cluster.z = kernel.cluster, 1, 1
+            config.attrs, config.numAttrs = [attribute], 1
+
+    def set(self, plan: Plan, stream: int, arguments: list[int | float]) -> None:
+        """Say what is launched now."""
+        self.pack(self.words, 0, *arguments)
+        if plan is not self.plan:
+            self.plan = plan
+            self.config.gridDimX = plan.grid * plan.kernel.cluster  # the driver counts blocks, and a plan clusters
+            self.config.sharedMemBytes = plan.shared
+        if stream != self.stream:
+            self.config.hStream = self.stream = stream
 
 
 def raw_kernel(cupy: Any, kernel: Kernel, ordinal: int) -> Any:

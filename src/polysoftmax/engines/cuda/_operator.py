@@ -16,7 +16,8 @@ from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._sampling import DRAW, DRAW_LEADING, LEADING, MASSES, SAMPLE, block_length
 from polysoftmax._softmax import LOGSUMEXP
 from polysoftmax.engines import chosen
-from polysoftmax.engines.cuda._calls import KERNELS, Launch, evaluate, prepare
+from polysoftmax.engines.cuda import launch_or_evaluate
+from polysoftmax.engines.cuda._calls import KERNELS, evaluate
 from polysoftmax.engines.cuda._composed import Composed
 from polysoftmax.engines.torch import answer_for_gradient, gradients, is_recorded
 
@@ -90,8 +91,7 @@ def formula(
 ) -> list[Tensor]:
     """Run a formula in its kernel, or as it stands where no kernel covers what the call has become."""
     call, operands = _call(name, tensors, numbers, kinds, options, axis, compute, result, squeeze)
-    found = prepare(call, operands)
-    answer = found.run() if isinstance(found, Launch) else evaluate(call, operands)
+    answer = launch_or_evaluate(call, operands)
     return [one.contiguous() for one in (answer if isinstance(answer, tuple) else (answer,))]
 
 
