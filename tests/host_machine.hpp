@@ -130,7 +130,7 @@ struct Pack {
     using Kept = std::conditional_t<IN_PAIRS, Word, T>;
     union {
         T at[W];
-        Kept kept[sizeof(at) / sizeof(Kept)];
+        Kept kept[W * sizeof(T) / sizeof(Kept)];
     };
 
     void check(const T* p) const {

@@ -365,7 +365,7 @@ struct RowKernel {
 
     // The closer a sum is to 1, the more of its digits the terms at the top take from the logarithm: they are set apart.
     DEVICE void take_logarithm() {
-        log_total = log(total.sum);
+        log_total = log(sum_of(total));
         bool close = finite(total.top) && total.sum < 2;
         if (S::THREADS < 32 ? !any_in_warp(close) : !close) return;
         struct {
