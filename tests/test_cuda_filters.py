@@ -44,7 +44,14 @@ def rows_of(rng, dtype, n, threads):
 
 
 # Rows that fit a list, rows that do not, and rows whose accesses have a head and a tail.
-LENGTHS = [("float32", 3), ("bfloat16", 300), ("float16", 2049), ("float32", 4096), ("bfloat16", 20_001), ("float64", 5000)]
+LENGTHS = [
+    ("float32", 3),
+    ("bfloat16", 300),
+    ("float16", 2049),
+    ("float32", 4096),
+    ("bfloat16", 20_001),
+    ("float64", 5000),
+]
 
 
 def assert_same_rows(device, x, **options):
@@ -120,12 +127,3 @@ def test_leading_tokens_come_with_their_indices(device, dtype, n, masked):
         np.testing.assert_array_equal(index, expected)
         np.testing.assert_array_equal(values, np.take_along_axis(wide, expected, -1))
         np.testing.assert_array_equal(top, wide.max(-1, keepdims=True))
-
-
-@needs_compiler
-def test_a_block_of_1024_threads_has_a_row_of_its_own(device):
-    x = rows_of(np.random.default_rng(0), "float32", 20_000, 1024)[[1, 5, 9]]
-    device.machine = device.machine._replace(processors=3)
-    for options in ({"top_k": 40}, {"top_p": 0.9}):
-        assert_same_rows(device, x, **options)
-        assert device.plans[-1].kernel.threads == 1024

@@ -496,7 +496,6 @@ def _filter(
         batch.rows,
         batch.n,
         aligned=call.formula is LEADING or _shares_alignment(batch, batch.x, stride),
-        machine=batch.device.machine,
     )
     numbers = [number for one in parameters for number in batch.parameter(*one)]
     after = (batch.n, batch.rows, stride, *numbers)

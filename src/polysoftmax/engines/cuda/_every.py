@@ -70,4 +70,4 @@ def _chosen(machine: Machine) -> Iterator[Kernel]:
         yield plan_draw(x, rows, n, general=general).kernel
         yield plan_draw_leading(compute, rows, 1).kernel
         for formula in FILTERS:
-            yield plan_filter(formula, x, rows, n, aligned=aligned, machine=machine).kernel
+            yield plan_filter(formula, x, rows, n, aligned=aligned).kernel

@@ -61,9 +61,6 @@ _LIGHT = 32
 _FEW_PACKS = 4
 """Accesses under way that hide the latency of memory."""
 
-_MOST_FILTER_THREADS = 1024
-"""Threads of a block that has a multiprocessor for itself, and needs no more than 64 registers a thread."""
-
 
 class Machine(NamedTuple):
     """What a layout depends on: multiprocessors, and whether blocks can be launched in clusters."""
@@ -100,8 +97,8 @@ class Kernel:
     def resident(self) -> int:
         """Blocks that a multiprocessor has at once, at least: of its 65,536 registers, a thread has 64, or 128."""
         words = self.packs * self.width * SIZES[self.x] // 4 * (2 if self.formula in TWO_INPUTS else 1)
-        # A division by the temperature takes more registers than a row.
-        is_light = words <= _LIGHT and self.compute == "float32" and not self.general
+        # A division by the temperature takes more registers than a row, and so does a search.
+        is_light = words <= _LIGHT and self.compute == "float32" and not (self.general or self.formula in FILTERS)
         return max(1, (1024 if is_light else 512) // self.block)
 
     @property
@@ -213,15 +210,14 @@ def plan_draw(x: str, rows: int, n: int, *, general: bool) -> Plan:
     return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), _SCRATCH)
 
 
-def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool, machine: Machine) -> Plan:
+def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Plan:
     """Choose the layout of a search for the tokens that filters leave.
 
     ``aligned`` says that whole accesses of a row are those of its answer.
     """
     compute = "float64" if x == "float64" else "float32"
     width = 16 // SIZES[x] if aligned else 1
-    most = _MOST_FILTER_THREADS if rows <= machine.processors else _MOST_FILTER_THREADS // 2
-    threads = min(most, max(64, _power(_over(n, width * _FEW_PACKS))))
+    threads = min(_MOST_THREADS, max(64, _power(_over(n, width * _FEW_PACKS))))
     y = compute if formula == "sample_leading" else x
     kernel = Kernel(formula, x, y, compute, width, threads, threads, _FEW_PACKS)
     return Plan(kernel, rows, _SCRATCH + 8 * _BINS + (4 + max(4, SIZES[x])) * _LISTED + _BOARD)

@@ -36,9 +36,9 @@ struct FilterKernel {
     // Tokens up to the gap `end`, and of those at that gap the ones with an index below `limit`.
     struct Prefix {
         Gap end;
-        Index limit;
+        Word limit;
 
-        DEVICE bool holds(Gap gap, Index i) const { return gap < end || (gap == end && i < limit); }
+        DEVICE bool holds(Gap gap, Word i) const { return gap < end || (gap == end && i < limit); }
     };
 
     // The logits from one distance to another below the greatest, in steps of which there is a bin for each. Rounding
@@ -123,6 +123,10 @@ struct FilterKernel {
         list.count = LISTED + 1;
         if (member == 0) board->taken = 0;
     }
+
+    // Read again where they are needed, rather than kept in registers.
+    DEVICE double share() const { return a.p.of<C>(row); }
+    DEVICE C least_probability() const { return (C)a.min_p.of<C>(row); }
 
     DEVICE static X nothing() { return rounded<X>(-infinity<C>()); }
 
@@ -340,23 +344,23 @@ struct FilterKernel {
     // A distance from the greatest beyond which there is nothing of the shortest prefix that has a share p of the mass.
     // All that are lighter than the n-th part of the rest have less than the rest, and the total is at least that of the
     // parts. An exponential is right to much less than the 1% that is left for it, and a sum to less than 2^-50.
-    DEVICE C distance_for_mass(const Pack<X, W>& parts, bool of_top, double p) const {
+    DEVICE C distance_for_mass(const Pack<X, W>& parts, bool of_top) const {
         Amount mass = 0;
         each(parts, W, [&](int, X part) { mass += weight_of(widen(part), true); });
         mass = of_top ? amount_of((C)1, scale) : merged<S::THREADS>(mass, shared, sum_of_two);
-        double light = ((1 - p - 0x1p-50) * (double)mass - 2) / a.n - 0.5;
+        double light = ((1 - share() - 0x1p-50) * (double)mass - 2) / a.n - 0.5;
         // An amount is rounded, and what is rounded to 0 counts for nothing.
         double least = (light > 0.4 ? light : 0.4) / scale;
         return t.is_zero() ? 0 : (C)(t.divisor * (0.01 - log(least)));
     }
 
     // The parts are far above most tokens: four times as far down as the least of them there is next to nothing.
-    DEVICE Bounds bounds_of(const Pack<X, W>& parts, const Parts& found, Amount k, double p) const {
+    DEVICE Bounds bounds_of(const Pack<X, W>& parts, const Parts& found, Amount k) const {
         Bounds bounds{-1, 0, 4 * bounded((top - found.least) / 4)};
         if (n <= LISTED || !finite(top)) return bounds;
         if (k > 0 && 2 * k <= (Amount)found.count) bounds.for_count = top - bound_of(parts, found, k);
         // What is not among the first k does not count for the total.
-        if (p < 1) bounds.for_mass = lesser(bounds.usual, distance_for_mass(parts, k > 0, p));
+        if (!LEADING && share() < 1) bounds.for_mass = lesser(bounds.usual, distance_for_mass(parts, k > 0));
         return bounds;
     }
 
@@ -365,7 +369,7 @@ struct FilterKernel {
         clear_bins();
         Adder adder{*this};
         Amount beyond = 0;
-        const bool all = whole.end >= first && whole.limit == a.n;
+        const bool all = whole.end >= first && whole.limit == n;
         visit([&](Word at, const Pack<X, W>& pack, int count) {
             each(pack, count, [&](int e, X entry) {
                 if (!all && !whole.holds(gap_of(entry), at + e)) return;
@@ -384,7 +388,7 @@ struct FilterKernel {
 
     // List what is in a range of a prefix, which holds all that comes before the range. That is written, too, what is
     // listed as if it were kept, and -inf for the rest.
-    DEVICE void make_list(const Prefix& whole, const Range& range, C min_p) {
+    DEVICE void make_list(const Prefix& whole, const Range& range) {
         block_barrier();    // whoever still reads how long the last one is
         if (member == 0) board->listed = 0;
         block_barrier();
@@ -412,7 +416,7 @@ struct FilterKernel {
                 UNROLL for (int e = 0; e < W; e++) {
                     if (step_of(range, widen(pack.get(e))) > range.far) keep &= ~((Word)1 << e);
                 }
-                keep &= probable(pack, keep, count, min_p);
+                keep &= probable(pack, keep, count);
                 write_kept(at, pack, keep, count);
             }
         });
@@ -423,7 +427,8 @@ struct FilterKernel {
     }
 
     // Which entries of an access are as probable as min-p asks.
-    DEVICE Word probable(const Pack<X, W>& pack, Word asked, int count, C min_p) const {
+    DEVICE Word probable(const Pack<X, W>& pack, Word asked, int count) const {
+        const C min_p = least_probability();
         if (!(min_p > 0)) return asked;
         Word found = 0;
         each(pack, count, [&](int e, X entry) {
@@ -504,19 +509,19 @@ struct FilterKernel {
                     }
                 });
             });
-            if (by_index) return common(Prefix{end, (Index)last.key + 1}, whole);
+            if (by_index) return common(Prefix{end, (Word)last.key + 1}, whole);
             end = list.near + last.key;
-            if (last.left == last.there) return common(Prefix{end, a.n}, whole);
+            if (last.left == last.there) return common(Prefix{end, n}, whole);
             const Amount weight = weight_at(end, by_mass);
             need = weight > 1 ? (last.left - 1) / weight + 1 : last.left;
-            if (need * weight > last.there - weight) return common(Prefix{end, a.n}, whole);
+            if (need * weight > last.there - weight) return common(Prefix{end, n}, whole);
         }
     }
 
-    DEVICE Prefix everything() const { return Prefix{~(Gap)0, a.n}; }
+    DEVICE Prefix everything() const { return Prefix{~(Gap)0, n}; }
 
     // The shortest prefix of another that has a share p of its mass, or k tokens of it.
-    DEVICE Prefix shortest(const Prefix& whole, const Bounds& bounds, bool by_mass, double p, Amount k, C min_p) {
+    DEVICE Prefix shortest(const Prefix& whole, const Bounds& bounds, bool by_mass, Amount k) {
         Range range = everything_in_range();
         Amount need = k;
         const bool small = n <= LISTED || !finite(top);
@@ -527,14 +532,14 @@ struct FilterKernel {
             if (!direct) {
                 range = range_to(by_mass ? bounds.for_mass : bounds.usual);
                 const Amount beyond = add_up(whole, range, by_mass);
-                Place place = place_of([&](Amount all) { return by_mass ? share_of(p, all + beyond) : k; });
+                Place place = place_of([&](Amount all) { return by_mass ? share_of(share(), all + beyond) : k; });
                 need = place.left;
                 if (!LEADING && !by_mass && place.bin == BINS && need >= beyond) {
                     return Prefix{gap_of(nothing()), 0};    // no more than k exist
                 }
                 range = place.bin < BINS ? only(range, place.bin) : after(range);
             }
-            make_list(whole, range, min_p);
+            make_list(whole, range);
             complete = direct && list.fits();
             if (list.fits() || !direct || !finite(top)) break;
             direct = false;
@@ -542,18 +547,18 @@ struct FilterKernel {
         if (complete && by_mass) {
             Amount mass = 0;
             visit_candidates(whole, range, [&](Gap gap, Word) { mass += weight_at(gap, true); });
-            need = share_of(p, merged<S::THREADS>(mass, shared, sum_of_two));
+            need = share_of(share(), merged<S::THREADS>(mass, shared, sum_of_two));
         }
         return find_last(whole, range, by_mass, need);
     }
 
-    DEVICE void write(const Prefix& kept, C min_p) const {
+    DEVICE void write(const Prefix& kept) const {
         visit([&](Word at, Pack<X, W>& pack, int count) {
             Word keep = 0;
             UNROLL for (int e = 0; e < W; e++) {
                 if (kept.holds(gap_of(pack.get(e)), at + e)) keep |= (Word)1 << e;
             }
-            write_kept(at, pack, probable(pack, keep, count, min_p), count);
+            write_kept(at, pack, probable(pack, keep, count), count);
         });
     }
 
@@ -573,7 +578,7 @@ struct FilterKernel {
 
     // The leading tokens in the order of their indices: collected as they come, and each put where its rank says.
     DEVICE void write_leading(const Prefix& kept, int k) {
-        if (!complete) make_list(kept, everything_in_range(), 0);
+        if (!complete) make_list(kept, everything_in_range());
         C* values = (C*)low;
         Word* at = (Word*)(values + MOST_LEADING);
         for (Word i = member; i < list.count; i += S::THREADS) {
@@ -599,7 +604,7 @@ struct FilterKernel {
     }
 
     DEVICE void run() {
-        double k = a.k.of<C>(row), p = a.p.of<C>(row), min_p = a.min_p.of<C>(row);
+        const double k = a.k.of<C>(row);
         Pack<X, W> parts;
         Parts found = find_parts(parts, 4 * k <= S::THREADS);
         top = with_positive_zero(found.top);    // of 0 and -0, merging may take either
@@ -608,23 +613,24 @@ struct FilterKernel {
         if constexpr (LEADING) {
             if (member == 0) ((C*)a.top)[row] = known ? top : nan_of<C>();
             if (!known) return write_leading_nan((int)k);
-            const Bounds bounds = bounds_of(parts, found, (Amount)k, 1);
-            return write_leading(shortest(everything(), bounds, false, 1, (Amount)k, 0), (int)k);
+            const Bounds bounds = bounds_of(parts, found, (Amount)k);
+            return write_leading(shortest(everything(), bounds, false, (Amount)k), (int)k);
         }
-        bool answered = known && top < infinity<C>() && k >= 0 && p >= 0 && p <= 1 && min_p >= 0 && min_p <= 1;
-        if (!answered || !t.has_answer()) return write_nan();
-        if (!finite(top)) return write(everything(), 0);
+        const C min_p = least_probability();
+        bool answered = known && top < infinity<C>() && k >= 0 && share() >= 0 && share() <= 1;
+        if (!answered || !(min_p >= 0 && min_p <= 1) || !t.has_answer()) return write_nan();
+        if (!finite(top)) return write(everything());    // nothing is probable, and so is nothing improbable
         const Amount count = k < (double)a.n ? (Amount)ceil(k) : 0;
-        const Bounds bounds = bounds_of(parts, found, count, p);
+        const Bounds bounds = bounds_of(parts, found, count);
         Prefix kept = everything();
         // Of two searches one is often off: a loop, so that they are compiled once.
         for (int by_mass = 0; by_mass < 2; by_mass++) {
-            if (by_mass ? p < 1 : count > 0) kept = shortest(kept, bounds, by_mass, p, count, (C)min_p);
+            if (by_mass ? share() < 1 : count > 0) kept = shortest(kept, bounds, by_mass, count);
         }
         if (list.fits()) {
             correct(kept);
         } else {
-            write(kept, (C)min_p);
+            write(kept);
         }
     }
 };
