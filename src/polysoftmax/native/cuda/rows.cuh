@@ -255,9 +255,9 @@ struct RowKernel {
 
     // Call body(entries, entries of the second array) for every access of this thread, entries that do not exist too.
     template <class Body>
-    DEVICE void visit(bool fresh, Body body) {
+    DEVICE void visit(Body body) {
         for (int chunk = 0; chunk == 0 || chunk < chunks(); chunk++) {
-            if (!S::HELD || fresh) load(chunk);
+            if (!S::HELD) load(chunk);
             visit_held(chunk, body);
         }
     }
@@ -298,13 +298,13 @@ struct RowKernel {
         C of_second = 0;
         auto add = [](C p, C q) { return p + q; };
         if constexpr (S::HELD) {
-            visit(true, [&](const auto& pack, const auto& other) {
+            visit([&](const auto& pack, const auto& other) {
                 if constexpr (!IS_PULLBACK) mine.top = greater(mine.top, top_of(pack));
                 if constexpr (SUMS_SECOND) of_second += sum_of_pack(other);
             });
             if constexpr (!IS_PULLBACK) {
                 mine.top = top_of_warp(mine.top);
-                visit(false, [&](const auto& pack, const auto&) { mine.sum += sum_of_terms(pack, mine.top); });
+                visit([&](const auto& pack, const auto&) { mine.sum += sum_of_terms(pack, mine.top); });
             }
         } else {
             LongSum<C> sum, sum_of_second;
@@ -371,7 +371,7 @@ struct RowKernel {
         struct {
             C count, rest;
         } mine{0, 0};
-        visit(!S::HELD, [&](const auto& pack, const auto&) {
+        visit([&](const auto& pack, const auto&) {
             constexpr int N = sizeof(pack) / sizeof(X);
             C v[N];
             widen_again(pack, v);
@@ -481,7 +481,7 @@ struct RowKernel {
         weight = 1;
         if (a.weight) weight = ((const C*)a.weight)[(known ? target : 0) * a.weight_stride];
         if (!known) weight = nan_of<C>();
-        // Before all else, since whoever waits for it at the end waits alone.
+        // Now, since whoever waited for it at the end would wait alone.
         if (F == CROSS_ENTROPY && member == 0) target_logit = known ? (C)widen(x[target]) : nan_of<C>();
         return counts;
     }
@@ -501,13 +501,11 @@ struct RowKernel {
 
     DEVICE void run() {
         if constexpr (S::CLUSTER > 1) cluster_arrive();
+        // Before the target: what waits for that would wait for these as well.
+        if constexpr (S::HELD || F == SOFTMAX_PULLBACK) load(0);
         bool counts = true;
         if constexpr (IS_LOSS) counts = read_target();
-        if constexpr (F == SOFTMAX_PULLBACK) {
-            if (S::HELD || chunks() == 0) load(0);
-        } else {
-            sum_up();
-        }
+        if constexpr (F != SOFTMAX_PULLBACK) sum_up();
         if constexpr (F == SOFTMAX_VJP || F == SOFTMAX_PULLBACK) sum_up_weighted();
         if constexpr (F == CROSS_ENTROPY_SLOPE) find_slope();
         if constexpr (REDUCES) {

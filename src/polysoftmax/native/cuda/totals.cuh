@@ -103,7 +103,7 @@ struct LongSum {
         sum = next;
     }
     DEVICE void scale(C by) { sum *= by, lost *= by; }
-    DEVICE C value() const { return sum + lost; }
+    DEVICE C value() const { return finite(sum) ? sum + lost : sum; }    // what an infinite sum has lost is NaN
 };
 
 // Σ of W numbers, in a tree.
