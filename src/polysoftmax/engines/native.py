@@ -314,6 +314,8 @@ def _steps(own: tuple[int, ...], strides: tuple[int, ...], axis: int, shape: tup
     """Return the strides of an operand along the row, and over the batch: 0 where it is broadcast."""
     if not own:
         return [0] * len(shape)
+    missing = len(shape) - len(own)
+    own, strides = (1,) * missing + own, (0,) * missing + strides
     steps = [0 if m == 1 and n != 1 else stride for m, n, stride in zip(own, shape, strides, strict=True)]
     along = strides[axis] if own[axis] != 1 else 0
     return [along, *steps[:axis], *steps[axis + 1 :]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,9 +148,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
 def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     """Return the engine for a formula along the last axis of ``x``, and why."""
     if is_on_gpu(x):
-        from polysoftmax.engines import cuda
-
-        return cuda.explain(x, formula)
+        return _cuda().explain(x, formula)  # type: ignore[no-any-return]
     if not is_in_memory(x):
         return "portable", f"the array API formula as it stands, for a {type(x).__name__} on {x.device}"
     return native.explain(x, formula, native.TORCH)
@@ -187,15 +186,21 @@ def _is_transformed() -> bool:
     )
 
 
+@functools.cache
+def _cuda() -> Any:
+    """Return the CUDA engine, which most who use PyTorch do without; an import statement takes time in every call."""
+    from polysoftmax.engines import cuda
+
+    return cuda
+
+
 def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula that nothing is differentiated through."""
     engine = chosen()
     if engine == "portable" or torch._C._len_torch_dispatch_stack():
         return _evaluate(call, operands)
     if engine == "cuda" and _are_on_gpu(operands):
-        from polysoftmax.engines import cuda
-
-        return cuda.run(call, operands)
+        return _cuda().run(call, operands)
     for one in operands:
         if one is not None and type(one) is not float and not is_in_memory(one):
             return _evaluate(call, operands)

@@ -179,11 +179,9 @@ class _Draws(NamedTuple):
 
     def lay_out_keys(self, keys: Array) -> Array:
         """Lay the keys of each row side by side along the last axis."""
+        if keys.ndim == 1 or keys.shape[:-1] == self.rows:
+            return keys  # a single one broadcasts
         xp = namespace(keys)
-        if keys.shape[:-1] == self.rows:
-            return keys
-        if keys.ndim == 1:
-            return xp.reshape(keys, (1,) * len(self.rows) + (2,))
         spread = xp.permute_dims(xp.broadcast_to(keys, (*self.shape, 2)), (*self.order, len(self.shape)))
         return xp.reshape(spread, (*self.rows, 2 * self.each))
 

@@ -39,6 +39,9 @@ Map = tuple[int, int, int]
 _ONE: Map = (1, 1, 0)
 _LINE = 128
 """Bytes of a line of the cache; no two arrays share one."""
+_ABSENT: Any = (0, None)
+_NUMBER: Any = float
+"""What is seen of an operand that is None, with its value, and of one that is a number."""
 _INT32_MAX = (1 << 31) - 1
 
 
@@ -193,7 +196,7 @@ def prepare(call: Call, operands: tuple[Array, ...]) -> Prepared | str:
         return str(reason)
     found = recall(key)
     if found is None:
-        found = _find(call, operands, device, key[len(key) - len(values) :])
+        found = _find(call, operands, device, key[0])
         remember(key, found)
     if isinstance(found, _Widen):
         return prepare(call, tuple([cast(x, call.compute) if i in found.places else x for i, x in enumerate(operands)]))
@@ -202,24 +205,23 @@ def prepare(call: Call, operands: tuple[Array, ...]) -> Prepared | str:
 
 def look(call: Call, operands: tuple[Array, ...], device: Device) -> tuple[tuple[Any, ...], list[int | float]]:
     """Return all of a call that its launch depends on, and the values that it is run with."""
-    formula, options, *others = call
-    key: list[Any] = [device, formula, *others, *options]
-    values: list[int | float] = []
+    view, options = device.view, call.options
+    seen: list[Any] = []
+    values: list[Any] = []
     for one in operands:
         if one is None:
-            values.append(0)
-            key.append(None)
-        elif isinstance(one, float):
-            values.append(one)
-            key.append(float)
+            value, kind = _ABSENT
+        elif type(one) is float:
+            value, kind = one, _NUMBER
         else:
-            pointer, seen = device.view(one)
-            values.append(pointer)
-            key.append(seen)
-    for one in options.values():
-        values.append(one)
-        key.append(bool(one) if isinstance(one, float) else one)
-    return tuple(key), values
+            value, kind = view(one)
+        values.append(value)
+        seen.append(kind)
+    chosen = tuple(options.values())
+    values += chosen
+    if float in map(type, chosen):
+        chosen = tuple([bool(one) if type(one) is float else one for one in chosen])
+    return (tuple(seen), device, call.formula, call[2:], chosen, *options), values
 
 
 def remember(key: tuple[Any, ...], found: object) -> None:
@@ -237,7 +239,7 @@ def _find(call: Call, operands: tuple[Array, ...], device: Device, seen: tuple[A
     find = _rows_launch if call.formula in _ROLES else _SAMPLING[call.formula]
     given = tuple(
         View(Given(i), _devices.dtype_name(one[0]), *one[1:]) if isinstance(one, tuple) else one and Given(i)
-        for i, one in enumerate(seen[: len(operands)])
+        for i, one in enumerate(seen)
     )
     try:
         return find(call, given, device)
