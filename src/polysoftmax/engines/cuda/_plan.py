@@ -190,7 +190,7 @@ def plan_masses(x: str, rows: int, n: int, *, aligned: bool, general: bool, mach
     groups = threads // lanes
     cluster = 1
     while machine.clusters and cluster < _LARGEST_CLUSTER and count >= 2 * cluster * groups:
-        enough = 2 * cluster * rows > 4 * machine.processors
+        enough = 2 * cluster * rows > machine.processors
         if enough and _masses_shared(count, cluster, threads, groups, compute) <= _SHARED:
             break
         cluster *= 2
