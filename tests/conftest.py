@@ -8,7 +8,6 @@ import gc
 import itertools
 import os
 import sys
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
@@ -158,23 +157,6 @@ def _end_of_file() -> Iterator[None]:
 def everything() -> bool:
     """Whether tests shall do what another test has shown of the same code, too."""
     return _EVERYTHING
-
-
-@pytest.fixture
-def quickly_compiled(everything: bool) -> Iterator[None]:
-    """Compile JAX's programs without LLVM's optimisations, which take half of the time: ``usefixtures``.
-
-    For tests of which entry an answer is or is not, not of its roundings, beside others of the same functions that run
-    as everyone's programs do. XLA's own changes to a program, which formulas have to withstand, are made all the same.
-    """
-    if everything or find_spec("jax") is None:
-        yield
-        return
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 _COMPILING = itertools.count(1)

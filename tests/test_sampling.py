@@ -28,7 +28,6 @@ once = pytest.mark.backends(
 )  # jax:fused shows it
 # Layouts, keys and frequencies, the same calls on every library: not where each is a compilation or a graph.
 eager = pytest.mark.backends(lambda can: can.gpu or not (can.traced or can.compiles or can.lazy))
-quickly = pytest.mark.usefixtures("quickly_compiled")  # beside frozen tokens, bad rows, log-probabilities
 ordered = pytest.mark.backends(lambda can: not can.lazy and not can.traced and "64" not in can.how)  # Dask cannot sort
 
 
@@ -225,7 +224,6 @@ def test_rows_without_a_token(lib: Adapter) -> None:
 
 
 @ordered
-@quickly
 def test_long_rows_without_a_token(lib: Adapter) -> None:
     """Few survivors of long rows are found in a way of their own."""
     rows = np.full((5, 600), 0.5)
@@ -253,7 +251,6 @@ def test_a_bad_element_of_a_parameter(lib: Adapter, name: str) -> None:
 
 
 @ordered
-@quickly
 def test_a_bad_element_of_one_parameter_among_four(lib: Adapter) -> None:
     """Each parameter is bad in two rows of its own, in which the others are good."""
     x = lib.asarray([[0.0, -INF, -INF]] * 9, "float32")
@@ -265,7 +262,6 @@ def test_a_bad_element_of_one_parameter_among_four(lib: Adapter) -> None:
 
 
 @once
-@quickly
 def test_temperature_0_takes_the_first_maximum(lib: Adapter) -> None:
     x = np.zeros((3, 300), np.float32)
     x[0, [7, 8, 290]] = 1.0
@@ -308,7 +304,6 @@ FILTERS = (
 @ordered
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 @pytest.mark.usefixtures("compiled")
-@quickly
 def test_sampling_after_truncation(lib: Adapter, options: dict[str, float]) -> None:
     """Survivors that are drawn from by themselves give the tokens that the truncated rows give."""
     if lib.can.compiles and len(options) < 3:
@@ -323,7 +318,6 @@ def test_sampling_after_truncation(lib: Adapter, options: dict[str, float]) -> N
 
 @ordered
 @pytest.mark.usefixtures("compiled")
-@quickly
 def test_parameters_for_each_row(lib: Adapter, *, everything: bool) -> None:
     x = np.random.default_rng(5).standard_normal((4, 90)).astype(np.float32)
     keys = random.split(31, 4)
@@ -392,7 +386,6 @@ def test_keys_with_leading_dimensions(lib: Adapter) -> None:
     assert tokens(lib, rows, lib.asarray(keys[0], "int32")) == y[0]
 
 
-@quickly
 def test_keys_of_other_libraries(lib: Adapter, *, everything: bool) -> None:
     x = lib.asarray(np.stack([logits(30, seed) for seed in range(3)]), "float32")
     expected = lib.values(polysoftmax.sample(x, 7)).tolist()
@@ -403,7 +396,6 @@ def test_keys_of_other_libraries(lib: Adapter, *, everything: bool) -> None:
         assert lib.values(polysoftmax.sample(x, key)).tolist() == expected
 
 
-@quickly
 def test_generators(lib: Adapter, *, everything: bool) -> None:
     torch = pytest.importorskip("torch")
     x = lib.asarray(logits(1000) / 100, "float32")
@@ -421,7 +413,6 @@ def test_generators(lib: Adapter, *, everything: bool) -> None:
 @eager
 @pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8}], ids=str)
 @pytest.mark.usefixtures("compiled")
-@quickly
 def test_batches_do_not_matter(lib: Adapter, options: dict[str, float]) -> None:
     if lib.can.compiles and "top_p" not in options:
         pytest.skip("the slowest option shows it where each is seven compilations")
@@ -466,7 +457,6 @@ def test_threads_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8, "min_p": 0.01}], ids=str)
-@quickly
 def test_transformations(options: dict[str, float]) -> None:
     x, keys = np.stack([logits(120, seed) for seed in range(6)]), random.split(13, 6)
     expected = polysoftmax.sample(x, keys, **options).tolist()
@@ -540,7 +530,6 @@ def test_gradient_of_log_probabilities(options: dict[str, float]) -> None:
 
 
 @draws
-@quickly
 def test_integer_logits(lib: Adapter, *, everything: bool) -> None:
     # All integers are promoted in one place, which the contract takes through each: one, where it is a program.
     slow = lib.can.compiles or lib.can.lazy
@@ -573,7 +562,6 @@ def test_errors(x: Any, key: Any, options: dict[str, Any], error: type[Exception
         polysoftmax.sample(x, key, **options)
 
 
-@quickly
 def test_no_rows_give_no_tokens(lib: Adapter) -> None:
     if lib.can.lazy:
         pytest.skip("Dask's own maximum fails without rows")

@@ -22,8 +22,6 @@ INF, NAN = math.inf, math.nan
 ordered = pytest.mark.backends(lambda can: not can.lazy)  # Dask cannot order rows lazily
 eager = pytest.mark.backends(lambda can: not can.lazy and not can.traced and "64" not in can.how)  # nor does Dask sort
 
-# Beside the survivors of each filter, bad rows and derivatives, which are compiled as everyone's programs are.
-quickly = pytest.mark.usefixtures("quickly_compiled")
 # What is special is in the numbers: torch.compile gives them to the operations of eager PyTorch, and XLA to its own.
 numbers = pytest.mark.enough(lambda can: "compile" not in can.how)
 
@@ -136,7 +134,6 @@ def test_dtypes_keep_their_bits(lib: Adapter, dtype: str) -> None:
 
 
 @eager
-@quickly
 def test_integers_become_floating(lib: Adapter, *, everything: bool) -> None:
     # All are promoted in one place, which the contract takes through each.
     for dtype in lib.can.integers[: 1 if lib.can.compiles and not everything else None]:
@@ -146,7 +143,6 @@ def test_integers_become_floating(lib: Adapter, *, everything: bool) -> None:
 
 
 @ordered
-@quickly
 @numbers
 def test_ties_go_to_the_lowest_index(lib: Adapter) -> None:
     for n in (300, 4)[: 1 if lib.can.compiles else 2]:
@@ -159,7 +155,6 @@ def test_ties_go_to_the_lowest_index(lib: Adapter) -> None:
 
 
 @eager
-@quickly
 def test_the_crossing_token_is_kept(lib: Adapter) -> None:
     x = lib.asarray(np.log([0.05, 0.5, 0.15, 0.3]), "float32")
     shares = ((0.79, [1, 3]), (0.4, [1]), (0.55, [1, 3]), (0.96, [0, 1, 2, 3]), (0.81, [1, 2, 3]))
@@ -171,7 +166,6 @@ def test_the_crossing_token_is_kept(lib: Adapter) -> None:
 
 @eager
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0, 1e6, INF])
-@quickly
 def test_the_most_likely_token_always_survives(lib: Adapter, temperature: float) -> None:
     x = lib.asarray([0.0, 1.0, 3.0, 2.0, 3.0], "float32")
     every = ({"top_p": 0.0}, {"top_k": 1}, {"top_p": 1e-30}, {"top_k": 1, "top_p": 0.0, "min_p": 1.0})
@@ -181,7 +175,6 @@ def test_the_most_likely_token_always_survives(lib: Adapter, temperature: float)
 
 
 @eager
-@quickly
 def test_order_is_by_logit_where_probabilities_are_equal(lib: Adapter) -> None:
     """At a high temperature the probabilities of different logits round to the same number."""
     x = lib.asarray([1e-7, 2e-7, 3e-7, 0.5], "float32")
@@ -189,7 +182,6 @@ def test_order_is_by_logit_where_probabilities_are_equal(lib: Adapter) -> None:
 
 
 @eager
-@quickly
 def test_filters_act_on_what_is_left(lib: Adapter) -> None:
     """Half of the mass is out of top_k's reach: top_p counts shares of the rest."""
     x = lib.asarray(np.log([0.2, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1, 0.1]), "float32")
@@ -233,7 +225,6 @@ def test_parameters_for_each_row(lib: Adapter) -> None:
 
 
 @eager
-@quickly
 def test_axes(lib: Adapter) -> None:
     x = np.random.default_rng(4).permutation(24).reshape(2, 3, 4).astype(np.float32)
     y = lib.values(lib.call(polysoftmax.truncate, lib.asarray(x, "float32"), axis=(0, 2), top_k=2))
@@ -256,6 +247,7 @@ def test_bad_rows_are_nan(lib: Adapter) -> None:
 
 
 @ordered
+@pytest.mark.enough(lambda can: can.traced or not can.compiles)  # eagerly, JAX goes on in another program
 @pytest.mark.parametrize("parameters", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
 def test_bad_rows_have_no_probabilities(lib: Adapter, parameters: dict[str, float], *, everything: bool) -> None:
     """A program that goes on from the answer must see NaN, too."""
@@ -278,7 +270,6 @@ def test_bad_rows_have_no_probabilities(lib: Adapter, parameters: dict[str, floa
     ("name", "bad"),
     [("temperature", [-1.0, NAN]), ("top_k", [-1.0, NAN]), ("top_p", [-0.1, 1.5]), ("min_p", [2.0, NAN])],
 )
-@quickly
 def test_a_bad_element_of_a_parameter(lib: Adapter, name: str, bad: list[float]) -> None:
     x = lib.asarray([[0.0, 1.0]] * 3, "float32")
     y = lib.values(
