@@ -6,11 +6,13 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <type_traits>
 #include <vector>
 
 #define DEVICE inline
 #undef UNROLL    // unrolled loops would only take longer to compile
 #define UNROLL
+#define ONCE
 
 namespace polysoftmax {
 
@@ -80,7 +82,8 @@ inline int thread_index() { return host->now->thread; }
 inline Index block_index() { return host->first_block + host->now->block; }
 inline int cluster_rank() { return host->now->block; }
 inline void block_barrier() { wait(host->blocks[host->now->block]); }
-inline void cluster_barrier() { wait(host->whole); }
+inline void cluster_arrive() {}    // whoever waits has arrived, too
+inline void cluster_wait() { wait(host->whole); }
 
 inline Word word_across(Word word, int mask) {
     int lane = host->now->block * host->threads + host->now->thread;
@@ -92,21 +95,30 @@ inline Word word_across(Word word, int mask) {
     return other;
 }
 
-inline Word word_of_rank(const Word* own, int rank) {
-    size_t offset = (const char*)own - host->shared.data() - (size_t)host->now->block * host->shared_bytes;
-    Word word;
-    memcpy(&word, host->shared.data() + (size_t)rank * host->shared_bytes + offset, 4);
-    return word;
+inline bool any_in_warp(bool mine) {
+    Word any = mine;
+    for (int mask = 1; mask < 32; mask *= 2) any |= word_across(any, mask);
+    return any;
 }
 
-inline Amount add_in_block(Amount* to, Amount more) {
-    Amount before = *to;
+inline void give_word(Word* own, Word word, int rank) {
+    size_t offset = (const char*)own - host->shared.data() - (size_t)host->now->block * host->shared_bytes;
+    memcpy(host->shared.data() + (size_t)rank * host->shared_bytes + offset, &word, 4);
+}
+
+inline Word add_in_block(Word* to, Word more) {
+    Word before = *to;
     *to += more;
     return before;
 }
 
 inline float greater(float x, float y) { return fmaxf(x, y); }
 inline double greater(double x, double y) { return fmax(x, y); }
+template <class C>
+C greater_or_nan(C x, C y) {
+    return x > y || x != x ? x : y;
+}
+
 inline float quick_exp2(float x) { return exp2f(x); }
 inline double quick_exp2(double x) { return exp2(x); }
 
@@ -114,10 +126,20 @@ inline bool misaligned = false;    // an access that a GPU would refuse
 
 template <class T, int W>
 struct Pack {
-    T at[W];
+    static constexpr bool IN_PAIRS = sizeof(T) == 2 && W % 2 == 0;
+    using Kept = std::conditional_t<IN_PAIRS, Word, T>;
+    union {
+        T at[W];
+        Kept kept[W * sizeof(T) / sizeof(Kept)];
+    };
 
     void check(const T* p) const {
         if ((size_t)p % (sizeof(at) < 16 ? sizeof(at) : 16)) misaligned = true;
+    }
+    T get(int i) const { return at[i]; }
+    void set(int i, T one) { at[i] = one; }
+    void fill(T one) {
+        for (T& of : at) of = one;
     }
     void load(const T* from) {
         check(from);
@@ -127,7 +149,42 @@ struct Pack {
         check(to);
         memcpy(to, at, sizeof(at));
     }
+    void drop_first() {
+        for (int i = 1; i < W; i++) at[i - 1] = at[i];
+    }
+    void change(Word) {}
 };
+
+template <class T>
+void widen_pair(Word pair, float* to) {
+    T both[2];
+    memcpy(both, &pair, 4);
+    to[0] = widen(both[0]), to[1] = widen(both[1]);
+}
+
+template <class T>
+Word round_pair(const float* from) {
+    T both[2]{rounded<T>(from[0]), rounded<T>(from[1])};
+    Word pair;
+    memcpy(&pair, both, 4);
+    return pair;
+}
+
+template <class T>
+Word greater_pair(Word x, Word y) {
+    float first[2], second[2], most[2];
+    widen_pair<T>(x, first), widen_pair<T>(y, second);
+    for (int i = 0; i < 2; i++) most[i] = greater(first[i], second[i]);
+    return round_pair<T>(most);
+}
+
+template <class T>
+Word greater_or_nan_pair(Word x, Word y) {
+    float first[2], second[2], most[2];
+    widen_pair<T>(x, first), widen_pair<T>(y, second);
+    for (int i = 0; i < 2; i++) most[i] = greater_or_nan(first[i], second[i]);
+    return round_pair<T>(most);
+}
 
 #if defined(MACHINE)
 void start() {

@@ -492,9 +492,13 @@ def _filter(
     answers: tuple[tuple[tuple[int, ...], Any] | None, ...],
 ) -> Launch:
     stride = batch.row_stride(batch.x)
-    # The answer has no gaps: its rows start at 16 bytes if their length is a whole number of those.
-    aligned = batch.starts_aligned(batch.x, stride) and (batch.rows == 1 or batch.starts_aligned(batch.x, batch.n))
-    plan = plan_filter(call.formula.name, batch.x.dtype, batch.rows, batch.n, aligned=aligned)
+    plan = plan_filter(
+        call.formula.name,
+        batch.x.dtype,
+        batch.rows,
+        batch.n,
+        aligned=call.formula is LEADING or _shares_alignment(batch, batch.x, stride),
+    )
     numbers = [number for one in parameters for number in batch.parameter(*one)]
     after = (batch.n, batch.rows, stride, *numbers)
     return Launch(batch.device, plan, (batch.x.pointer, *batch.mask(where)), answers, after)

@@ -54,7 +54,8 @@ _devices: dict[tuple[type, Any], Device | str] = {}
 
 def device_of(x: Array) -> Device | str:
     """Return the GPU that an array is on, or why there is none that kernels can use."""
-    key = (type(x), getattr(x, "device", None))
+    place = getattr(x, "device", None)
+    key = (type(x), getattr(place, "id", place))  # CuPy's devices have no hash
     found = _devices.get(key)
     return _open(x, key) if found is None else found
 

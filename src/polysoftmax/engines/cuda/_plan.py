@@ -32,14 +32,16 @@ _C_TYPES: Final = {
 }
 
 _SCRATCH = 2304
-"""Bytes of shared memory for merging, as rows.cuh says."""
+"""Bytes of shared memory for merging in one block, as rows.cuh says."""
 
-_BINS = 2048 * 8
+_SLOT = 64
+"""Bytes of shared memory that a warp's value takes in a merge, as rows.cuh says."""
+
+_BINS = 2048
+_LISTED = 2048
+_BOARD = 320
 MOST_LEADING: Final = 1024
-"""Bytes of shared memory in which a filter adds up, and tokens that fit there, as truncate.cuh says."""
-
-_FILTER_PACKS = 4
-"""Single entries that a thread of a filter has under way; a whole access is enough."""
+"""Sums and tokens that fit the shared memory of a filter, bytes beside them, leading tokens, as truncate.cuh says."""
 
 _SHARED = 48 << 10
 """Bytes of shared memory that a block may have without asking."""
@@ -52,6 +54,9 @@ _SMALL_BLOCK = 128
 
 _MOST_THREADS = 512
 """Threads of a block: more would have fewer than 128 registers each."""
+
+_LIGHT = 32
+"""Registers that a thread may fill with its row and still do with 64."""
 
 _FEW_PACKS = 4
 """Accesses under way that hide the latency of memory."""
@@ -87,6 +92,14 @@ class Kernel:
         how = f"l{self.lanes}" if self.lanes else ("held" if self.held else "streamed")
         layout = f"w{self.width}_t{self.threads}_b{self.block}_p{self.packs}_c{self.cluster}_{how}{'_g' * self.general}"
         return f"{self.formula}_{self.x}_{self.y}_{self.compute}_{layout}"
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor has at once, at least: of its 65,536 registers, a thread has 64, or 128."""
+        words = self.packs * self.width * SIZES[self.x] // 4 * (2 if self.formula in TWO_INPUTS else 1)
+        # A division by the temperature takes more registers than a row, and so does a search.
+        is_light = words <= _LIGHT and self.compute == "float32" and not (self.general or self.formula in FILTERS)
+        return max(1, (1024 if is_light else 512) // self.block)
 
     @property
     def layout(self) -> str:
@@ -134,31 +147,30 @@ def plan_rows(
     compute = "float64" if x == "float64" else "float32"
     width = 16 // SIZES[x] if aligned and n > 4 * 32 else 1
     units = _over(n, width)
-    # What a thread holds has to leave room in its 128 registers for the arithmetic.
-    most = 16 >> (formula in TWO_INPUTS or formula == "cross_entropy_slope") >> general
-    most >>= compute == "float64" and (general or formula in TWO_INPUTS)
     if units <= 32 * _FEW_PACKS:
-        threads = min(32, _power(units))
-        kernel = Kernel(
-            formula, x, y, compute, width, threads, _SMALL_BLOCK, _power(_over(units, threads)), general=general
-        )
-        return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), _SCRATCH)
-    threads = min(_MOST_THREADS, max(64, _power(_over(units, min(_FEW_PACKS, most)))))
-    cluster, packs = 1, _power(_over(units, threads))
-    held = formula not in REDUCTIONS
-    if held and packs > most:
-        cluster = _power(_over(units, threads * most))
-        held = machine.clusters and cluster <= _LARGEST_CLUSTER
-        cluster = cluster if held else 1
+        threads = min(32, _power(units if width == 1 else _over(units, 2)))
+        packs = _power(_over(units, threads))
+        kernel = Kernel(formula, x, y, compute, width, threads, _SMALL_BLOCK, packs, general=general)
+        return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), 2 * _slots(threads, 1))
+    few = _FEW_PACKS >> (formula in TWO_INPUTS)
+    threads = min(_MOST_THREADS, max(64, _power(_over(units, few))))
+    cluster = 1
+    if machine.clusters and formula not in REDUCTIONS:
+        cluster = min(_LARGEST_CLUSTER, _power(_over(units, threads * 2 * few)))
+    packs = _power(_over(units, threads * cluster))
+    # More than that leaves room for one block a multiprocessor.
+    held = packs <= 4 * few
+    if not held:
+        cluster, packs = 1, few
     busy = machine.processors if held else 4 * machine.processors
     while machine.clusters and cluster < _LARGEST_CLUSTER and 2 * cluster * rows <= busy:
-        if units < 2 * cluster * threads * _FEW_PACKS:
+        if units < 2 * cluster * threads * few:
             break
         cluster *= 2
-    again = _FEW_PACKS if formula in REDUCTIONS or not general else _FEW_PACKS // 2
-    packs = min(most, _power(_over(units, threads * cluster))) if held else again
+    if held:
+        packs = _power(_over(units, threads * cluster))
     kernel = Kernel(formula, x, y, compute, width, threads, threads, packs, cluster, held, general)
-    return Plan(kernel, rows, _SCRATCH)
+    return Plan(kernel, rows, 2 * _slots(threads, cluster))
 
 
 def plan_masses(x: str, rows: int, n: int, *, aligned: bool, general: bool, machine: Machine) -> Plan | str:
@@ -178,10 +190,11 @@ def plan_masses(x: str, rows: int, n: int, *, aligned: bool, general: bool, mach
     groups = threads // lanes
     cluster = 1
     while machine.clusters and cluster < _LARGEST_CLUSTER and count >= 2 * cluster * groups:
-        if 2 * cluster * rows > 4 * machine.processors and _slots(count, cluster, groups, compute) <= _SHARED:
+        enough = 2 * cluster * rows > machine.processors
+        if enough and _masses_shared(count, cluster, threads, groups, compute) <= _SHARED:
             break
         cluster *= 2
-    shared = _slots(count, cluster, groups, compute)
+    shared = _masses_shared(count, cluster, threads, groups, compute)
     if shared > _SHARED:
         return f"rows of {n} have more blocks of tokens than fit shared memory"
     kernel = Kernel("sample_masses", x, compute, compute, width, threads, threads, packs, cluster, True, general, lanes)
@@ -200,15 +213,14 @@ def plan_draw(x: str, rows: int, n: int, *, general: bool) -> Plan:
 def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Plan:
     """Choose the layout of a search for the tokens that filters leave.
 
-    ``aligned`` says that every row starts at 16 bytes.
+    ``aligned`` says that whole accesses of a row are those of its answer.
     """
     compute = "float64" if x == "float64" else "float32"
     width = 16 // SIZES[x] if aligned else 1
-    packs = 1 if width > 1 else _FILTER_PACKS
-    threads = min(_MOST_THREADS, max(64, _power(_over(n, width * packs))))
+    threads = min(_MOST_THREADS, max(64, _power(_over(n, width * _FEW_PACKS))))
     y = compute if formula == "sample_leading" else x
-    kernel = Kernel(formula, x, y, compute, width, threads, threads, packs)
-    return Plan(kernel, rows, _SCRATCH + _BINS)
+    kernel = Kernel(formula, x, y, compute, width, threads, threads, _FEW_PACKS)
+    return Plan(kernel, rows, _SCRATCH + 8 * _BINS + (4 + max(4, SIZES[x])) * _LISTED + _BOARD)
 
 
 def plan_draw_leading(compute: str, rows: int, k: int) -> Plan:
@@ -217,8 +229,13 @@ def plan_draw_leading(compute: str, rows: int, k: int) -> Plan:
     return Plan(kernel, rows, _SCRATCH + 2 * k * SIZES[compute])
 
 
-def _slots(count: int, cluster: int, groups: int, compute: str) -> int:
-    return _SCRATCH + _over(count, cluster * groups) * groups * SIZES[compute]
+def _masses_shared(count: int, cluster: int, threads: int, groups: int, compute: str) -> int:
+    return _slots(threads, cluster) + _over(count, cluster * groups) * groups * SIZES[compute]
+
+
+def _slots(threads: int, cluster: int) -> int:
+    """Return the bytes of shared memory that a merge takes."""
+    return _SLOT * max(1, threads // 32) * cluster
 
 
 def _over(m: int, n: int) -> int:

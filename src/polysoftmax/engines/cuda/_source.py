@@ -45,7 +45,7 @@ def source(kernel: Kernel) -> str:
     """Return the whole source of one kernel, which is called by its name."""
     parameters, call = body(kernel)
     entry = (
-        f'using polysoftmax::Index;\nextern "C" __global__ void __launch_bounds__({kernel.block}, 1) '
+        f'using polysoftmax::Index;\nextern "C" __global__ void __launch_bounds__({kernel.block}, {kernel.resident}) '
         f"{kernel.name}({parameters}) {{\n"
         f"    extern __shared__ __align__(16) char shared[];\n    {call}\n}}\n"
     )

@@ -28,7 +28,13 @@ enum Formula {
 struct RowMap {
     Index inner, period, stride;
 
-    DEVICE Index offset(Index row) const { return (Index)((Word)row / (Word)inner % (Word)period) * stride; }
+    DEVICE Index offset(Index row) const {
+        // Most maps are of one entry a row, and a division takes as long as ten entries.
+        Word i = (Word)row;
+        if (inner != 1) i /= (Word)inner;
+        if (i >= (Word)period) i %= (Word)period;
+        return (Index)i * stride;
+    }
 };
 
 // A number for all rows, or one for each.
@@ -91,38 +97,61 @@ DEVICE S across(const S& mine, int mask) {
     return other;
 }
 
-const int SCRATCH = 2304;    // bytes of shared memory that merging takes: 33 values of up to 64 bytes, and room
+const int SCRATCH = 2304;    // bytes of shared memory that merging takes in one block: 33 values of up to 64, and room
 
-// Merge a value of every thread of a row; each gets the answer, with the same bits.
-template <int THREADS, int CLUSTER, class S, class Merge>
-DEVICE S merged(S mine, char* shared, Merge merge_two) {
+// Bytes that a merge takes: a value of up to 64 bytes for every warp of the row.
+template <int THREADS, int CLUSTER>
+constexpr int SLOTS = 64 * (THREADS > 32 ? THREADS / 32 : 1) * CLUSTER;
+
+template <int THREADS, class S, class Merge>
+DEVICE S merged_in_warp(S mine, Merge merge_two) {
     UNROLL for (int mask = 1; mask < (THREADS < 32 ? THREADS : 32); mask *= 2) {
         mine = merge_two(mine, across(mine, mask));
     }
-    if constexpr (THREADS > 32) {
-        constexpr int WARPS = THREADS / 32;
-        S* slots = (S*)shared;
-        int lane = thread_index() % 32;
-        block_barrier();    // whoever still reads what the slots held before
-        if (lane == 0) slots[thread_index() / 32] = mine;
-        block_barrier();
-        mine = slots[lane % WARPS];
-        UNROLL for (int mask = 1; mask < WARPS; mask *= 2) mine = merge_two(mine, across(mine, mask));
-    }
-    if constexpr (CLUSTER > 1) {
-        Word* own = (Word*)(shared + 32 * sizeof(S));
-        if (thread_index() == 0) memcpy(own, &mine, sizeof(S));
-        cluster_barrier();
-        UNROLL for (int rank = 0; rank < CLUSTER; rank++) {
-            S other;
-            Word words[sizeof(S) / 4];
-            UNROLL for (int i = 0; i < (int)(sizeof(S) / 4); i++) words[i] = word_of_rank(own + i, rank);
-            memcpy(&other, words, sizeof(S));
-            mine = rank == 0 ? other : merge_two(mine, other);
+    return mine;
+}
+
+// Merge a value of every warp of a row; each thread gets the answer, with the same bits. Every warp gives its value to
+// all blocks of the row, so that one barrier is enough, and merges what it is given for itself. The memory is free again
+// after the next barrier of all: of two merges one after the other, each needs its own. Before the first, a cluster
+// has to know that all its blocks have begun.
+template <int THREADS, int CLUSTER, class S, class Merge>
+DEVICE S merged_across_warps(S mine, char* memory, Merge merge_two) {
+    if constexpr (THREADS > 32 || CLUSTER > 1) {
+        constexpr int OWN = THREADS / 32, ALL = OWN * CLUSTER;
+        S* slots = (S*)memory;
+        int lane = thread_index() % 32, warp = thread_index() / 32;
+        if constexpr (CLUSTER > 1) {
+            if (lane < CLUSTER) {
+                Word words[sizeof(S) / 4];
+                memcpy(words, &mine, sizeof(S));
+                Word* to = (Word*)(slots + cluster_rank() * OWN + warp);
+                UNROLL for (int i = 0; i < (int)(sizeof(S) / 4); i++) give_word(to + i, words[i], lane);
+            }
+            cluster_arrive();
+            cluster_wait();
+        } else {
+            if (lane == 0) slots[warp] = mine;
+            block_barrier();
         }
-        cluster_barrier();    // nobody's slot goes away before all have read it
+        mine = slots[lane % ALL];
+        UNROLL for (int i = 32; i < ALL; i += 32) mine = merge_two(mine, slots[i + lane]);
+        mine = merged_in_warp<ALL>(mine, merge_two);
     }
     return mine;
+}
+
+// Merge a value of every thread of a row.
+template <int THREADS, int CLUSTER, class S, class Merge>
+DEVICE S merged_once(S mine, char* memory, Merge merge_two) {
+    return merged_across_warps<THREADS, CLUSTER>(merged_in_warp<THREADS>(mine, merge_two), memory, merge_two);
+}
+
+// The same in one block, in memory that the last merge may have used.
+template <int THREADS, class S, class Merge>
+DEVICE S merged(S mine, char* memory, Merge merge_two) {
+    if constexpr (THREADS > 32) block_barrier();
+    return merged_once<THREADS, 1>(mine, memory, merge_two);
 }
 
 template <class S>
@@ -137,21 +166,24 @@ struct RowKernel {
     static constexpr bool HAS_SECOND = F == SOFTMAX_VJP || F == LOG_SOFTMAX_VJP || IS_PULLBACK;
     static constexpr bool SUMS_SECOND = F == LOG_SOFTMAX_VJP || F == LOG_SOFTMAX_PULLBACK;
     static constexpr bool IS_LOSS = F == CROSS_ENTROPY || F == CROSS_ENTROPY_SLOPE;
+    // Whether the logarithm of the sum is wanted, and so the terms at the top kept out of it.
+    static constexpr bool TAKES_LOGARITHM = REDUCES || F == LOG_SOFTMAX;
 
     const RowArguments& a;
     char* shared;
+    int merges = 0;    // so far
     int member;    // which of the row's threads this is
     Index row;
     bool present;
     const X *x, *second;
     Y* out;
     MaskedRow mask;
-    Index head, packs, extra;    // entries before the first whole access, whole accesses, entries outside them
+    int head, packs, extra;    // entries before the first whole access, whole accesses, entries outside them
     RowTemperature<C> t;
     Total<C> total;
-    C inverse, log_total, moment;    // 1 / Σ, log Σ, and the sum over the second array
+    C inverse, log_total = 0, moment;    // 1 / Σ, log Σ, and the sum over the second array
     Index target;
-    C weight, share, cotangent;    // of the loss of the row: slope = (p·share - weight at the target)·cotangent
+    C target_logit, weight, share, cotangent;    // of the row's loss: slope = (p·share - weight at the target)·cotangent
 
     Pack<X, W> held[PACKS], held_second[HAS_SECOND ? PACKS : 1];
     Pack<X, 1> held_extra, held_extra_second;
@@ -167,154 +199,277 @@ struct RowKernel {
         out = (Y*)a.out + row * (REDUCES ? 1 : a.n);
         t = row_temperature<C>(false, 1);
         if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
+        const int n = (int)a.n;
         head = 0;
         if (W > 1) {
-            head = (W - (Index)((unsigned long long)x / sizeof(X) % W)) % W;
-            head = head < a.n ? head : a.n;
+            head = (W - (int)((unsigned long long)x / sizeof(X) % W)) % W;
+            head = head < n ? head : n;
         }
-        packs = present ? (a.n - head) / W : 0;
-        extra = present ? a.n - packs * W : 0;
+        packs = present ? (n - head) / W : 0;
+        extra = present ? n - packs * W : 0;
     }
 
     // An entry outside the whole accesses: each of the first threads has one.
     DEVICE bool has_extra() const { return W > 1 && member < extra; }
-    DEVICE Index extra_position() const { return member < head ? member : a.n - extra + member; }
+    DEVICE int extra_position() const { return member < head ? member : (int)a.n - extra + member; }
 
-    DEVICE Index pack_index(Index chunk, int j) const { return (chunk * PACKS + j) * TEAM + member; }
-    DEVICE Index chunks() const { return S::HELD ? 1 : (packs + (Index)TEAM * PACKS - 1) / ((Index)TEAM * PACKS); }
+    DEVICE bool has_pack(int chunk, int j) const { return (chunk * PACKS + j) * TEAM < packs - member; }
+    DEVICE int pack_position(int chunk, int j) const { return head + member * W + (chunk * PACKS + j) * TEAM * W; }
+    DEVICE int chunks() const { return S::HELD ? 1 : (packs + TEAM * PACKS - 1) / (TEAM * PACKS); }
 
-    DEVICE void load(Index chunk) {
-        UNROLL for (int j = 0; j < PACKS; j++) {
-            Index i = pack_index(chunk, j);
-            if (i >= packs) continue;
-            held[j].load(x + head + i * W);
-            if constexpr (HAS_SECOND) held_second[j].load(second + head + i * W);
+    // What stands for an entry that does not exist: it adds nothing to any sum.
+    DEVICE static X nothing() { return rounded<X>(F == SOFTMAX_PULLBACK ? (C)0 : -infinity<C>()); }
+
+    template <int N>
+    DEVICE void load_pack(bool there, int position, Pack<X, N>& to, Pack<X, N>& to_second) const {
+        if (there) {
+            to.load(x + position);
+            if constexpr (HAS_SECOND) to_second.load(second + position);
+        } else {
+            to.fill(nothing());
+            if constexpr (HAS_SECOND) to_second.fill(rounded<X>((C)0));
         }
     }
 
-    DEVICE void load_extra() {
-        if (!has_extra()) return;
-        held_extra.load(x + extra_position());
-        if constexpr (HAS_SECOND) held_extra_second.load(second + extra_position());
+    template <int N>
+    DEVICE void hide(bool there, int position, Pack<X, N>& from, Pack<X, N>& from_second) const {
+        if (!S::GENERAL || !mask.where || !there) return;
+        UNROLL for (int i = 0; i < N; i++) {
+            if (mask.exists(position + i)) continue;
+            from.set(i, nothing());
+            if constexpr (HAS_SECOND) from_second.set(i, rounded<X>((C)0));
+        }
     }
 
-    // Call body(position, entries, entries of the second array) for every access of this thread.
+    // Read a chunk: all its accesses first, and then what depends on one.
+    DEVICE void load(int chunk) {
+        UNROLL for (int j = 0; j < PACKS; j++) {
+            load_pack(has_pack(chunk, j), pack_position(chunk, j), held[j], held_second[HAS_SECOND ? j : 0]);
+        }
+        if (chunk == 0 && has_extra()) load_pack(true, extra_position(), held_extra, held_extra_second);
+        UNROLL for (int j = 0; j < PACKS; j++) {
+            hide(has_pack(chunk, j), pack_position(chunk, j), held[j], held_second[HAS_SECOND ? j : 0]);
+        }
+        if (chunk == 0) hide(has_extra(), extra_position(), held_extra, held_extra_second);
+    }
+
+    // Call body(entries, entries of the second array) for every access of this thread, entries that do not exist too.
     template <class Body>
-    DEVICE void visit(bool fresh, Body body) {
-        Index count = chunks();
-        for (Index chunk = 0; chunk < count; chunk++) {
-            if (!S::HELD || fresh) load(chunk);
-            if (fresh && chunk == 0) load_extra();
+    DEVICE void visit(Body body) {
+        for (int chunk = 0; chunk == 0 || chunk < chunks(); chunk++) {
+            if (!S::HELD) load(chunk);
+            visit_held(chunk, body);
+        }
+    }
+
+    template <class Body>
+    DEVICE void visit_held(int chunk, Body body) {
+        UNROLL for (int j = 0; j < PACKS; j++) body(held[j], held_second[HAS_SECOND ? j : 0]);
+        if (chunk == 0 && has_extra()) body(held_extra, held_extra_second);
+    }
+
+    // Call body(position, entries, entries of the second array) for the accesses that there are.
+    template <class Body>
+    DEVICE void visit_positions(Body body) {
+        int count = chunks();
+        for (int chunk = 0; chunk < count; chunk++) {
+            if (!S::HELD) load(chunk);
             UNROLL for (int j = 0; j < PACKS; j++) {
-                Index i = pack_index(chunk, j);
-                if (i < packs) body(head + i * W, held[j], held_second[HAS_SECOND ? j : 0]);
+                if (has_pack(chunk, j)) body(pack_position(chunk, j), held[j], held_second[HAS_SECOND ? j : 0]);
             }
         }
-        if (fresh && count == 0) load_extra();
         if (has_extra()) body(extra_position(), held_extra, held_extra_second);
     }
 
-    DEVICE bool exists(Index position) const { return !S::GENERAL || mask.exists(position); }
+    // Memory for a merge, in turns. A cluster's first waits until all its blocks have begun.
+    DEVICE char* memory_to_merge() {
+        if (S::CLUSTER > 1 && merges == 0) cluster_wait();
+        return shared + merges++ % 2 * SLOTS<S::THREADS, S::CLUSTER>;
+    }
+
+    template <class T, class Merge>
+    DEVICE T merge_row(const T& mine, Merge merge_two) {
+        return merged_once<S::THREADS, S::CLUSTER>(mine, memory_to_merge(), merge_two);
+    }
+
+    // Find Σ exp((x - top) / T): each warp under its own maximum, so that one merge is enough.
+    DEVICE void sum_up() {
+        Total<C> mine = no_entries<C>();
+        C of_second = 0;
+        auto add = [](C p, C q) { return p + q; };
+        if constexpr (S::HELD) {
+            visit([&](const auto& pack, const auto& other) {
+                if constexpr (!IS_PULLBACK) mine.top = greater(mine.top, top_of(pack));
+                if constexpr (SUMS_SECOND) of_second += sum_of_pack(other);
+            });
+            if constexpr (!IS_PULLBACK) {
+                mine.top = top_of_warp(mine.top);
+                visit([&](const auto& pack, const auto&) { mine.sum += sum_of_terms(pack, mine.top); });
+            }
+        } else {
+            LongSum<C> sum, sum_of_second;
+            for (int chunk = 0; chunk == 0 || chunk < chunks(); chunk++) {
+                load(chunk);
+                C top = mine.top, terms = 0, others = 0;
+                visit_held(chunk, [&](const auto& pack, const auto&) { top = greater(top, top_of(pack)); });
+                if constexpr (!IS_PULLBACK) {
+                    top = top_of_warp(top);
+                    if (top > mine.top) sum.scale(term(mine.top - top, t));
+                    mine.top = top;
+                }
+                visit_held(chunk, [&](const auto& pack, const auto& other) {
+                    if constexpr (!IS_PULLBACK) terms += sum_of_terms(pack, top);
+                    if constexpr (SUMS_SECOND) others += sum_of_pack(other);
+                });
+                sum.add(terms);
+                sum_of_second.add(others);
+            }
+            mine.sum = sum.value();
+            of_second = sum_of_second.value();
+        }
+        if constexpr (SUMS_SECOND) moment = merge_row(of_second, add);
+        if constexpr (IS_PULLBACK) return;
+        mine.sum = merged_in_warp<S::THREADS>(mine.sum, add);
+        total = merged_across_warps<S::THREADS, S::CLUSTER>(
+            mine, memory_to_merge(), [&](const Total<C>& p, const Total<C>& q) { return merge(p, q, t); });
+        if constexpr (TAKES_LOGARITHM) take_logarithm();
+        inverse = 1 / sum_of(total);
+    }
+
+    DEVICE C top_of_warp(C top) const {
+        return merged_in_warp<S::THREADS>(top, [](C p, C q) { return greater(p, q); });
+    }
 
     template <int N>
-    DEVICE void entries(Index position, const Pack<X, N>& from, C* to) const {
-        UNROLL for (int i = 0; i < N; i++) to[i] = widen(from.at[i]);
-        if (!S::GENERAL || !mask.where) return;
-        UNROLL for (int i = 0; i < N; i++) to[i] = exists(position + i) ? to[i] : -infinity<C>();
+    DEVICE C sum_of_pack(const Pack<X, N>& pack) const {
+        C v[N];
+        widen_all(pack, v);
+        return tree_sum<N>(v);
     }
 
-    // Σ of the cotangent, as the formula of log_softmax takes it, goes along with the total.
-    struct Both {
-        Total<C> total;
-        Total<C> second;
-    };
-
-    DEVICE static Both merge_both(const Both& p, const Both& q, const RowTemperature<C>& t) {
-        Both r{merge(p.total, q.total, t), p.second};
-        r.second.rest += q.second.rest;
-        r.second.lost += q.second.lost;
-        return r;
+    template <int N>
+    DEVICE C sum_of_terms(const Pack<X, N>& pack, C top) const {
+        C reference = finite(top) ? top : 0, v[N];
+        widen_all(pack, v);
+        UNROLL for (int i = 0; i < N; i++) v[i] = term(v[i] - reference, t);
+        return tree_sum<N>(v);
     }
 
-    DEVICE void sum_up() {
-        Both mine{no_entries<C>(), no_entries<C>()};
-        visit(true, [&](Index position, const auto& pack, const auto& other) {
-            constexpr int N = sizeof(pack.at) / sizeof(X);
+    // Widen entries that were widened before. Where the compiler knows that they are the same, it may keep them all, and
+    // have no registers for the rest: so it must not know that the bits to change are 0.
+    template <int N>
+    DEVICE void widen_again(Pack<X, N> pack, C* to) const {
+        pack.change((Word)(a.rows >> 32));
+        widen_all(pack, to);
+    }
+
+    // The closer a sum is to 1, the more of its digits the terms at the top take from the logarithm: they are set apart.
+    DEVICE void take_logarithm() {
+        log_total = log(sum_of(total));
+        bool close = finite(total.top) && total.sum < 2;
+        if (S::THREADS < 32 ? !any_in_warp(close) : !close) return;
+        struct {
+            C count, rest;
+        } mine{0, 0};
+        visit([&](const auto& pack, const auto&) {
+            constexpr int N = sizeof(pack) / sizeof(X);
             C v[N];
-            entries(position, pack, v);
-            if constexpr (!IS_PULLBACK) add_entries<N>(mine.total, v, t);
-            if constexpr (SUMS_SECOND) {
-                UNROLL for (int i = 0; i < N; i++) v[i] = exists(position + i) ? widen(other.at[i]) : 0;
-                add_exactly(mine.second, tree_sum<N>(v));
+            widen_again(pack, v);
+            UNROLL for (int i = 0; i < N; i++) {
+                mine.count += v[i] == total.top ? 1 : 0;
+                v[i] = v[i] == total.top ? 0 : term(v[i] - total.top, t);
             }
+            mine.rest += tree_sum<N>(v);
         });
-        if constexpr (SUMS_SECOND) {
-            mine = merged<S::THREADS, S::CLUSTER>(
-                mine, shared, [&](const Both& p, const Both& q) { return merge_both(p, q, t); });
-            moment = mine.second.rest + mine.second.lost;
-        } else if constexpr (!IS_PULLBACK) {
-            mine.total = merged<S::THREADS, S::CLUSTER>(
-                mine.total, shared, [&](const Total<C>& p, const Total<C>& q) { return merge(p, q, t); });
-        }
-        total = mine.total;
-        C sum = sum_of(total);
-        inverse = 1 / sum;
-        if constexpr (F == LOG_SOFTMAX) log_total = log(sum);
+        mine = merge_row(mine, [](const auto& p, const auto& q) {
+            auto sum = p;
+            sum.count += q.count, sum.rest += q.rest;
+            return sum;
+        });
+        // Or the bits of a row would depend on the others in its warp.
+        if (close) log_total = log(mine.count) + log1p(mine.rest / mine.count);
     }
 
-    DEVICE C probability(C v) const { return exp(over_temperature(v - total.top, t)) * inverse; }
+    // exp((x - top) / T) for an answer. One of 16 bits takes one instruction: beside its own rounding that of the
+    // exponent, at most 88·2^-24 of the value, is nothing.
+    DEVICE C exp_of(C distance) const {
+        C z = over_temperature(distance, t);
+        return sizeof(Y) == 2 ? quick_exp2(z * (C)1.4426950408889634) : exp(z);
+    }
+
+    // The probabilities of an access. In a row without an answer, what the mask hides is 0 all the same.
+    template <int N>
+    DEVICE void probabilities(int position, const Pack<X, N>& pack, C* y) const {
+        if constexpr (F == CROSS_ENTROPY_SLOPE) {
+            widen_again(pack, y);
+        } else {
+            widen_all(pack, y);
+        }
+        UNROLL for (int i = 0; i < N; i++) y[i] = exp_of(y[i] - total.top) * inverse;
+        if (S::GENERAL && inverse != inverse) {
+            UNROLL for (int i = 0; i < N; i++) y[i] = mask.exists(position + i) ? y[i] : 0;
+        }
+    }
 
     // y of the softmax, and the cotangent where y is not 0.
     template <int N>
-    DEVICE void weighted(Index position, const Pack<X, N>& pack, const Pack<X, N>& other, C* y, C* g) const {
+    DEVICE void weighted(int position, const Pack<X, N>& pack, const Pack<X, N>& other, C* y, C* g) const {
         if constexpr (F == SOFTMAX_PULLBACK) {
-            UNROLL for (int i = 0; i < N; i++) y[i] = widen(pack.at[i]);
+            widen_all(pack, y);
         } else {
-            entries(position, pack, y);
-            UNROLL for (int i = 0; i < N; i++) y[i] = exists(position + i) ? probability(y[i]) : 0;
+            probabilities(position, pack, y);
         }
-        UNROLL for (int i = 0; i < N; i++) g[i] = y[i] != 0 ? widen(other.at[i]) : 0;
+        widen_all(other, g);
+        UNROLL for (int i = 0; i < N; i++) g[i] = y[i] != 0 ? g[i] : 0;
     }
 
     DEVICE void sum_up_weighted() {
-        Total<C> mine = no_entries<C>();
-        visit(F == SOFTMAX_PULLBACK, [&](Index position, const auto& pack, const auto& other) {
-            constexpr int N = sizeof(pack.at) / sizeof(X);
+        C sum = 0;
+        visit_positions([&](int position, const auto& pack, const auto& other) {
+            constexpr int N = sizeof(pack) / sizeof(X);
             C y[N], g[N];
             weighted(position, pack, other, y, g);
             UNROLL for (int i = 0; i < N; i++) y[i] *= g[i];
-            add_exactly(mine, tree_sum<N>(y));
+            sum += tree_sum<N>(y);
         });
-        C sum = mine.rest + mine.lost;
-        moment = merged<S::THREADS, S::CLUSTER>(sum, shared, [](C p, C q) { return p + q; });
+        moment = merge_row(sum, [](C p, C q) { return p + q; });
     }
 
     template <int N>
-    DEVICE void answer(Index position, const Pack<X, N>& pack, const Pack<X, N>& other) const {
+    DEVICE void answer(int position, const Pack<X, N>& pack, const Pack<X, N>& other) const {
         C v[N], g[N];
         if constexpr (F == SOFTMAX_VJP || F == SOFTMAX_PULLBACK) {
             weighted(position, pack, other, v, g);
             UNROLL for (int i = 0; i < N; i++) v[i] = over_regular_temperature(v[i] * (g[i] - moment), t);
         } else if constexpr (SUMS_SECOND) {
-            entries(position, pack, v);
-            UNROLL for (int i = 0; i < N; i++) {
-                bool kept = exists(position + i);
-                C p = F == LOG_SOFTMAX_PULLBACK ? exp(v[i]) : kept ? probability(v[i]) : 0;
-                v[i] = over_regular_temperature((kept ? widen(other.at[i]) : 0) - p * moment, t);
+            if constexpr (F == LOG_SOFTMAX_PULLBACK) {
+                widen_all(pack, v);
+                UNROLL for (int i = 0; i < N; i++) v[i] = exp(v[i]);
+            } else {
+                probabilities(position, pack, v);
             }
+            widen_all(other, g);
+            UNROLL for (int i = 0; i < N; i++) v[i] = over_regular_temperature(g[i] - v[i] * moment, t);
         } else if constexpr (F == CROSS_ENTROPY_SLOPE) {
-            entries(position, pack, v);
-            UNROLL for (int i = 0; i < N; i++) v[i] = slope(position + i, probability(v[i]));
-        } else {
-            entries(position, pack, v);
-            UNROLL for (int i = 0; i < N; i++) {
-                C z = over_temperature(v[i] - total.top, t);
-                if constexpr (F == SOFTMAX) v[i] = exists(position + i) ? exp(z) * inverse : 0;
-                if constexpr (F == LOG_SOFTMAX) v[i] = exists(position + i) ? z - log_total : -infinity<C>();
+            probabilities(position, pack, v);
+            UNROLL for (int i = 0; i < N; i++) g[i] = v[i] * share * cotangent;
+            if ((uint64_t)(target - position) < N) {
+                UNROLL for (int i = 0; i < N; i++) {
+                    if (target == position + i) g[i] = (v[i] * share - weight) * cotangent;
+                }
             }
+            UNROLL for (int i = 0; i < N; i++) v[i] = g[i];
+        } else if constexpr (F == LOG_SOFTMAX) {
+            widen_all(pack, v);
+            UNROLL for (int i = 0; i < N; i++) v[i] = over_temperature(v[i] - total.top, t) - log_total;
+            if (S::GENERAL && log_total != log_total) {
+                UNROLL for (int i = 0; i < N; i++) v[i] = mask.exists(position + i) ? v[i] : -infinity<C>();
+            }
+        } else {
+            probabilities(position, pack, v);
         }
         Pack<Y, N> y;
-        UNROLL for (int i = 0; i < N; i++) round_to(v[i], y.at[i]);
+        round_all(v, y);
         y.store(out + position);
     }
 
@@ -326,45 +481,45 @@ struct RowKernel {
         weight = 1;
         if (a.weight) weight = ((const C*)a.weight)[(known ? target : 0) * a.weight_stride];
         if (!known) weight = nan_of<C>();
+        // Now, since whoever waited for it at the end would wait alone.
+        if (F == CROSS_ENTROPY && member == 0) target_logit = known ? (C)widen(x[target]) : nan_of<C>();
         return counts;
     }
 
     DEVICE void find_slope() {
-        share = a.z_loss == 0 ? weight : weight + 2 * (C)a.z_loss * logsumexp_of(total);
+        share = a.z_loss == 0 ? weight : weight + 2 * (C)a.z_loss * (total.top + log(total.sum));
         cotangent = ((const C*)a.cotangent)[a.cotangent_map.offset(row)];
     }
 
-    DEVICE C slope(Index position, C p) const {
-        return (p * share - (position == target ? weight : 0)) * cotangent;
-    }
-
     DEVICE void write_zeros() {
-        visit(false, [&](Index position, const auto& pack, const auto&) {
-            Pack<Y, sizeof(pack.at) / sizeof(X)> zeros;
-            for (Y& one : zeros.at) one = rounded<Y>((C)0);
+        visit_positions([&](int position, const auto& pack, const auto&) {
+            Pack<Y, sizeof(pack) / sizeof(X)> zeros;
+            zeros.fill(rounded<Y>((C)0));
             zeros.store(out + position);
         });
     }
 
     DEVICE void run() {
+        if constexpr (S::CLUSTER > 1) cluster_arrive();
+        // Before the target: what waits for that would wait for these as well.
+        if constexpr (S::HELD || F == SOFTMAX_PULLBACK) load(0);
         bool counts = true;
         if constexpr (IS_LOSS) counts = read_target();
-        sum_up();
+        if constexpr (F != SOFTMAX_PULLBACK) sum_up();
         if constexpr (F == SOFTMAX_VJP || F == SOFTMAX_PULLBACK) sum_up_weighted();
         if constexpr (F == CROSS_ENTROPY_SLOPE) find_slope();
         if constexpr (REDUCES) {
             if (member != 0 || !present) return;
-            C y;
-            if constexpr (F == LOGSUMEXP) {
-                y = logsumexp_of(total);
-            } else {
-                bool known = target >= 0 && target < a.n;
-                y = !counts ? 0 : known ? loss_of(total, (C)widen(x[target]), weight, (C)a.z_loss) : nan_of<C>();
+            C y = 0;
+            if (F == LOGSUMEXP) {
+                y = logsumexp_of(total, log_total);
+            } else if (counts) {
+                y = loss_of(total, log_total, target_logit, weight, (C)a.z_loss);
             }
             out[0] = rounded<Y>(y);
         } else {
             if (IS_LOSS && !counts) return write_zeros();
-            visit(false, [&](Index position, const auto& pack, const auto& other) { answer(position, pack, other); });
+            visit_positions([&](int position, const auto& pack, const auto& other) { answer(position, pack, other); });
         }
     }
 };

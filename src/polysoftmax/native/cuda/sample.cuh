@@ -35,7 +35,7 @@ struct MassKernel {
     MaskedRow mask;
 
     DEVICE MassKernel(const MassArguments& arguments, char* shared) : a(arguments), shared(shared) {
-        tops = (C*)(shared + SCRATCH);
+        tops = (C*)(shared + SLOTS<S::THREADS, S::CLUSTER>);
         row = block_index() / S::CLUSTER;
         count = (a.n + SIZE - 1) / SIZE;
         x = (const X*)a.x + row * a.x_stride;
@@ -48,42 +48,44 @@ struct MassKernel {
     DEVICE Index rounds() const { return (count + S::CLUSTER * GROUPS - 1) / (S::CLUSTER * GROUPS); }
     DEVICE Index block_at(Index round, int group) const { return round * S::CLUSTER * GROUPS + first_group() + group; }
 
-    // Tokens of a block in the lane's accesses; those past the end are -inf.
-    DEVICE void read(Index block, C* v) const {
-        int lane = thread_index() % LANES;
-        Index end = (block + 1) * SIZE < a.n ? (block + 1) * SIZE : a.n;
-        Pack<X, W> packs[PACKS];
-        UNROLL for (int j = 0; j < PACKS; j++) {
-            Index i = block * SIZE + (Index)(j * LANES + lane) * W;
-            if (i + W <= end) packs[j].load(x + i);
+    DEVICE int place(int j) const { return (j * LANES + thread_index() % LANES) * W; }
+
+    // Tokens of a block in the lane's accesses; those past the end, and those that the mask hides, are -inf.
+    DEVICE void read(Index block, Pack<X, W>* packs) const {
+        const X nothing = rounded<X>(-infinity<C>());
+        const X* from = x + block * SIZE;
+        Index end = a.n - block * SIZE;    // may be none
+        if (end >= SIZE) {
+            UNROLL for (int j = 0; j < PACKS; j++) packs[j].load(from + place(j));
+        } else {
+            UNROLL for (int j = 0; j < PACKS; j++) {
+                UNROLL for (int e = 0; e < W; e++) packs[j].set(e, place(j) + e < end ? from[place(j) + e] : nothing);
+            }
         }
+        if (!S::GENERAL || !mask.where) return;
         UNROLL for (int j = 0; j < PACKS; j++) {
-            Index i = block * SIZE + (Index)(j * LANES + lane) * W;
-            UNROLL for (int k = 0; k < W; k++) {
-                C value = -infinity<C>();
-                if (i + W <= end) {
-                    value = widen(packs[j].at[k]);
-                } else if (i + k < end) {
-                    value = widen(x[i + k]);
-                }
-                if (S::GENERAL && i + k < end && !mask.exists(i + k)) value = -infinity<C>();
-                v[j * W + k] = value;
+            UNROLL for (int e = 0; e < W; e++) {
+                int i = place(j) + e;
+                if (i < end && !mask.exists(block * SIZE + i)) packs[j].set(e, nothing);
             }
         }
     }
 
     // A NaN among the tokens is a NaN in the mass.
     DEVICE Tokens look(Index block) const {
-        C v[PACKS * W];
-        read(block, v);
-        C top = -infinity<C>();
-        UNROLL for (int i = 0; i < PACKS * W; i++) top = greater(top, v[i]);
-        UNROLL for (int mask = 1; mask < LANES; mask *= 2) top = greater(top, across(top, mask));
-        C reference = finite(top) ? top : 0;
-        UNROLL for (int i = 0; i < PACKS * W; i++) v[i] = v[i] == top ? 1 : term(v[i] - reference, t);
-        C mass = tree_sum<PACKS * W>(v);
-        UNROLL for (int mask = 1; mask < LANES; mask *= 2) mass += across(mass, mask);
-        return Tokens{top, mass};
+        Pack<X, W> packs[PACKS];
+        read(block, packs);
+        C top = top_of(packs[0]);
+        UNROLL for (int j = 1; j < PACKS; j++) top = greater(top, top_of(packs[j]));
+        top = merged_in_warp<LANES>(top, [](C p, C q) { return greater(p, q); });
+        C reference = finite(top) ? top : 0, mass = 0;
+        UNROLL for (int j = 0; j < PACKS; j++) {
+            C v[W];
+            widen_all(packs[j], v);
+            UNROLL for (int i = 0; i < W; i++) v[i] = term(v[i] - reference, t);
+            mass += tree_sum<W>(v);
+        }
+        return Tokens{top, merged_in_warp<LANES>(mass, [](C p, C q) { return p + q; })};
     }
 
     DEVICE Total<C> look_at_all() const {
@@ -96,7 +98,7 @@ struct MassKernel {
             if (thread_index() % LANES == 0) {
                 tops[round * GROUPS + group] = one.top;
                 if (block < count) mass[block] = one.mass;
-                total = merge(total, Total<C>{one.top, 0, one.mass, 0}, t);
+                total = merge(total, Total<C>{one.top, one.mass}, t);
             }
         }
         return total;
@@ -108,15 +110,18 @@ struct MassKernel {
     }
 
     DEVICE void run() {
-        Total<C> total = merged<S::THREADS, S::CLUSTER>(
-            look_at_all(), shared, [&](const Total<C>& p, const Total<C>& q) { return merge(p, q, t); });
-        block_barrier();
+        if constexpr (S::CLUSTER > 1) cluster_arrive();
+        Total<C> total = look_at_all();
+        if constexpr (S::CLUSTER > 1) cluster_wait();
+        total = merged_once<S::THREADS, S::CLUSTER>(
+            total, shared, [&](const Total<C>& p, const Total<C>& q) { return merge(p, q, t); });
+        if constexpr (S::THREADS == 32) block_barrier();    // to see what the others have written
         for (Index i = thread_index(); i < rounds() * GROUPS; i += S::THREADS) {
             Index block = block_at(i / GROUPS, (int)(i % GROUPS));
             if (block < count) mass[block] = mass_under(Tokens{tops[i], mass[block]}, total.top);
         }
         bool first = thread_index() == 0 && (S::CLUSTER == 1 || cluster_rank() == 0);
-        if (first) ((C*)a.top)[row] = total.rest == total.rest ? total.top : nan_of<C>();
+        if (first) ((C*)a.top)[row] = total.sum == total.sum ? total.top : nan_of<C>();
     }
 };
 
@@ -180,13 +185,13 @@ struct DrawKernel {
 
     DEVICE Best<C> best_block(C* total) const {
         Best<C> best{-infinity<C>(), count};
-        Total<C> sum = no_entries<C>();
+        LongSum<C> sum;
         for (Index i = member; i < count; i += S::THREADS) {
-            add_exactly(sum, mass[i]);
+            sum.add(mass[i]);
             C score = log(mass[i]);
             best = merge(best, Best<C>{noisy_score(score, t, key, i, BLOCK_VARIATES), i});
         }
-        *total = sum.rest + sum.lost;
+        *total = sum.value();
         return best;
     }
 
@@ -206,11 +211,11 @@ struct DrawKernel {
         auto merge_scores = [](const Best<C>& p, const Best<C>& q) { return merge(p, q); };
         C total;
         Best<C> best = best_block(&total);
-        best = merged<S::THREADS, 1>(best, shared, merge_scores);
-        total = merged<S::THREADS, 1>(total, shared, [](C p, C q) { return p + q; });
+        best = merged<S::THREADS>(best, shared, merge_scores);
+        total = merged<S::THREADS>(total, shared, [](C p, C q) { return p + q; });
         Best<C> token{-infinity<C>(), a.n};
         if (best.index < count) token = best_token(best.index);
-        token = merged<S::THREADS, 1>(token, shared, merge_scores);
+        token = merged<S::THREADS>(token, shared, merge_scores);
         if (member != 0 || !present) return;
         bool drawn = finite(top) && total > 0 && token.index < a.n;
         a.tokens[row] = drawn ? token.index : -1;
@@ -312,10 +317,10 @@ struct LeadingKernel {
         auto merge_scores = [](const Best<C>& p, const Best<C>& q) { return merge(p, q); };
         filter();
         C total = (C)sum_of_terms(kept, [](Index) { return true; });
-        Best<C> best = merged<S::THREADS, 1>(best_block(), shared, merge_scores);
+        Best<C> best = merged<S::THREADS>(best_block(), shared, merge_scores);
         Best<C> token{-infinity<C>(), a.k};
         if (best.index < a.k) token = best_token(index[best.index] / a.size);
-        token = merged<S::THREADS, 1>(token, shared, merge_scores);
+        token = merged<S::THREADS>(token, shared, merge_scores);
         if (member != 0) return;
         bool drawn = total > 0 && token.index < a.k;
         a.tokens[row] = drawn ? index[token.index] : -1;

@@ -1,5 +1,39 @@
 // What a thread finds in its part of a row, and how parts are merged: totals, amounts, best scores.
 
+template <class T, int W, class C>
+DEVICE void widen_all(const Pack<T, W>& from, C* to) {
+    if constexpr (Pack<T, W>::IN_PAIRS) {
+        UNROLL for (int i = 0; i < W / 2; i++) widen_pair<T>(from.kept[i], to + 2 * i);
+    } else {
+        UNROLL for (int i = 0; i < W; i++) to[i] = widen(from.get(i));
+    }
+}
+
+template <class T, int W, class C>
+DEVICE void round_all(const C* from, Pack<T, W>& to) {
+    if constexpr (Pack<T, W>::IN_PAIRS && sizeof(C) == 4) {
+        UNROLL for (int i = 0; i < W / 2; i++) to.kept[i] = round_pair<T>(from + 2 * i);
+    } else {
+        UNROLL for (int i = 0; i < W; i++) to.set(i, rounded<T>(from[i]));
+    }
+}
+
+// The greatest of the numbers that are not NaN.
+template <class T, int W>
+DEVICE auto top_of(const Pack<T, W>& pack) {
+    if constexpr (Pack<T, W>::IN_PAIRS) {
+        Word pair = pack.kept[0];
+        UNROLL for (int i = 1; i < W / 2; i++) pair = greater_pair<T>(pair, pack.kept[i]);
+        float both[2];
+        widen_pair<T>(pair, both);
+        return greater(both[0], both[1]);
+    } else {
+        auto top = widen(pack.get(0));
+        UNROLL for (int i = 1; i < W; i++) top = greater(top, widen(pack.get(i)));
+        return top;
+    }
+}
+
 // The temperature of a row, and log2(e) / T. Nothing is divided by a temperature that is not given, which is 1.
 template <class C>
 struct RowTemperature : Temperature<C> {
@@ -36,41 +70,41 @@ DEVICE C term(C distance, const RowTemperature<C>& t) {
     return distance < t.bound ? 0 : quick_exp2(distance * t.scale);
 }
 
-// Σ exp((x - top) / T) over a part of a row: the number of its entries at the top, and the sum of the others, so that a
-// logarithm close to 0 keeps its digits. `lost` is what rounding has cost `rest`. A NaN among the entries is a NaN in
-// `rest`; a row without an answer has a top of -inf or +inf.
+// Σ exp((x - top) / T) over a part of a row. A NaN among the entries is a NaN in the sum; a row without an answer has a
+// top of -inf or +inf.
 template <class C>
 struct Total {
-    C top, count, rest, lost;
+    C top, sum;
 };
 
 template <class C>
 DEVICE Total<C> no_entries() {
-    return Total<C>{-infinity<C>(), 0, 0, 0};
-}
-
-template <class C>
-DEVICE void add_exactly(Total<C>& a, C more) {
-    C sum = a.rest + more, part = sum - a.rest;
-    a.lost += (a.rest - (sum - part)) + (more - part);
-    a.rest = sum;
+    return Total<C>{-infinity<C>(), 0};
 }
 
 // The greater top comes first whichever way round the arguments are, so that all threads get the same bits.
 template <class C>
-DEVICE Total<C> merge(Total<C> a, Total<C> b, const RowTemperature<C>& t) {
-    if (a.top == b.top) {
-        a.count += b.count;
-        a.rest += b.rest;
-        a.lost += b.lost;
-        return a;
-    }
-    Total<C> high = a.top > b.top ? a : b, low = a.top > b.top ? b : a;
-    C factor = term(low.top - high.top, t);
-    high.rest += (low.count + low.rest) * factor;
-    high.lost += low.lost * factor;
-    return high;
+DEVICE Total<C> merge(const Total<C>& a, const Total<C>& b, const RowTemperature<C>& t) {
+    bool ordered = a.top > b.top;
+    Total<C> high = ordered ? a : b, low = ordered ? b : a;
+    // Of equals neither is scaled: -inf less -inf is no number.
+    C factor = a.top == b.top ? 1 : term(low.top - high.top, t);
+    return Total<C>{high.top, high.sum + low.sum * factor};
 }
+
+// A sum of many numbers, and what rounding has cost it.
+template <class C>
+struct LongSum {
+    C sum = 0, lost = 0;
+
+    DEVICE void add(C more) {
+        C next = sum + more, part = next - sum;
+        lost += (sum - (next - part)) + (more - part);
+        sum = next;
+    }
+    DEVICE void scale(C by) { sum *= by, lost *= by; }
+    DEVICE C value() const { return finite(sum) ? sum + lost : sum; }    // what an infinite sum has lost is NaN
+};
 
 // Σ of W numbers, in a tree.
 template <int W, class C>
@@ -82,47 +116,24 @@ DEVICE C tree_sum(const C* x) {
     }
 }
 
-// Add W entries to a part of a row. Entries that do not exist are -inf.
-template <int W, class C>
-DEVICE void add_entries(Total<C>& a, const C* x, const RowTemperature<C>& t) {
-    C top = a.top;
-    for (int i = 0; i < W; i++) top = greater(top, x[i]);
-    if (top > a.top) a = merge(a, Total<C>{top, 0, 0, 0}, t);
-    C reference = finite(top) ? top : 0, terms[W];
-    for (int i = 0; i < W; i++) {
-        bool at_top = x[i] == top;
-        a.count += at_top ? 1 : 0;
-        C distance = x[i] - reference;
-        terms[i] = at_top ? 0 : term(distance, t);
-    }
-    add_exactly(a, tree_sum<W>(terms));
-}
-
 template <class C>
 DEVICE C sum_of(const Total<C>& a) {
-    return finite(a.top) ? a.count + (a.rest + a.lost) : nan_of<C>();
-}
-
-// log Σ exp(x - top), with the terms at the top kept out of the sum.
-template <class C>
-DEVICE C log_of_sum(const Total<C>& a) {
-    C rest = a.rest + a.lost;
-    return log(a.count) + log1p(rest / a.count);
+    return finite(a.top) ? a.sum : nan_of<C>();
 }
 
 template <class C>
-DEVICE C logsumexp_of(const Total<C>& a) {
-    if (finite(a.top)) return a.top + log_of_sum(a);
-    return a.rest != a.rest ? a.rest : a.top;
+DEVICE C logsumexp_of(const Total<C>& a, C log_of_sum) {
+    if (finite(a.top)) return a.top + log_of_sum;
+    return a.sum != a.sum ? a.sum : a.top;
 }
 
 // The loss of a row for a target class at the logit x: log Σ exp(x - top) + (top - x), weighted, and the z-loss.
 template <class C>
-DEVICE C loss_of(const Total<C>& a, C x, C weight, C z_loss) {
+DEVICE C loss_of(const Total<C>& a, C log_of_sum, C x, C weight, C z_loss) {
     if (!finite(a.top)) return nan_of<C>();
-    C log_total = log_of_sum(a), nll = log_total + (a.top - x);
+    C nll = log_of_sum + (a.top - x);
     C y = weight == 0 && nll == infinity<C>() ? 0 : weight * nll;
-    C z = a.top + log_total;
+    C z = a.top + log_of_sum;
     return z_loss != 0 ? y + z_loss * (z * z) : y;
 }
 
