@@ -48,11 +48,13 @@ def fake_gpu(launched: Callable[[Plan], object], machine: Machine | None = None)
     import polysoftmax.engines.torch as engine
     from polysoftmax.engines.cuda import _devices
     from polysoftmax.engines.cuda._plan import Machine
+    from polysoftmax.functions import losses
 
     device = FakeDevice(machine or Machine(H100_PROCESSORS, clusters=True), launched)
     with (
         patch.object(engine, "is_on_gpu", lambda _: True),
         patch.object(_devices, "device_of", lambda _: device),
+        patch.object(losses, "values_are_free", lambda _: False),
         ps.engine("cuda"),
     ):
         yield device
