@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 
 from polysoftmax._arrays import library, values_are_free
@@ -25,6 +27,8 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 """Types whose memory can be given to a kernel: a subclass may have none."""
+
+_STRIDED = torch.strided
 
 _VANISHED = -1000.0
 """A score whose exponential is 0 in every dtype that is computed in."""
@@ -146,7 +150,7 @@ def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
         return cuda.explain(x, formula)
     if not is_in_memory(x):
         return "portable", f"the array API formula as it stands, for a {type(x).__name__} on {x.device}"
-    return native.explain(x, formula, native.TORCH)
+    return native.explain(x, formula)
 
 
 def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -174,41 +178,51 @@ def _run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
 def _is_transformed() -> bool:
     """Whether PyTorch batches, differentiates forward or by ``torch.func``, or records for ``torch.jit.trace``."""
     # PyTorch has no public question for the first two, and no cheap one for the last.
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
 
 def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula that nothing is differentiated through."""
     engine = chosen()
-    if engine == "portable" or torch._C._len_torch_dispatch_stack():
+    if engine == "portable" or _len_torch_dispatch_stack():
         return _evaluate(call, operands)
     if engine == "cuda" and all(is_on_gpu(one) for one in operands if isinstance(one, torch.Tensor)):
         from polysoftmax.engines import cuda
 
         return cuda.run(call, operands)
-    for one in operands:
-        if one is not None and type(one) is not float and not is_in_memory(one):
-            return _evaluate(call, operands)
-    y = native.run(call, operands, native.TORCH)
+    y = native.run(call, operands, _MEMORY)
     return _evaluate(call, operands) if y is NotImplemented else y
 
 
 def is_in_memory(x: Array) -> bool:
     """Whether a native kernel can be given the memory of ``x``."""
-    return x.is_cpu and _is_strided(x)
+    return type(x) in _PLAIN and x.is_cpu and x.layout is _STRIDED and not x.is_neg()
+
+
+class _Memory:
+    address_is = native.DATA
+
+    def kind(self, x: Array) -> Any:
+        return (x.dtype, x.shape, x.stride()) if is_in_memory(x) else NotImplemented
+
+    def strides(self, x: Array) -> tuple[int, ...]:
+        size = x.itemsize
+        return tuple([size * stride for stride in x.stride()])
+
+    address = staticmethod(torch.Tensor.data_ptr)
+
+    def maker(self, shape: tuple[int, ...], dtype: DType | str) -> Callable[[], Array]:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        # Like a tensor of one entry in memory: every other way of making one takes twice as long.
+        return partial(torch.empty_like, torch.empty((), dtype=dtype, device="cpu").expand(shape))
+
+
+_MEMORY = _Memory()
 
 
 def is_on_gpu(x: Array) -> bool:
     """Whether a CUDA kernel can be given the memory of ``x``."""
-    return x.is_cuda and _is_strided(x)
-
-
-def _is_strided(x: Array) -> bool:
-    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_neg()
+    return type(x) in _PLAIN and x.is_cuda and x.layout is _STRIDED and not x.is_neg()
 
 
 def _sample_with_gradient(call: Call, operands: tuple[Array, ...]) -> tuple[Array, ...]:
