@@ -38,7 +38,8 @@ _ABSENT, DATA, INDIRECT, _NUMBER = range(4)
 _FORMAT_OF_ADDRESS = ("8x", "q", "q", "d")
 
 _LEAST_COMPUTE = _CODES["float32"]
-_OPTIONS = 8
+_OPTIONS = 7
+_REDUCTIONS = (None, "sum", "mean")
 _MOST_DIMENSIONS = 16
 
 
@@ -189,7 +190,7 @@ def run(call: Call, operands: tuple[Any, ...], memory: Memory) -> Any:
     """Run a call in its kernel; NotImplemented where no kernel covers it."""
     # Loops that append: in a comprehension each of these calls would take another half a microsecond.
     kind, address = memory.kind, memory.address
-    key = [call.formula, call.axis, call.compute, call.result, call.squeeze]
+    key = [call.formula, call.axis, call.compute, call.result, call.squeeze, call.reduction]
     if call.options:
         key += call.options.values()
     for one in operands:
@@ -249,7 +250,9 @@ def _plan(call: Call, operands: tuple[Any, ...], memory: Memory) -> _Plan | None
             described.append((_ABSENT, *nowhere))
             continue
         length = shape[axis] if answer.length is None else answer.length
-        whole = kept if call.squeeze else (*shape[:axis], length, *shape[axis + 1 :])
+        whole = (*shape[:axis], length, *shape[axis + 1 :])
+        if call.squeeze or call.reduction:
+            whole = kept if call.squeeze else ()
         makers.append(memory.maker(whole, answer.dtype))
         y = makers[-1]()
         strides = memory.strides(y)
@@ -259,14 +262,20 @@ def _plan(call: Call, operands: tuple[Any, ...], memory: Memory) -> _Plan | None
         return None
     options = kernel.options(call, operands)
     words = [kernel.number, len(kept), shape[axis], len(described), _code(call.compute)]
-    words += (*options, *(0,) * (_OPTIONS - len(options)), *kept, *itertools.chain(*described))
+    words += (
+        *options,
+        *(0,) * (_OPTIONS - len(options)),
+        _REDUCTIONS.index(call.reduction),
+        *kept,
+        *itertools.chain(*described),
+    )
     return _Plan(
         library.solve,
         struct.pack("".join("d" if isinstance(one, float) else "q" for one in words), *words),
         struct.Struct("".join(_FORMAT_OF_ADDRESS[means] for means, *_ in described)).pack,
         tuple(number for number in numbers if operands[number] is not None),
         tuple(makers),
-        0 in shape,
+        0 in shape and call.reduction is None,
         call.formula is SAMPLE or len(makers) > 1,
     )
 

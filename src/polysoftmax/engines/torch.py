@@ -255,6 +255,11 @@ def gradients(
     """
     if call.squeeze:
         y, cotangent = None if y is None else y.unsqueeze(call.axis), cotangent.unsqueeze(call.axis)
+    elif call.reduction is not None:
+        y = None
+        if call.reduction == "mean":
+            x = operands[0]
+            cotangent = cotangent / max(1, x.numel() // x.shape[call.axis])
     result = operands[0].dtype if y is None and True not in wanted[1:] else call.compute
     pullback = Call(call.formula.pullback(wanted), call.options, call.axis, call.compute, result)
     found = run_formula(pullback, (*operands, y, cotangent))
@@ -287,8 +292,8 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, call: Call, *operands: Array) -> Array:
         y = _run_constant(call, operands)
         numbers = tuple(map(_number, operands)) if float in map(type, operands) else None
-        if call.formula.keeps == "answer" and y.dtype == call.compute and not any(ctx.needs_input_grad[2:]):
-            operands = (y, *operands[1:])  # the rule does not look at the rows, so they need not be kept
+        if call.formula.keeps == "answer" and y.dtype == call.compute and True not in ctx.needs_input_grad[2:]:
+            operands = (None, *operands[1:])  # the rule does not look at the rows, so they need not be kept
         ctx.kept = call, chosen(), numbers
         ctx.save_for_backward(y, *(operands if numbers is None else map(_tensor, operands)))
         return y
@@ -301,6 +306,8 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
             with using(engine):
                 return _Formula.backward(ctx, cotangent)
         y, *operands = ctx.saved_tensors
+        if operands[0] is None:
+            operands[0] = y
         if numbers is not None:
             operands = [one if number is None else number for one, number in zip(operands, numbers, strict=True)]
         if engine == "cuda":

@@ -9,6 +9,9 @@ enum DType { BOOL, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, FLO
 // address but a float64 number.
 enum Address { ABSENT, DATA, INDIRECT, NUMBER, ADDRESSES };
 
+// What becomes of answers of one entry a row: they stay, or are reduced to one.
+enum Reduction { NONE, SUM, MEAN };
+
 inline int size_of(int dtype) {
     constexpr int8_t sizes[DTYPES] = {1, 1, 1, 2, 2, 4, 4, 8, 8, 2, 2, 4, 8};
     return sizes[dtype];
@@ -27,6 +30,8 @@ struct Problem {
     int64_t n, rows, options[8], shape[most_dimensions];
     Operand operands[most_operands];
     int64_t index_strides[most_dimensions];    // of the rows in C order
+
+    int reduction() const { return (int)options[7]; }
 
     double real_option(int k) const {
         double x;
