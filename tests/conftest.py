@@ -79,6 +79,7 @@ def _backends() -> list[Backend]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(keep): on which backends a test runs, as a function of Capability")
+    config.addinivalue_line("markers", "enough(keep): where it need not run, as another test runs the same code there")
     asked = _asked()
     if asked and all(one.capability.gpu for one in asked):
         absent = list(filter(None, map(missing, asked)))
@@ -91,6 +92,10 @@ def pytest_report_header() -> str | None:
     return None if _asked() or not absent else f"no tests of: {'; '.join(map(str, map(missing, absent)))}"
 
 
+def pytest_collection_finish() -> None:
+    _collect_garbage()
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave the tests of the kernels on a GPU out where there is none; named on the command line, they are skipped."""
     has_gpu = collection_path.name != "test_gpu.py" or any(one.capability.gpu for one in _backends())
@@ -101,7 +106,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a test that takes `lib` each backend in each of its engines, and one that takes `dtype` its dtypes."""
     if "lib" not in metafunc.fixturenames:
         return
-    keep = [mark.args[0] for mark in metafunc.definition.iter_markers("backends")]
+    names = ("backends",) if _EVERYTHING else ("backends", "enough")
+    keep = [mark.args[0] for name in names for mark in metafunc.definition.iter_markers(name)]
     with_dtype = "dtype" in metafunc.fixturenames
     file = metafunc.module.__name__.rpartition(".")[2]
     params = []
@@ -121,13 +127,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("lib", "dtype") if with_dtype else ("lib",), params, indirect=["lib"])
 
 
+def _collect_garbage() -> None:
+    gc.collect()
+    # What is left is as good as the modules of PyTorch and JAX alone, to look through which takes half a second.
+    gc.freeze()
+
+
 def _forget_compiled_code() -> None:
     forget_programs()
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
-    gc.collect()
+    _collect_garbage()
     if sys.platform == "linux":
         # The C library would keep what was freed; musl has no such function.
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
@@ -141,6 +153,12 @@ def _end_of_file() -> Iterator[None]:
     _forget_compiled_code()
 
 
+@pytest.fixture(scope="session")
+def everything() -> bool:
+    """Whether tests shall do what another test has shown of the same code, too."""
+    return _EVERYTHING
+
+
 _COMPILING = itertools.count(1)
 
 
@@ -148,7 +166,8 @@ _COMPILING = itertools.count(1)
 def lib(request: pytest.FixtureRequest) -> Iterator[Adapter]:
     """An open backend, in an engine. Keep to those that can do what a test needs with ``@pytest.mark.backends``.
 
-    The mark takes a function of `polysoftmax.testing.Capability`.
+    The mark takes a function of `polysoftmax.testing.Capability`. So does ``@pytest.mark.enough``, for the sake of time
+    alone: POLYSOFTMAX_TEST_WORK=all runs the test on the other backends, too.
     """
     backend, engine = request.param
     absent = missing(backend, engine)

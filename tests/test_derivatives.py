@@ -121,7 +121,7 @@ def test_jacobians(lib: Adapter, dtype: str, op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_products_with_the_jacobian(lib: Adapter, dtype: str, op: str) -> None:
+def test_products_with_the_jacobian(lib: Adapter, dtype: str, op: str, *, everything: bool) -> None:
     x, v = lib.asarray(LOGITS, dtype), lib.asarray(VECTORS, dtype)
     t = lib.asarray(TEMPERATURES, FORMATS[dtype].compute.name)
     rows = rounded(LOGITS, dtype)
@@ -130,6 +130,8 @@ def test_products_with_the_jacobian(lib: Adapter, dtype: str, op: str) -> None:
     jvp, vjp = getattr(polysoftmax, f"{op}_jvp"), getattr(polysoftmax, f"{op}_vjp")
     close(lib, lib.call(jvp, x, v), moved, dtype, scale=8.0)
     close(lib, lib.call(vjp, x, v), pulled, dtype, scale=8.0)
+    if "compile" in lib.can.how and not everything:
+        return  # the lines of the contract have temperatures, and each program takes PyTorch a second
     moved = exact(forward, op, rows, VECTORS, TEMPERATURES)
     pulled = [one for one, _ in exact(backward, op, rows, VECTORS, TEMPERATURES)]
     close(lib, lib.call(jvp, x, v, temperature=t), moved, dtype, scale=16.0)
@@ -234,7 +236,9 @@ def of_lines(lib: Adapter, op: str, mask: Any) -> Callable[..., Any]:
 @differentiable
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-def test_gradients_at_every_line_of_the_contract(lib: Adapter, op: str, *, masked: bool) -> None:
+def test_gradients_at_every_line_of_the_contract(lib: Adapter, op: str, *, masked: bool, everything: bool) -> None:
+    if "compile" in lib.can.how and not (masked or everything):
+        pytest.skip("the lines under a mask are these and more; test_gradient_for_one_temperature has no mask")
     dtype = lib.can.default_float
     rows, exists, t = zip(*[LINES[name] for name in (LINES if masked else UNMASKED)], strict=True)
     mask = lib.asarray(exists, "bool") if masked else None
@@ -398,6 +402,7 @@ def test_gradients_of_logsumexp(lib: Adapter) -> None:
 
 @differentiable
 @pytest.mark.backends(lambda can: "bfloat16" in can.dtypes)
+@pytest.mark.enough(lambda can: "compile" not in can.how)  # whose roundings have tests in test_torch_programs.py
 @pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
 @pytest.mark.parametrize("op", OPS)
 def test_narrow_gradients_are_rounded_once(lib: Adapter, op: str, narrow: str) -> None:
@@ -504,8 +509,9 @@ def test_vmap_is_the_loop(name: str) -> None:
         x = xp.asarray(rows)
         for call in (function, compiled(grad(weighed(xp)))):
             loop = np.asarray([np.asarray(call(x[i])) for i in range(3)])
-            np.testing.assert_allclose(np.asarray(vmap(call)(x)), loop, rtol=4e-7, atol=4e-7)
-            np.testing.assert_allclose(np.asarray(vmap(call, 1)(x.T)), loop, rtol=4e-7, atol=4e-7)
+            # In JAX's programs: eagerly, each step is one to compile, and test_vmap_over_temperatures does that.
+            np.testing.assert_allclose(np.asarray(compiled(vmap(call))(x)), loop, rtol=4e-7, atol=4e-7)
+            np.testing.assert_allclose(np.asarray(compiled(vmap(call, 1))(x.T)), loop, rtol=4e-7, atol=4e-7)
 
 
 MEMORY_OPS = ("logsumexp", "cross_entropy", "gradient of logsumexp", "gradient of cross_entropy")
@@ -532,12 +538,14 @@ def test_rows_near_zero_under_vmap_on_jax() -> None:
     jax = pytest.importorskip("jax")
     rows = np.asarray([[0.0, -40.0], [0.0, 0.0], [3.0, -40.0], [-INF, -INF], [INF, 0.0], [NAN, 0.0]], np.float32)
     want = [float(mpmath.exp(-40)), math.log(2), 3.0, -INF, INF, NAN]
-    ways = (jax.vmap(polysoftmax.logsumexp), jax.jit(jax.vmap(jax.vmap(polysoftmax.logsumexp))), polysoftmax.logsumexp)
+    # Eagerly, each step would be a program to compile.
+    once, twice = jax.vmap(polysoftmax.logsumexp), jax.vmap(jax.vmap(polysoftmax.logsumexp))
+    ways = (jax.jit(once), jax.jit(twice), polysoftmax.logsumexp)
     for start in (0, 1):
         x = jax.numpy.asarray(rows[start:])
         for way, given in zip(ways, (x, x[None, ...], x), strict=True):
             np.testing.assert_allclose(np.ravel(way(given)), want[start:], rtol=1e-6)
-    gradient = jax.vmap(jax.grad(polysoftmax.logsumexp))(jax.numpy.asarray(rows[:3]))
+    gradient = jax.jit(jax.vmap(jax.grad(polysoftmax.logsumexp)))(jax.numpy.asarray(rows[:3]))
     np.testing.assert_allclose(gradient, [[1.0, math.exp(-40)], [0.5, 0.5], [1.0, math.exp(-43)]], rtol=1e-5)
 
 

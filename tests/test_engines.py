@@ -74,11 +74,9 @@ def test_explain() -> None:
 @pytest.fixture
 def no_plans() -> Iterator[None]:
     """Let no plan outlive a test that replaces what it holds, nor one from before be found in it."""
-    for memory in (native.NUMPY, native.TORCH):
-        memory.plans.clear()
+    native.PLANS.clear()
     yield
-    for memory in (native.NUMPY, native.TORCH):
-        memory.plans.clear()
+    native.PLANS.clear()
 
 
 @pytest.mark.usefixtures("no_plans")

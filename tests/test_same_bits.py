@@ -9,7 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -194,6 +194,27 @@ def test_a_row_has_one_answer(n: int, dtype: str) -> None:
             found = ((one, one.bits(function, given, dtype)) for one in others)
             wrong += [(name, given, one.library, one.how) for one, bits in found if differ(bits, want, one.index)]
     assert not wrong
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [1, 63, 65, 300_001])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_reduced_loss_depends_on_its_losses_alone(reduction: Literal["sum", "mean"], rows: int, dtype: str) -> None:
+    rng = np.random.default_rng(rows)
+    x, targets = rng.normal(scale=3, size=(rows, 3)).astype(dtype), rng.integers(3, size=rows)
+    ps.set_num_threads(1)
+    want = ps.cross_entropy(x, targets, reduction=reduction)
+    each = ps.cross_entropy(x, targets, reduction="none").astype(np.float64)
+    np.testing.assert_allclose(want, getattr(each, reduction)(), rtol=64 * np.finfo(dtype).eps)
+    found = [ps.cross_entropy(np.asfortranarray(x), targets, reduction=reduction)]
+    ps.set_num_threads(3)
+    found.append(ps.cross_entropy(x, targets, reduction=reduction))
+    if importlib.util.find_spec("torch"):
+        torch = pytest.importorskip("torch")
+        found.append(ps.cross_entropy(torch.asarray(x), torch.asarray(targets), reduction=reduction).numpy())
+    assert {one.tobytes() for one in found} == {want.tobytes()}
+    assert all((one.dtype, one.shape) == (np.dtype(dtype), ()) for one in (want, *found))
 
 
 def digest() -> str:

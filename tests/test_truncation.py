@@ -22,6 +22,9 @@ INF, NAN = math.inf, math.nan
 ordered = pytest.mark.backends(lambda can: not can.lazy)  # Dask cannot order rows lazily
 eager = pytest.mark.backends(lambda can: not can.lazy and not can.traced and "64" not in can.how)  # nor does Dask sort
 
+# What is special is in the numbers: torch.compile gives them to the operations of eager PyTorch, and XLA to its own.
+numbers = pytest.mark.enough(lambda can: "compile" not in can.how)
+
 
 @functools.cache
 def survivors(
@@ -131,14 +134,16 @@ def test_dtypes_keep_their_bits(lib: Adapter, dtype: str) -> None:
 
 
 @eager
-def test_integers_become_floating(lib: Adapter) -> None:
-    for dtype in lib.can.integers:
+def test_integers_become_floating(lib: Adapter, *, everything: bool) -> None:
+    # All are promoted in one place, which the contract takes through each.
+    for dtype in lib.can.integers[: 1 if lib.can.compiles and not everything else None]:
         y = lib.call(polysoftmax.truncate, lib.asarray([3, 100, 7], dtype), top_k=2)
         lib.require(y, (3,), lib.can.default_float)
         assert lib.values(y).tolist() == [-INF, 100.0, 7.0]
 
 
 @ordered
+@numbers
 def test_ties_go_to_the_lowest_index(lib: Adapter) -> None:
     for n in (300, 4)[: 1 if lib.can.compiles else 2]:
         x = lib.asarray(np.zeros(n), "float32")
@@ -242,9 +247,12 @@ def test_bad_rows_are_nan(lib: Adapter) -> None:
 
 
 @ordered
+@pytest.mark.enough(lambda can: can.traced or not can.compiles)  # eagerly, JAX goes on in another program
 @pytest.mark.parametrize("parameters", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
-def test_bad_rows_have_no_probabilities(lib: Adapter, parameters: dict[str, float]) -> None:
+def test_bad_rows_have_no_probabilities(lib: Adapter, parameters: dict[str, float], *, everything: bool) -> None:
     """A program that goes on from the answer must see NaN, too."""
+    if "compile" in lib.can.how and "top_p" not in parameters and not everything:
+        pytest.skip("torch.compile runs PyTorch's operations, which see NaN in every test; XLA has left it out")
 
     def probabilities(x: Any) -> Any:
         return polysoftmax.softmax(polysoftmax.truncate(x, **parameters))

@@ -7,7 +7,7 @@ engine.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from polysoftmax._arrays import Array, DType, cast, float_bits, namespace
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from polysoftmax._ops import Ops
     from polysoftmax._rows import Rows
+
+
+Reduction: TypeAlias = Literal["sum", "mean"] | None
 
 
 class RowFormula:
@@ -50,10 +53,19 @@ class RowFormula:
         self._derived: dict[tuple[str, tuple[bool, ...]], RowFormula] = {}
 
     def __call__(
-        self, rows: Rows, *operands: Array, result: DType = None, squeeze: bool = False, **options: Any
+        self,
+        rows: Rows,
+        *operands: Array,
+        result: DType = None,
+        squeeze: bool = False,
+        reduction: Reduction = None,
+        **options: Any,
     ) -> Any:
-        """Run the formula on ``rows`` in their library's engine; ``squeeze`` drops the axis, of length 1."""
-        call = Call(self, options, rows.axis, rows.compute, result or rows.result, squeeze)
+        """Run the formula on ``rows`` in their library's engine.
+
+        Where it answers one entry a row, ``squeeze`` drops the axis, and ``reduction`` returns the sum or mean of all.
+        """
+        call = Call(self, options, rows.axis, rows.compute, result or rows.result, squeeze, reduction)
         return (_RUNNERS.get(type(rows.x)) or runner(rows.x)).run(call, operands)
 
     def pullback(self, wanted: tuple[bool, ...]) -> RowFormula:
@@ -118,11 +130,12 @@ class Call(NamedTuple):
     compute: DType
     result: DType
     squeeze: bool = False
+    reduction: Reduction = None
 
     def evaluate(self, ops: Ops, operands: Sequence[Array]) -> Any:
         """Run the formula as it stands: the portable engine, and the definition of every other."""
         y = self.formula.function(ops, *self.widen(ops, operands), **self.options)
-        return self.without_axis(y) if isinstance(y, tuple) else self.answer(y)
+        return self.without_axis(y) if isinstance(y, tuple) else self._reduce(ops, self.answer(y))
 
     def widen(self, ops: Ops, operands: Sequence[Array]) -> Sequence[Array]:
         """Bring the rows, and every floating array beside them, to the compute dtype."""
@@ -144,6 +157,16 @@ class Call(NamedTuple):
         if not self.squeeze:
             return several
         return tuple([namespace(y).squeeze(y, self.axis) for y in several])
+
+    def in_steps(self, run: Callable[[Call, tuple[Array, ...]], Array], operands: tuple[Array, ...]) -> Array:
+        """Run the call by what knows no reductions, and reduce what it answers."""
+        y = run(self._replace(reduction=None), operands)
+        return self._reduce(words(y, self.axis), y)
+
+    def _reduce(self, ops: Ops, y: Array) -> Array:
+        if self.reduction is None:
+            return y
+        return ops.mean(y) if self.reduction == "mean" else ops.total(y)
 
 
 class Runner(Protocol):

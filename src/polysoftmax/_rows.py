@@ -43,7 +43,7 @@ class Rows:
     @property
     def length(self) -> int:
         """The number of entries of a row."""
-        return self.x.shape[self.axis]  # type: ignore[no-any-return]
+        return (self.x.shape if self.flattened else self.shape)[self.axis]
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -81,8 +81,7 @@ class Rows:
 
     def from_reduced(self, y: Array) -> Array:
         """Reshape an array of the reduced shape to the rows' layout, with length 1 on the axis."""
-        shape = self.reduced_shape
-        return self.xp.reshape(y, (*shape, 1) if self.flattened else (*shape[: self.axis], 1, *shape[self.axis :]))
+        return self.xp.reshape(y, (*y.shape, 1)) if self.flattened else self.xp.expand_dims(y, axis=self.axis)
 
     def _flatten(self, y: Array) -> Array:
         """Bring an array of the input's number of dimensions into the rows' layout."""

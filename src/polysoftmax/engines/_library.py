@@ -99,14 +99,11 @@ class Library:
     __slots__ = ("_library", "level", "solve")
 
     def __init__(self, library: ctypes.CDLL, level: str) -> None:
-        import ctypes
-
         self.level = level
         self._library = library
         self.solve = library.polysoftmax_run
         """Solve a problem with its addresses, both in 8-byte words, without the interpreter lock; 0 if all is well."""
-        # Passes the address of a bytes object as it is, zero bytes included.
-        self.solve.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+        # Without argtypes, which take time: ctypes passes the address of a bytes object as it is, zero bytes included.
 
     def run(self, problem: bytes, addresses: bytes) -> None:
         """Solve a problem, or raise an exception."""

@@ -280,6 +280,8 @@ _Template = tuple[Any, ...]
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula: compiled if the call is eager, as it stands under the caller's own ``jit``."""
+    if call.reduction is not None:
+        return call.in_steps(run, operands)
     eager = not portable()
     for one in operands:
         if isinstance(one, Tracer):

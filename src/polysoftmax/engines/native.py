@@ -8,11 +8,9 @@ kind, so it is packed once, in a plan; the addresses come beside it.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import struct
-import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
 from polysoftmax._sampling import SAMPLE
@@ -35,11 +33,13 @@ _CODES = {
         )
     )
 }
-_ABSENT, _DATA, _DESCRIPTION, _NUMBER = range(4)
-"""What an address is: none, that of an array's data, that of NumPy's description of an array, or a number itself."""
+_ABSENT, DATA, INDIRECT, _NUMBER = range(4)
+"""What an address is: none, that of an array's data, that of the word which holds it, or a number itself."""
+_FORMAT_OF_ADDRESS = ("8x", "q", "q", "d")
 
 _LEAST_COMPUTE = _CODES["float32"]
-_OPTIONS = 8
+_OPTIONS = 7
+_REDUCTIONS = (None, "sum", "mean")
 _MOST_DIMENSIONS = 16
 
 
@@ -141,65 +141,31 @@ def _register_pullbacks() -> None:
 _register_pullbacks()
 
 
-class Memory:
-    """How the arrays of a library are described and made: NumPy's."""
+class Memory(Protocol):
+    """How the arrays of a library are described and made."""
 
-    address_is = _DESCRIPTION
+    address_is: int
 
-    def __init__(self) -> None:
-        self.plans: dict[tuple[Any, ...], _Plan | None] = {}
-
-    @staticmethod
-    def code(dtype: DType) -> int:
-        """Return a dtype's number; -1 if the kernels do not know it."""
-        # It may be the class that stands for it, such as numpy.float32.
-        return _CODES.get(str(dtype).rpartition(".")[2].removesuffix("'>"), -1)
-
-    def kind(self, x: Array) -> tuple[Any, ...]:
-        """Return all that a plan has to know of an array."""
-        return x.dtype, x.shape, x.strides
+    def kind(self, x: Array) -> Any:
+        """Return all that a plan has to know of an array; NotImplemented where a kernel cannot be given its memory."""
 
     def strides(self, x: Array) -> tuple[int, ...]:
         """Return the strides in bytes."""
-        return x.strides  # type: ignore[no-any-return]
 
-    def address(self, x: Array, alive: list[Any]) -> int:
-        """Return where the first entry is, or a description that stays there as long as ``alive``."""
-        capsule = x.__array_struct__  # of all ways to a NumPy array's memory, the one that takes least time
-        alive.append(capsule)
-        return _pointer_of(capsule, None)  # type: ignore[no-any-return]
+    def address(self, x: Array) -> int:
+        """Return what leads to the first entry as long as ``x`` lives."""
 
-    def empty(self, shape: tuple[int, ...], dtype: DType | str, like: Array) -> Array:
-        """Return new memory beside ``like``."""
-        del like
-        return sys.modules["numpy"].empty(shape, dtype)
+    def maker(self, shape: tuple[int, ...], dtype: DType | str) -> Callable[[], Array]:
+        """Return a function that makes new arrays."""
 
 
-_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+def _code(dtype: DType) -> int:
+    """Return a dtype's number; -1 if the kernels do not know it."""
+    # It may be the class that stands for it, such as numpy.float32.
+    return _CODES.get(str(dtype).rpartition(".")[2].removesuffix("'>"), -1)
 
 
-class _TorchMemory(Memory):
-    address_is = _DATA
-
-    def kind(self, x: Array) -> tuple[Any, ...]:
-        return x.dtype, x.shape, x.stride()
-
-    def strides(self, x: Array) -> tuple[int, ...]:
-        size = x.itemsize
-        return tuple([size * stride for stride in x.stride()])
-
-    def address(self, x: Array, alive: list[Any]) -> int:
-        return x.data_ptr()  # type: ignore[no-any-return]
-
-    def empty(self, shape: tuple[int, ...], dtype: DType | str, like: Array) -> Array:
-        torch = sys.modules["torch"]
-        if dtype is like.dtype and shape == like.shape and like.is_contiguous():
-            return torch.empty_like(like)  # in a third of the time
-        return like.new_empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-
-
-NUMPY, TORCH = Memory(), _TorchMemory()
+PLANS: dict[tuple[Any, ...], _Plan | None] = {}
 
 _MOST_PLANS = 4096
 """Plans that are kept; a program whose shapes are always new would fill the memory with them."""
@@ -211,53 +177,48 @@ class _Plan(NamedTuple):
     solve: Callable[[bytes, bytes], int]
     problem: bytes
     pack: Callable[..., bytes]
+    """Takes the addresses of what there is, and leaves room for what is absent."""
     inputs: tuple[int, ...]
-    """The operands that the kernel takes, by number."""
-    answers: tuple[tuple[tuple[int, ...], DType | str] | None, ...]
-    """Shape and dtype of each array to fill; None for one that is absent."""
+    """The operands that there are and that the kernel takes, by number."""
+    makers: tuple[Callable[[], Array], ...]
+    """What makes the arrays to fill."""
     is_empty: bool
     several: bool
 
 
 def run(call: Call, operands: tuple[Any, ...], memory: Memory) -> Any:
     """Run a call in its kernel; NotImplemented where no kernel covers it."""
-    kind = memory.kind
-    key = (
-        call.formula,
-        call.axis,
-        call.compute,
-        call.result,
-        call.squeeze,
-        *call.options.values(),
-        *[one if one is None else float if type(one) is float else kind(one) for one in operands],
-    )
+    # Loops that append: in a comprehension each of these calls would take another half a microsecond.
+    kind, address = memory.kind, memory.address
+    key = [call.formula, call.axis, call.compute, call.result, call.squeeze, call.reduction]
+    if call.options:
+        key += call.options.values()
+    for one in operands:
+        key.append(one if one is None else float if type(one) is float else kind(one))
+    kinds = tuple(key)
     try:
-        plan = memory.plans[key]
+        plan = PLANS[kinds]
     except KeyError:
-        if len(memory.plans) >= _MOST_PLANS:
-            memory.plans.clear()
-        plan = memory.plans[key] = _plan(call, operands, memory)
+        if len(PLANS) >= _MOST_PLANS:
+            PLANS.clear()
+        plan = PLANS[kinds] = _plan(call, operands, memory)
     if plan is None:
         return NotImplemented
-    alive: list[Any] = []  # what has an address, until the problem is solved
-    address = memory.address
+    solve, problem, pack, inputs, makers, is_empty, several = plan
     addresses: list[int | float] = []
-    for number in plan.inputs:
+    for number in inputs:
         one = operands[number]
-        addresses.append(0 if one is None else one if type(one) is float else address(one, alive))
+        addresses.append(one if type(one) is float else address(one))
     made = []
-    for answer in plan.answers:
-        if answer is None:
-            addresses.append(0)
-            continue
-        y = memory.empty(*answer, operands[0])
+    for make in makers:
+        y = make()
         made.append(y)
-        addresses.append(address(y, alive))
-    if not plan.is_empty:
-        status = plan.solve(plan.problem, plan.pack(*addresses))
+        addresses.append(address(y))
+    if not is_empty:
+        status = solve(problem, pack(*addresses))
         if status:
-            raise _library.failure(status, plan.problem)
-    return tuple(made) if plan.several else made[0]
+            raise _library.failure(status, problem)
+    return tuple(made) if several else made[0]
 
 
 def _plan(call: Call, operands: tuple[Any, ...], memory: Memory) -> _Plan | None:
@@ -265,48 +226,57 @@ def _plan(call: Call, operands: tuple[Any, ...], memory: Memory) -> _Plan | None
     kernel, library = KERNELS.get(call.formula), _library.load()
     axis, shape = call.axis, tuple(operands[0].shape)
     kept = (*shape[:axis], *shape[axis + 1 :])
-    if kernel is None or library is None or len(kept) > _MOST_DIMENSIONS or memory.code(call.compute) < _LEAST_COMPUTE:
+    if kernel is None or library is None or len(kept) > _MOST_DIMENSIONS or _code(call.compute) < _LEAST_COMPUTE:
         return None
-    inputs = list(range(len(operands)))
+    numbers = list(range(len(operands)))
     if kernel.leaves_out is not None:
-        del inputs[kernel.leaves_out]
+        del numbers[kernel.leaves_out]
     nowhere = (0,) * (2 + len(kept))
     described = []
-    for number in inputs:
+    for number in numbers:
         one = operands[number]
         if one is None:
             described.append((_ABSENT, *nowhere))
         elif isinstance(one, float):
             described.append((_NUMBER, _CODES["float64"], *nowhere[1:]))
+        elif memory.kind(one) is NotImplemented:
+            return None
         else:
             steps = _steps(tuple(one.shape), memory.strides(one), axis, shape)
-            described.append((memory.address_is, memory.code(one.dtype), *steps))
-    answers: list[tuple[tuple[int, ...], DType | str] | None] = []
+            described.append((memory.address_is, _code(one.dtype), *steps))
+    makers = []
     for answer in kernel.answers(call, operands):
         if answer.length == 0:
             described.append((_ABSENT, *nowhere))
-            answers.append(None)
             continue
         length = shape[axis] if answer.length is None else answer.length
-        whole = kept if call.squeeze else (*shape[:axis], length, *shape[axis + 1 :])
-        y = memory.empty(whole, answer.dtype, operands[0])
+        whole = (*shape[:axis], length, *shape[axis + 1 :])
+        if call.squeeze or call.reduction:
+            whole = kept if call.squeeze else ()
+        makers.append(memory.maker(whole, answer.dtype))
+        y = makers[-1]()
         strides = memory.strides(y)
         steps = [0, *strides] if call.squeeze else _steps(whole, strides, axis, shape)
-        described.append((memory.address_is, memory.code(y.dtype), *steps))
-        answers.append((whole, answer.dtype))
+        described.append((memory.address_is, _code(y.dtype), *steps))
     if any(code < 0 for _, code, *_ in described):
         return None
     options = kernel.options(call, operands)
-    words = [kernel.number, len(kept), shape[axis], len(described), memory.code(call.compute)]
-    words += (*options, *(0,) * (_OPTIONS - len(options)), *kept, *itertools.chain(*described))
+    words = [kernel.number, len(kept), shape[axis], len(described), _code(call.compute)]
+    words += (
+        *options,
+        *(0,) * (_OPTIONS - len(options)),
+        _REDUCTIONS.index(call.reduction),
+        *kept,
+        *itertools.chain(*described),
+    )
     return _Plan(
         library.solve,
         struct.pack("".join("d" if isinstance(one, float) else "q" for one in words), *words),
-        struct.Struct("".join("d" if means == _NUMBER else "q" for means, *_ in described)).pack,
-        tuple(inputs),
-        tuple(answers),
-        0 in shape,
-        call.formula is SAMPLE or len(answers) - answers.count(None) > 1,
+        struct.Struct("".join(_FORMAT_OF_ADDRESS[means] for means, *_ in described)).pack,
+        tuple(number for number in numbers if operands[number] is not None),
+        tuple(makers),
+        0 in shape and call.reduction is None,
+        call.formula is SAMPLE or len(makers) > 1,
     )
 
 
@@ -321,14 +291,14 @@ def _steps(own: tuple[int, ...], strides: tuple[int, ...], axis: int, shape: tup
     return [along, *steps[:axis], *steps[axis + 1 :]]
 
 
-def explain(x: Array, formula: RowFormula, memory: Memory) -> tuple[str, str]:
+def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     """Return the engine for a formula along the last axis of ``x``, and why."""
     library = _library.load()
     if library is None:
         return "portable", f"the array API formula as it stands: {_library.reason()}"
     if formula not in KERNELS:
         return "portable", f"the array API formula as it stands: there is no native kernel for {formula.name}"
-    if memory.code(x.dtype) < 0 or len(x.shape) > _MOST_DIMENSIONS + 1:
+    if _code(x.dtype) < 0 or len(x.shape) > _MOST_DIMENSIONS + 1:
         return "portable", f"the array API formula as it stands: the native kernels do not know {x.dtype}"
     threads = library.num_threads
     return "native", f"a kernel for {library.level}, on up to {threads} thread{'s' * (threads > 1)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,6 +89,28 @@ class NumpyOps(Ops):
         return kept
 
 
+class _Memory:
+    address_is = native.INDIRECT
+
+    def kind(self, x: Array) -> Any:
+        return (x.dtype, x.shape, x.strides) if isinstance(x, np.ndarray) else NotImplemented
+
+    def strides(self, x: Array) -> tuple[int, ...]:
+        return x.strides  # type: ignore[no-any-return]
+
+    def address(self, x: Array) -> int:
+        # In an array the address of its data follows what every object begins with: NumPy's C interface compiles this
+        # into each extension. What NumPy offers to Python for it takes ten times as long.
+        return id(x) + _HEAD
+
+    def maker(self, shape: tuple[int, ...], dtype: DType | str) -> Callable[[], Array]:
+        return partial(np.empty, shape, np.dtype(dtype))
+
+
+_HEAD = object.__basicsize__
+_MEMORY = _Memory()
+
+
 def words(x: Array, axis: int) -> Ops:
     """Return NumPy's words for rows of ``x``; array-api-strict has those of the standard."""
     kind = NumpyOps if type(x) is np.ndarray else Ops
@@ -97,7 +120,7 @@ def words(x: Array, axis: int) -> Ops:
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula. NaN and inf are answers here, documented and tested, and no reason to warn."""
     if type(operands[0]) is np.ndarray and chosen() != "portable":
-        y = native.run(call, operands, native.NUMPY)
+        y = native.run(call, operands, _MEMORY)
         if y is not NotImplemented:
             return y
     return _evaluate(call, operands)
@@ -112,4 +135,4 @@ def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     """Return the engine for a formula along the last axis of ``x``, and why."""
     if type(x) is not np.ndarray:
         return "portable", "the array API formula as it stands: the array is not NumPy's own"
-    return native.explain(x, formula, native.NUMPY)
+    return native.explain(x, formula)

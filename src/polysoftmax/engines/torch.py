@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 
 from polysoftmax._arrays import library, values_are_free
@@ -26,6 +27,8 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 """Types whose memory can be given to a kernel: a subclass may have none."""
+
+_STRIDED = torch.strided
 
 _VANISHED = -1000.0
 """A score whose exponential is 0 in every dtype that is computed in."""
@@ -151,7 +154,7 @@ def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
         return _cuda().explain(x, formula)  # type: ignore[no-any-return]
     if not is_in_memory(x):
         return "portable", f"the array API formula as it stands, for a {type(x).__name__} on {x.device}"
-    return native.explain(x, formula, native.TORCH)
+    return native.explain(x, formula)
 
 
 def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -168,7 +171,8 @@ def is_recorded(operands: tuple[Array, ...]) -> bool:
 
 
 def _run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
-    if _are_on_gpu(operands):
+    # An operator is given no negative view: PyTorch resolves those, and does not answer the question under a trace.
+    if all(_has_gpu_memory(one) for one in operands if isinstance(one, torch.Tensor)):
         from polysoftmax.engines.cuda import _operator
 
         if _operator.is_chosen():
@@ -179,14 +183,10 @@ def _run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
 def _is_transformed() -> bool:
     """Whether PyTorch batches, differentiates forward or by ``torch.func``, or records for ``torch.jit.trace``."""
     # PyTorch has no public question for the first two, and no cheap one for the last.
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
 
-@functools.cache
+@cache
 def _cuda() -> Any:
     """Return the CUDA engine, which most who use PyTorch do without; an import statement takes time in every call."""
     from polysoftmax.engines import cuda
@@ -197,25 +197,47 @@ def _cuda() -> Any:
 def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula that nothing is differentiated through."""
     engine = chosen()
-    if engine == "portable" or torch._C._len_torch_dispatch_stack():
+    if engine == "portable" or _len_torch_dispatch_stack():
         return _evaluate(call, operands)
     if engine == "cuda" and _are_on_gpu(operands):
         return _cuda().run(call, operands)
-    for one in operands:
-        if one is not None and type(one) is not float and not is_in_memory(one):
-            return _evaluate(call, operands)
-    y = native.run(call, operands, native.TORCH)
+    y = native.run(call, operands, _MEMORY)
     return _evaluate(call, operands) if y is NotImplemented else y
 
 
 def is_in_memory(x: Array) -> bool:
     """Whether a native kernel can be given the memory of ``x``."""
-    return x.is_cpu and _is_strided(x)
+    return type(x) in _PLAIN and x.is_cpu and x.layout is _STRIDED and not x.is_neg()
+
+
+class _Memory:
+    address_is = native.DATA
+
+    def kind(self, x: Array) -> Any:
+        return (x.dtype, x.shape, x.stride()) if is_in_memory(x) else NotImplemented
+
+    def strides(self, x: Array) -> tuple[int, ...]:
+        size = x.itemsize
+        return tuple([size * stride for stride in x.stride()])
+
+    address = staticmethod(torch.Tensor.data_ptr)
+
+    def maker(self, shape: tuple[int, ...], dtype: DType | str) -> Callable[[], Array]:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        # Like a tensor of one entry in memory: every other way of making one takes twice as long.
+        return partial(torch.empty_like, torch.empty((), dtype=dtype, device="cpu").expand(shape))
+
+
+_MEMORY = _Memory()
 
 
 def is_on_gpu(x: Array) -> bool:
     """Whether a CUDA kernel can be given the memory of ``x``."""
-    return x.is_cuda and _is_strided(x)
+    return _has_gpu_memory(x) and not x.is_neg()
+
+
+def _has_gpu_memory(x: Array) -> bool:
+    return type(x) in _PLAIN and x.is_cuda and x.layout is _STRIDED
 
 
 def _are_on_gpu(operands: tuple[Array, ...]) -> bool:
@@ -225,10 +247,6 @@ def _are_on_gpu(operands: tuple[Array, ...]) -> bool:
         if not is_on_gpu(one):
             return False
     return True
-
-
-def _is_strided(x: Array) -> bool:
-    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_neg()
 
 
 def _sample_with_gradient(call: Call, operands: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -262,6 +280,11 @@ def gradients(
     """
     if call.squeeze:
         y, cotangent = None if y is None else y.unsqueeze(call.axis), cotangent.unsqueeze(call.axis)
+    elif call.reduction is not None:
+        y = None
+        if call.reduction == "mean":
+            x = operands[0]
+            cotangent = cotangent / max(1, x.numel() // x.shape[call.axis])
     result = operands[0].dtype if y is None and True not in wanted[1:] else call.compute
     pullback = Call(call.formula.pullback(wanted), call.options, call.axis, call.compute, result)
     found = run_formula(pullback, (*operands, y, cotangent))
@@ -294,8 +317,8 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, call: Call, *operands: Array) -> Array:
         y = _run_constant(call, operands)
         numbers = tuple(map(_number, operands)) if float in map(type, operands) else None
-        if call.formula.keeps == "answer" and y.dtype == call.compute and not any(ctx.needs_input_grad[2:]):
-            operands = (y, *operands[1:])  # the rule does not look at the rows, so they need not be kept
+        if call.formula.keeps == "answer" and y.dtype == call.compute and True not in ctx.needs_input_grad[2:]:
+            operands = (None, *operands[1:])  # the rule does not look at the rows, so they need not be kept
         ctx.kept = call, chosen(), numbers
         ctx.save_for_backward(y, *(operands if numbers is None else map(_tensor, operands)))
         return y
@@ -308,6 +331,8 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
             with using(engine):
                 return _Formula.backward(ctx, cotangent)
         y, *operands = ctx.saved_tensors
+        if operands[0] is None:
+            operands[0] = y
         if numbers is not None:
             operands = [one if number is None else number for one, number in zip(operands, numbers, strict=True)]
         if engine == "cuda":

@@ -108,6 +108,7 @@ def cross_entropy(
         ignore_index = _index(ignore_index, "ignore_index")
     q, is_index = _row_targets(r, targets, ignore_index)
     w = None if weight is None else _row_weight(r, weight)
+    is_weighted = is_index and not (w is None and ignore_index is None)
     losses = CROSS_ENTROPY(
         r,
         r.x,
@@ -115,20 +116,18 @@ def cross_entropy(
         w,
         result=r.compute,
         squeeze=reduction == "none",
+        reduction=None if reduction == "none" else "sum" if is_weighted else reduction,
         ignore_index=ignore_index,
         label_smoothing=_number(label_smoothing, "label_smoothing", 1.0),
         z_loss=_number(z_loss, "z_loss", math.inf),
     )
-    ops = words(r.x, r.axis)
-    is_weighted = is_index and not (w is None and ignore_index is None)
-    reduced = ops.mean(losses) if reduction == "mean" and not is_weighted else ops.total(losses)
-    if is_index and values_are_free(losses) and math.isnan(ops.constant(reduced)):
-        _require_known(r, targets, ignore_index)  # the loss of a target that is no class is NaN
-    if reduction == "none":
-        return cast(losses, r.result)
+    if is_index and values_are_free(losses):
+        total = losses if reduction != "none" else words(losses).total(losses)
+        if math.isnan(total.item()):
+            _require_known(r, targets, ignore_index)  # the loss of a target that is no class is NaN
     if reduction == "mean" and is_weighted:
-        reduced = mean_or_zero(reduced, _total_weight(ops, r, q, w, ignore_index))
-    return cast(reduced, r.result)
+        losses = mean_or_zero(losses, _total_weight(words(r.x, r.axis), r, q, w, ignore_index))
+    return cast(losses, r.result)
 
 
 def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Array, bool]:
@@ -139,7 +138,8 @@ def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Arr
             msg = f"ignore_index={ignore_index} goes with integer targets, got probabilities of dtype {targets.dtype}"
             raise ValueError(msg)
         return r.like_input(targets, "targets (floating, hence probabilities)"), False
-    if not r.xp.isdtype(targets.dtype, "integral"):
+    is_int64 = targets.dtype == r.xp.int64
+    if not (is_int64 or r.xp.isdtype(targets.dtype, "integral")):
         msg = f"targets must be integers (classes) or floating (probabilities), got dtype {targets.dtype}"
         raise TypeError(msg)
     if tuple(targets.shape) != r.reduced_shape:
@@ -148,7 +148,7 @@ def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Arr
             f"got {tuple(targets.shape)}"
         )
         raise ValueError(msg)
-    if targets.dtype != r.xp.int64:
+    if not is_int64:
         targets = cast(targets, default_index(r.xp))
     return r.from_reduced(targets), True
 

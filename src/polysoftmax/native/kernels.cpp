@@ -67,11 +67,30 @@ bool formula_of(const Problem& p, Formula<C>& f) {
 #undef FORMULA
 #undef SCORED
 
+// Answers of one entry a row become their sum or mean, in the order that a row of them is added in.
 template <class C>
-int run_as(const Problem& p, Pieces pieces, int threads) {
+int run_and_reduce(Problem& p, const Formula<C>& f, Pieces pieces, int threads) {
+    Operand& answers = p.operands[p.count - 1];
+    char* const answer = answers.data;
+    if (f.letters[p.count - 1] != 'V' || !answer || answers.dtype != Code<C>::dtype) return 2;
+    C few[64];
+    C* const all = p.rows <= 64 ? few : (C*)malloc(p.rows * sizeof(C));
+    if (!all) return 1;
+    answers.data = (char*)all;
+    for (int d = 0; d < p.dimensions; d++) answers.strides[d] = p.index_strides[d] * (int64_t)sizeof(C);
+    const int failed = p.rows ? run_rows<C>(p, f, pieces, threads) : 0;
+    const Along<C> row{p.rows, nullptr, threads > 1 ? pieces : nullptr};
+    const C sum = row.sum([&](int64_t i) { return all[i]; }).value, mean = sum / (C)(p.rows ? p.rows : 1);
+    __builtin_memcpy(answer, p.reduction() == MEAN ? &mean : &sum, sizeof(C));
+    if (all != few) free(all);
+    return failed;
+}
+
+template <class C>
+int run_as(Problem& p, Pieces pieces, int threads) {
     Formula<C> f;
     if (!formula_of(p, f)) return 2;
-    return run_rows<C>(p, f, pieces, threads);
+    return p.reduction() == NONE ? run_rows<C>(p, f, pieces, threads) : run_and_reduce<C>(p, f, pieces, threads);
 }
 
 int run(const int64_t* words, const int64_t* addresses, Pieces pieces, int threads) {

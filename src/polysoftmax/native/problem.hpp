@@ -5,18 +5,12 @@
 
 enum DType { BOOL, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, FLOAT16, BFLOAT16, FLOAT32, FLOAT64, DTYPES };
 
-// What the address of an operand is: absent, that of its data, that of NumPy's description of the array, or no address but
-// a float64 number.
-enum Address { ABSENT, DATA, DESCRIPTION, NUMBER, ADDRESSES };
+// What the address of an operand is: absent, that of its data, that of a word that holds the address of its data, or no
+// address but a float64 number.
+enum Address { ABSENT, DATA, INDIRECT, NUMBER, ADDRESSES };
 
-// What NumPy's __array_struct__ points at.
-struct Description {
-    int version, dimensions;
-    char kind;
-    int size, flags;
-    const int64_t *shape, *strides;
-    void* data;
-};
+// What becomes of answers of one entry a row: they stay, or are reduced to one.
+enum Reduction { NONE, SUM, MEAN };
 
 inline int size_of(int dtype) {
     constexpr int8_t sizes[DTYPES] = {1, 1, 1, 2, 2, 4, 4, 8, 8, 2, 2, 4, 8};
@@ -36,6 +30,8 @@ struct Problem {
     int64_t n, rows, options[8], shape[most_dimensions];
     Operand operands[most_operands];
     int64_t index_strides[most_dimensions];    // of the rows in C order
+
+    int reduction() const { return (int)options[7]; }
 
     double real_option(int k) const {
         double x;
@@ -83,7 +79,7 @@ inline bool parse(const int64_t* words, const int64_t* addresses, Problem& p) {
         one.step = from[2];
         if (from[0] < 0 || from[0] >= ADDRESSES) return false;
         if (one.data && (from[1] < 0 || from[1] >= DTYPES)) return false;
-        if (from[0] == DESCRIPTION) one.data = (char*)((const Description*)one.data)->data;
+        if (from[0] == INDIRECT) one.data = *(char**)one.data;
     }
     p.dimensions = 0;
     for (int i = 0; i < kept; i++) {

@@ -116,7 +116,7 @@ class Adapter:
 
 
 def _is_array(value: Any) -> bool:
-    return not isinstance(value, np.generic) and array_api_compat.is_array_api_obj(value)
+    return not isinstance(value, type | np.generic) and array_api_compat.is_array_api_obj(value)
 
 
 class _NumPy(Adapter):

@@ -30,6 +30,8 @@ def words(x: Array, axis: int) -> Ops:
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call in its kernel, on the caller's device and stream, or as it stands where no kernel covers it."""
     if chosen() == "cuda":
+        if call.reduction is not None:
+            return call.in_steps(run, operands)
         if call.formula is SAMPLE:
             return _steps.run(call, operands, launch_or_evaluate)
         return launch_or_evaluate(call, operands)

@@ -39,6 +39,8 @@ def is_chosen() -> bool:
 
 def run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
     """Put what has kernels of a call into the graph that is being made, as the operator."""
+    if call.reduction is not None:
+        return call.in_steps(run_compiled, operands)
     if call.formula is SAMPLE:
         return Composed(call, operands, _run_or_evaluate).answer()
     return _run_or_evaluate(call, operands)
