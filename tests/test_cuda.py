@@ -265,21 +265,6 @@ def test_cupy_arrays_go_to_the_kernels(monkeypatch):
     assert engines._load(array) is cuda
 
 
-def test_a_device_is_found_by_its_number_where_it_has_no_hash(monkeypatch):
-    class Unhashable(SimpleNamespace):
-        __hash__ = None
-
-    class OnGpu:
-        def __init__(self, number):
-            self.device = Unhashable(id=number)
-
-    monkeypatch.setattr(_devices, "_devices", {})
-    monkeypatch.setattr(_devices, "library", lambda _: SimpleNamespace(name="cupy"))
-    monkeypatch.setattr(_devices, "_CupyDevice", lambda ordinal: f"device {ordinal}")
-    for number in (0, 1, 0):
-        assert _devices.device_of(OnGpu(number)) == f"device {number}"
-
-
 def test_tensors_on_a_gpu_that_are_none_run_as_they_stand():
     """Fake tensors have a device, and no memory."""
     torch = pytest.importorskip("torch")

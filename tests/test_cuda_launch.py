@@ -194,6 +194,7 @@ class FakeDevice:
     compute_capability = "90"
     attributes = {"MultiProcessorCount": 132}  # noqa: RUF012
     id = 1
+    __hash__ = None  # as CuPy's, which can be compared
 
     def __init__(self):
         self.entered = 0

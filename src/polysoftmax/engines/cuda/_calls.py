@@ -42,7 +42,9 @@ _LINE = 128
 _ABSENT: Any = (0, None)
 _NUMBER: Any = float
 """What is seen of an operand that is None, with its value, and of one that is a number."""
-_INT32_MAX = (1 << 31) - 1
+_MOST_ROWS = (1 << 31) - 1
+_LONGEST = (1 << 31) - (1 << 20)
+"""Entries of a row: kernels count in 32 bits, and also where accesses past the end of a row would be."""
 
 
 class _Roles(NamedTuple):
@@ -292,7 +294,7 @@ class _Batch:
             raise Uncovered(f"the kernels do not compute {self.x.dtype} in {self.compute}")
         self.batch, self.n = shape[:-1], shape[-1]
         self.rows = math.prod(self.batch)
-        if self.rows * self.n == 0 or max(self.rows, self.n) > _INT32_MAX:
+        if self.rows * self.n == 0 or self.rows > _MOST_ROWS or self.n > _LONGEST:
             raise Uncovered(f"there are {self.rows} rows of {self.n}")
 
     def row_stride(self, view: View) -> int:
