@@ -18,7 +18,7 @@ namespace POLYSOFTMAX_LEVEL {
 #include "truncation.hpp"
 #include "sampling.hpp"
 
-// A formula for rows of either layout, without a choice, or compiled with temperature and mask and without them.
+// A formula for rows in any layout, without a choice, or compiled with temperature and mask and without them.
 #define FORMULA(letters, scratch, fills, name) \
     Formula<C> { letters, scratch, name<Along<C>>, name<Along<C, true>>, name<Across<C>>, nullptr, 0, fills }
 #define SCORED(letters, scratch, options, name) \

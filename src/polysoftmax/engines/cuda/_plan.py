@@ -32,10 +32,10 @@ _C_TYPES: Final = {
 }
 
 _SCRATCH = 2304
-"""Bytes of shared memory for merging in one block, as rows.cuh says."""
+"""Bytes of shared memory for merging in one block, as merges.cuh says."""
 
 _SLOT = 64
-"""Bytes of shared memory that a warp's value takes in a merge, as rows.cuh says."""
+"""Bytes of shared memory that a warp's value takes in a merge, as merges.cuh says."""
 
 _BINS = 2048
 _LISTED = 2048

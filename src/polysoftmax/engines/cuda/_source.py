@@ -14,6 +14,8 @@ PARTS = (
     "arithmetic.hpp",
     "cuda/machine.cuh",
     "cuda/totals.cuh",
+    "cuda/arguments.cuh",
+    "cuda/merges.cuh",
     "cuda/rows.cuh",
     "cuda/sample.cuh",
     "cuda/truncate.cuh",

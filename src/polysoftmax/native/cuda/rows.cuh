@@ -24,54 +24,6 @@ enum Formula {
     SAMPLE_LEADING
 };
 
-// Where the entry for a row stands in an array that has one a row, or a row for each: repeated, and broadcast.
-struct RowMap {
-    Index inner, period, stride;
-
-    DEVICE Index offset(Index row) const {
-        // Most maps are of one entry a row, and a division takes as long as ten entries.
-        Word i = (Word)row;
-        if (inner != 1) i /= (Word)inner;
-        if (i >= (Word)period) i %= (Word)period;
-        return (Index)i * stride;
-    }
-};
-
-// A number for all rows, or one for each.
-struct Parameter {
-    const void* values;
-    double value;
-    RowMap map;
-
-    template <class C>
-    DEVICE double of(Index row) const {
-        return values ? (double)((const C*)values)[map.offset(row)] : value;
-    }
-
-    template <class C>
-    DEVICE RowTemperature<C> as_temperature(Index row) const {
-        return row_temperature<C>(values || value != 1, (C)of<C>(row));
-    }
-};
-
-// Which entries of one row exist: all of them where there is no mask.
-struct MaskedRow {
-    const unsigned char* where = nullptr;
-    Index stride = 0;
-
-    DEVICE bool exists(Index position) const { return !where || where[position * stride]; }
-};
-
-struct Mask {
-    const void* where;
-    RowMap map;
-    Index stride;
-
-    DEVICE MaskedRow of(Index row) const {
-        return MaskedRow{where ? (const unsigned char*)where + map.offset(row) : nullptr, stride};
-    }
-};
-
 struct RowArguments {
     const void *x, *second;
     void* out;
@@ -85,74 +37,6 @@ struct RowArguments {
     Index weight_stride, ignores, ignore_index;
     double z_loss;
 };
-
-// A value of the kind S, words at a time, from the thread whose index differs in `mask`.
-template <class S>
-DEVICE S across(const S& mine, int mask) {
-    S other;
-    Word words[sizeof(S) / 4];
-    memcpy(words, &mine, sizeof(S));
-    UNROLL for (int i = 0; i < (int)(sizeof(S) / 4); i++) words[i] = word_across(words[i], mask);
-    memcpy(&other, words, sizeof(S));
-    return other;
-}
-
-const int SCRATCH = 2304;    // bytes of shared memory that merging takes in one block: 33 values of up to 64, and room
-
-// Bytes that a merge takes: a value of up to 64 bytes for every warp of the row.
-template <int THREADS, int CLUSTER>
-constexpr int SLOTS = 64 * (THREADS > 32 ? THREADS / 32 : 1) * CLUSTER;
-
-template <int THREADS, class S, class Merge>
-DEVICE S merged_in_warp(S mine, Merge merge_two) {
-    UNROLL for (int mask = 1; mask < (THREADS < 32 ? THREADS : 32); mask *= 2) {
-        mine = merge_two(mine, across(mine, mask));
-    }
-    return mine;
-}
-
-// Merge a value of every warp of a row; each thread gets the answer, with the same bits. Every warp gives its value to
-// all blocks of the row, so that one barrier is enough, and merges what it is given for itself. The memory is free again
-// after the next barrier of all: of two merges one after the other, each needs its own. Before the first, a cluster
-// has to know that all its blocks have begun.
-template <int THREADS, int CLUSTER, class S, class Merge>
-DEVICE S merged_across_warps(S mine, char* memory, Merge merge_two) {
-    if constexpr (THREADS > 32 || CLUSTER > 1) {
-        constexpr int OWN = THREADS / 32, ALL = OWN * CLUSTER;
-        S* slots = (S*)memory;
-        int lane = thread_index() % 32, warp = thread_index() / 32;
-        if constexpr (CLUSTER > 1) {
-            if (lane < CLUSTER) {
-                Word words[sizeof(S) / 4];
-                memcpy(words, &mine, sizeof(S));
-                Word* to = (Word*)(slots + cluster_rank() * OWN + warp);
-                UNROLL for (int i = 0; i < (int)(sizeof(S) / 4); i++) give_word(to + i, words[i], lane);
-            }
-            cluster_arrive();
-            cluster_wait();
-        } else {
-            if (lane == 0) slots[warp] = mine;
-            block_barrier();
-        }
-        mine = slots[lane % ALL];
-        UNROLL for (int i = 32; i < ALL; i += 32) mine = merge_two(mine, slots[i + lane]);
-        mine = merged_in_warp<ALL>(mine, merge_two);
-    }
-    return mine;
-}
-
-// Merge a value of every thread of a row.
-template <int THREADS, int CLUSTER, class S, class Merge>
-DEVICE S merged_once(S mine, char* memory, Merge merge_two) {
-    return merged_across_warps<THREADS, CLUSTER>(merged_in_warp<THREADS>(mine, merge_two), memory, merge_two);
-}
-
-// The same in one block, in memory that the last merge may have used.
-template <int THREADS, class S, class Merge>
-DEVICE S merged(S mine, char* memory, Merge merge_two) {
-    if constexpr (THREADS > 32) block_barrier();
-    return merged_once<THREADS, 1>(mine, memory, merge_two);
-}
 
 template <class S>
 struct RowKernel {
@@ -524,13 +408,6 @@ struct RowKernel {
     }
 };
 
-// Parameters of a kernel, each of 8 bytes; the launcher passes them in this order.
-#define MAP_PARAMETERS(name) Index name##_inner, Index name##_period, Index name##_stride
-#define MAP(name) {name##_inner, name##_period, name##_stride}
-#define GIVEN_PARAMETERS(name) const void *name, double name##_value, MAP_PARAMETERS(name##_row)
-#define GIVEN(name) {name, name##_value, MAP(name##_row)}
-#define MASK_PARAMETERS const void *where, MAP_PARAMETERS(where_row), Index where_stride
-#define MASK {where, MAP(where_row), where_stride}
 #define ROW_PARAMETERS                                                                                             \
     const void *x, const void *second, void *out, Index n, Index rows, Index x_stride, Index second_stride,        \
         GIVEN_PARAMETERS(temperature), MASK_PARAMETERS, const void *targets, MAP_PARAMETERS(targets_row),          \
