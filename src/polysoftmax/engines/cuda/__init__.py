@@ -1,7 +1,6 @@
 """CUDA kernels for PyTorch and CuPy: each formula in one read of its input and one write of its answer.
 
-**The kernels have not yet run on a GPU.** Off one they have been compiled for each architecture, and run thread by
-thread on a host against the formulas. Until they have, ``engine("cuda")`` alone turns them on.
+They have run on one GPU, an H200. ``engine("cuda")`` alone turns them on.
 """
 
 from __future__ import annotations
