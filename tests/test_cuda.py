@@ -211,7 +211,7 @@ def test_rows_longer_than_an_int_are_not_covered(device):
 
 def test_explanations(device):
     engine, reason = cuda.explain(np.zeros((4096, 50257), np.float32), SOFTMAX)
-    assert (engine, "cluster of 2 blocks" in reason) == ("cuda", True)
+    assert (engine, "a cluster of" in reason) == ("cuda", True)
     assert "1 lane of a warp" in cuda.explain(np.zeros((8, 1), np.float32), SOFTMAX)[1]
     assert ps.explain(np.zeros((8, 3), np.float32), "sample").engine == "cuda"
     assert not device.launched
