@@ -518,7 +518,7 @@ def test_one_row_drawn_from_with_many_keys(device):
 def tensors(device, monkeypatch):
     """PyTorch, whose tensors are on a GPU as far as the library can see, and compiled code is new."""
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr("polysoftmax.engines.torch.is_on_gpu", lambda _: True)
+    monkeypatch.setattr("polysoftmax.engines.torch._has_gpu_memory", lambda _: True)
     torch._dynamo.reset()
     yield torch
     torch._dynamo.reset()

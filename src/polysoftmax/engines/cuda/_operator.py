@@ -16,10 +16,10 @@ from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._sampling import DRAW, DRAW_LEADING, LEADING, MASSES, SAMPLE, block_length
 from polysoftmax._softmax import LOGSUMEXP
 from polysoftmax.engines import chosen
+from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_recorded
 from polysoftmax.engines.cuda import launch_or_evaluate
 from polysoftmax.engines.cuda._calls import KERNELS, evaluate
 from polysoftmax.engines.cuda._composed import Composed
-from polysoftmax.engines.torch import answer_for_gradient, gradients, is_recorded
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array

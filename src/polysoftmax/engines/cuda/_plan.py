@@ -153,13 +153,14 @@ def plan_rows(
         kernel = Kernel(formula, x, y, compute, width, threads, _SMALL_BLOCK, packs, general=general)
         return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), 2 * _slots(threads, 1))
     few = _FEW_PACKS >> (formula in TWO_INPUTS)
+    # Beside a row of many accesses a thread has no registers for a division by the temperature.
+    usual, most = (few, few) if general else (2 * few, 4 * few)
     threads = min(_MOST_THREADS, max(64, _power(_over(units, few))))
     cluster = 1
     if machine.clusters and formula not in REDUCTIONS:
-        cluster = min(_LARGEST_CLUSTER, _power(_over(units, threads * 2 * few)))
+        cluster = min(_LARGEST_CLUSTER, _power(_over(units, threads * usual)))
     packs = _power(_over(units, threads * cluster))
-    # More than that leaves room for one block a multiprocessor.
-    held = packs <= 4 * few
+    held = packs <= most
     if not held:
         cluster, packs = 1, few
     busy = machine.processors if held else 4 * machine.processors
