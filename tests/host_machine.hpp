@@ -170,20 +170,22 @@ Word round_pair(const float* from) {
     return pair;
 }
 
+template <class T, class Choose>
+Word chosen_pair(Word x, Word y, Choose choose) {
+    float first[2], second[2], chosen[2];
+    widen_pair<T>(x, first), widen_pair<T>(y, second);
+    for (int i = 0; i < 2; i++) chosen[i] = choose(first[i], second[i]);
+    return round_pair<T>(chosen);
+}
+
 template <class T>
 Word greater_pair(Word x, Word y) {
-    float first[2], second[2], most[2];
-    widen_pair<T>(x, first), widen_pair<T>(y, second);
-    for (int i = 0; i < 2; i++) most[i] = greater(first[i], second[i]);
-    return round_pair<T>(most);
+    return chosen_pair<T>(x, y, [](float p, float q) { return greater(p, q); });
 }
 
 template <class T>
 Word greater_or_nan_pair(Word x, Word y) {
-    float first[2], second[2], most[2];
-    widen_pair<T>(x, first), widen_pair<T>(y, second);
-    for (int i = 0; i < 2; i++) most[i] = greater_or_nan(first[i], second[i]);
-    return round_pair<T>(most);
+    return chosen_pair<T>(x, y, [](float p, float q) { return greater_or_nan(p, q); });
 }
 
 #if defined(MACHINE)
