@@ -39,6 +39,7 @@ class Ops:
     broadcast_to: Standard
     exp: Standard
     expand_dims: Standard
+    expm1: Standard
     floor: Standard
     isfinite: Standard
     log: Standard
@@ -150,6 +151,10 @@ class Ops:
     def is_floating(self, x: Array) -> bool:
         """Whether ``x`` holds floating numbers."""
         return float_bits(self.xp, x.dtype) > 0
+
+    def least_normal(self, x: Array) -> float:
+        """Return the least positive number of the dtype of ``x`` that has all its digits."""
+        return float(self.xp.finfo(x.dtype).smallest_normal)
 
     @property
     def index_dtype(self) -> DType:

@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from polysoftmax._formula import RowFormula
-from polysoftmax._softmax import over_temperature
+from polysoftmax._softmax import is_zero, scores_below
 from polysoftmax._threefry import BLOCKS, TOKENS, fold_rows, gumbel_of, words
 from polysoftmax._truncation import (
     TRUNCATE,
@@ -81,7 +81,7 @@ def masses(ops: Ops, x: Array, t: Temperature, where: Maybe) -> tuple[Array, Arr
     """The maximum of every row, and Σ exp((x - max) / T) over each of its blocks."""
     x = ops.where(where, x, -INF)
     top = ops.max(x)
-    return top, ops.block_sums(ops.exp(over_temperature(ops, ops.below(x, top), t)), block_length(x.shape[-1]))
+    return top, ops.block_sums(ops.exp(scores_below(ops, x, top, t)), block_length(x.shape[-1]))
 
 
 def draw(
@@ -104,7 +104,7 @@ def draw(
     exists = index < x.shape[-1]
     if where is not None:
         exists = exists & ops.block_of(ops.broadcast_to(where, x.shape), block, size)[0]
-    z = over_temperature(ops, ops.below(ops.where(exists, inside, -INF), top), t)
+    z = scores_below(ops, ops.where(exists, inside, -INF), top, t)
     position = gumbel_argmax(ops, ops.exp(z), z, keys, index, TOKENS, t)
     return read_out(ops, top, t, ops.sum(mass), z, index, position, logprobs)
 
@@ -134,7 +134,7 @@ def draw_leading(
     filters = Filters(None, p, min_p)
     if has_mass(filters):
         x, *_ = filtered_few(ops, x, index, t, filters)
-    z = over_temperature(ops, ops.below(x, top), t)
+    z = scores_below(ops, x, top, t)
     terms = ops.exp(z)
     block = index // size
     same = block[..., :, None] == block[..., None, :]
@@ -150,7 +150,7 @@ def gumbel_argmax(ops: Ops, mass: Array, score: Array, keys: Array, index: Array
     noise = gumbel_of(words(keys[..., 0:1], keys[..., 1:2], index, domain))
     noisy = score + ops.astype(noise, score.dtype)
     if t is not None and not isinstance(t, float):
-        noisy = ops.where(t == 0, ops.where(mass > 0, ops.zeros_like(score), -INF), noisy)
+        noisy = ops.where(is_zero(ops, t), ops.where(mass > 0, ops.zeros_like(score), -INF), noisy)
     return ops.argmax(noisy)
 
 

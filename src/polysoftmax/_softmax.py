@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 INF = math.inf
 
+OUTWEIGHED = 1.25
+"""A sum of terms, of which the greatest is 1, below which that one outweighs the others by far."""
+
 
 # Scores: all that the softmax sees of its logits
 
@@ -36,43 +39,56 @@ def scores(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
     """z = (x - max) / T, -inf for what does not exist."""
     x = ops.where(where, x, -INF)
     top = ops.where(ops.any(where), ops.max(x), 0.0)  # a row of -inf is NaN, one without entries is not
-    return over_temperature(ops, ops.below(x, top), t)
+    return scores_below(ops, x, top, t)
 
 
-def over_temperature(ops: Ops, d: Array, t: Temperature) -> Array:
-    """d / T for a distance d ≤ 0 from the maximum. At T = 0 only the maxima are left, at inf all that is not -inf."""
-    if t is None or isinstance(t, float):
-        return d if t is None else d / t
-    regular, impossible = is_regular(t), d == -INF
-    divisor = ops.where(regular, t, 1.0)
+def scores_below(ops: Ops, x: Array, top: Array, t: Temperature) -> Array:
+    """(x - top) / T below a bound of every row. At T = 0 only what is at it is left, at inf all that is not -inf.
+
+    Above T = 1 halves are subtracted, and divided by half of T, which is exact: a difference may overflow where its
+    quotient does not.
+    """
+    if t is None:
+        return ops.below(x, top)
+    if isinstance(t, float):
+        return ops.below(0.5 * x, 0.5 * top) / (0.5 * t) if t > 1.0 else ops.below(x, top) / t
+    half = ops.where(t > 1.0, 0.5 * ops.ones_like(t), 1.0)
+    d = ops.below(half * x, half * top)
+    limit, impossible = is_limit(ops, t), d == -INF
+    divisor = ops.where(limit, 1.0, half * t)
     z = ops.divide(ops.where(impossible, 0.0, d), divisor)
-    limit = ops.where((t == 0) & (d < 0), -INF, 0.0 * z)  # 0·NaN is NaN
-    z = ops.where(regular, z, limit)
+    z = ops.where(limit, ops.where(is_zero(ops, t) & (d < 0), -INF, 0.0 * z), z)  # 0·NaN is NaN
     # -inf / T moves with its logit alone: the derivative in T would be 0·inf.
-    z = ops.where(impossible, ops.where(regular, d / ops.constant(divisor), -INF), z)
+    z = ops.where(impossible, ops.where(limit, -INF, d / ops.constant(divisor)), z)
     return ops.nan_unless(t >= 0, z, t)
 
 
-def over_regular(ops: Ops, tangent: Array, t: Temperature) -> Array:
-    """tangent / T, and 0 at T = 0 and inf, where nothing moves."""
+def over_temperature(ops: Ops, tangent: Array, t: Temperature) -> Array:
+    """tangent / T, and 0 at T = 0 and inf, where nothing moves but NaN stays."""
     if t is None or isinstance(t, float):
         return tangent if t is None else tangent / t
-    regular = is_regular(t)
-    return ops.where(regular, ops.divide(tangent, ops.where(regular, t, 1.0)), 0.0)
+    limit = is_limit(ops, t)
+    divisor = ops.nan_unless(t >= 0, ops.where(limit, 1.0, t), t)
+    return ops.where(limit, 0.0 * tangent, ops.divide(tangent, divisor))
 
 
-def is_regular(t: Array) -> Array:
-    """Whether a temperature divides, and is not one of the limits."""
-    return (t > 0) & (t < INF)
+def is_limit(ops: Ops, t: Array) -> Array:
+    """Whether a temperature is one of the limits, by which nothing is divided."""
+    return is_zero(ops, t) | (t == INF)
+
+
+def is_zero(ops: Ops, t: Array) -> Array:
+    """Whether a temperature is 0, or so close to 0 that some libraries take it for 0."""
+    return (t >= 0) & (t < ops.least_normal(t))
 
 
 def push_scores(ops: Ops, x: Array, t: Temperature, where: Maybe, dx: Maybe, dt: Maybe) -> Array:
     """dz = (dx - z·dT) / T, up to a shift of the row."""
-    dz = ops.zeros_like(x) if dx is None else over_regular(ops, ops.where(where, dx, 0.0), t)
+    dz = ops.zeros_like(x) if dx is None else over_temperature(ops, ops.where(where, dx, 0.0), t)
     if dt is not None:
         z = scores(ops, x, t, where)
         # Transposed, this sums before it divides by T, which may be tiny.
-        dz = dz - ops.where(z > -INF, z, 0.0) * over_regular(ops, dt, t)
+        dz = dz - ops.where(z > -INF, z, 0.0) * over_temperature(ops, dt, t)
     return dz
 
 
@@ -84,15 +100,12 @@ def pull_scores(
     if wanted[1]:
         z = scores(ops, x, t, where)
         alive = z > -INF
-        gt = over_regular(ops, -ops.sum(ops.where(alive, gz, 0.0) * ops.where(alive, z, 0.0)), t)
-    return over_regular(ops, gz, t), gt
+        gt = over_temperature(ops, -ops.sum(ops.where(alive, gz, 0.0) * ops.where(alive, z, 0.0)), t)
+    return over_temperature(ops, gz, t), gt
 
 
-def of_scores(name: str, value: Any, push: Any, pull: Any) -> RowFormula:
-    """Return the formula y = value(z), with dy = push(y, dz) and g_z = pull(y, g)."""
-
-    def function(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
-        return value(ops, scores(ops, x, t, where), where)
+def of_scores(name: str, function: Any, push: Any, pull: Any) -> RowFormula:
+    """Return a formula of the scores z, with dy = push(y, dz) and g_z = pull(y, g)."""
 
     def jvp(ops: Ops, operands: tuple[Any, ...], tangents: tuple[Maybe, ...], y: Array) -> Array:
         return push(ops, y, push_scores(ops, *operands, *tangents[:2]), operands[2])
@@ -109,46 +122,55 @@ def nonzero(ops: Ops, total: Array) -> Array:
     return ops.where(total == 0, 1.0, total)
 
 
+# The sure class, if there is one: its probability is above 1/2, and 1 less it is what the others add up to
+
+
+def beside_sure(ops: Ops, sure: Array, v: Array) -> Array:
+    """v less its entry at the sure class, and exactly 0 there: v's mean of others is not lost beside it."""
+    return ops.where(sure, 0.0, v - ops.sum(ops.where(sure, v, 0.0)))
+
+
 # softmax: y = exp(z) / Σ exp(z);  dy = y·(dz - Σ y·dz)
 
 
-def softmax_of_scores(ops: Ops, z: Array, where: Maybe) -> Array:
-    terms = ops.exp(z)
+def softmax_of_scores(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
+    terms = ops.exp(scores(ops, x, t, where))
     return ops.where(where, terms / nonzero(ops, ops.sum(terms)), 0.0)
 
 
 def push_softmax(ops: Ops, y: Array, dz: Array, where: Maybe) -> Array:
     del where
     alive = y != 0
-    dz = ops.where(alive, dz, 0.0)
+    dz = beside_sure(ops, y > 0.5, ops.where(alive, dz, 0.0))
     # Masked twice, so that its transpose adds 0 for y = 0 whatever the cotangent.
     return ops.where(alive, y * (dz - ops.sum(y * dz)), 0.0)
 
 
-def pull_softmax(ops: Ops, y: Array, g: Array, where: Maybe) -> Array:
-    del where
-    g = ops.where(y != 0, g, 0.0)
-    return y * (g - ops.sum(y * g))
-
-
-SOFTMAX = of_scores("softmax", softmax_of_scores, push_softmax, pull_softmax)
+SOFTMAX = of_scores("softmax", softmax_of_scores, push_softmax, push_softmax)
 
 
 # log_softmax: y = z - log Σ exp(z);  dy = dz - Σ p·dz with p = exp(y)
 
 
-def log_softmax_of_scores(ops: Ops, z: Array, where: Maybe) -> Array:
-    return ops.where(where, z - ops.log(nonzero(ops, ops.sum(ops.exp(z)))), -INF)
+def log_softmax_of_scores(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
+    z = scores(ops, x, t, where)
+    terms = ops.exp(z)
+    total = nonzero(ops, ops.sum(terms))
+    return ops.where(where, z - log_of_sum(ops, terms, total, (x, t, where)), -INF)
 
 
 def push_log_softmax(ops: Ops, y: Array, dz: Array, where: Maybe) -> Array:
     p = ops.exp(y)
+    dz = beside_sure(ops, p > 0.5, ops.where(where, dz, 0.0))
     return ops.where(where, dz - ops.sum(p * ops.where(p != 0, dz, 0.0)), 0.0)
 
 
 def pull_log_softmax(ops: Ops, y: Array, g: Array, where: Maybe) -> Array:
-    g = ops.where(where, g, 0.0)
-    return g - ops.exp(y) * ops.sum(g)
+    g, p = ops.where(where, g, 0.0), ops.exp(y)
+    sure = p > 0.5
+    rest = ops.sum(ops.where(sure, 0.0, g))
+    total = rest + ops.sum(ops.where(sure, g, 0.0))
+    return ops.where(sure, -ops.expm1(y) * g - p * rest, g - p * total)
 
 
 LOG_SOFTMAX = of_scores("log_softmax", log_softmax_of_scores, push_log_softmax, pull_log_softmax)
@@ -162,8 +184,9 @@ def logsumexp_of_rows(ops: Ops, x: Array, w: Maybe, where: Maybe) -> Array:
     top = ops.max(x)
     if w is not None:
         return top + log_of_weighted_sum(ops, x, w, top)
+    terms = ops.exp(ops.below(x, finite(ops, top)))
     # A maximum of 1 is far enough from 0: what the sum loses is below the rounding of the answer.
-    return top + log_of_sum(ops, x, finite(ops, top), ops.abs(top) < 1.0)
+    return top + log_of_sum(ops, terms, nonzero(ops, ops.sum(terms)), (x, None, None), ops.abs(top) < 1.0)
 
 
 def existing(ops: Ops, x: Array, w: Maybe, where: Maybe) -> tuple[Array, Maybe]:
@@ -180,20 +203,25 @@ def finite(ops: Ops, top: Array) -> Array:
 
 
 @replaceable
-def log_of_sum(ops: Ops, x: Array, top: Array, close: Maybe) -> Array:
-    """log Σ exp(x - top) below the maximum ``top``.
+def log_of_sum(ops: Ops, terms: Array, total: Array, rows: tuple[Any, ...], close: Maybe = None) -> Array:
+    """log Σ terms, which are exp(z) for the scores of ``rows``: logits, a temperature and a mask.
 
     Where one term outweighs the others, and this is ``close`` to the answer (None: always), it stays out of the sum.
     """
-    total = nonzero(ops, ops.sum(ops.exp(ops.below(x, top))))
-    outweighs = total < 1.25
-    matters = outweighs if close is None else outweighs & close
-    return ops.apply_where(matters, log1p_of_others, (x, top), ops.log(total))
+    del terms
+    outweighs = total < OUTWEIGHED
+    return ops.apply_where(
+        outweighs if close is None else outweighs & close, log1p_of_others, rows, ops.log(total)
+    )
 
 
-def log1p_of_others(ops: Ops, x: Array, top: Array) -> Array:
-    """log Σ exp(x - top) where one term is 1 and the others add up to less than 1/4."""
-    return ops.log1p(ops.sum(others(ops, ops.exp(ops.below(x, top)))))
+def log1p_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
+    return ops.log1p(sum_of_others(ops, x, t, where))
+
+
+def sum_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
+    """Σ exp(z) where one term is 1 and the others add up to less than 1/4, without that one."""
+    return ops.sum(others(ops, ops.exp(scores(ops, x, t, where))))
 
 
 def others(ops: Ops, terms: Array) -> Array:

@@ -11,7 +11,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polysoftmax._formula import RowFormula
-from polysoftmax._softmax import over_temperature
+from polysoftmax._softmax import scores_below
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +61,7 @@ def filtered(ops: Ops, x: Array, top: Array, t: Temperature, filters: Filters, t
         x = ops.where((k == 0) | inside, x, -INF)
 
     def mass_of(entries: Array) -> Array:
-        return ops.exp(over_temperature(ops, ops.below(entries, top), t))
+        return ops.exp(scores_below(ops, entries, top, t))
 
     if p is not None:
         # In the compute dtype, which the whole mass may be wider than. A number has been rounded to it, except where

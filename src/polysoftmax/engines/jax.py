@@ -14,16 +14,17 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
 from polysoftmax._arrays import cast, float_bits, library
+from polysoftmax._formula import Call
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._ops import Ops, ops_of
-from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX, log_of_sum, nonzero, others
+from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, OUTWEIGHED, SOFTMAX, log_of_sum, nonzero, others
 from polysoftmax.engines import portable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polysoftmax._arrays import Array, DType
-    from polysoftmax._formula import Call, RowFormula
+    from polysoftmax._formula import RowFormula
 
 _WIDENS_LATE = frozenset({SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, CROSS_ENTROPY})
 """Formulas that may be given 16-bit rows: they combine them with their maximum, which is float32, first.
@@ -102,6 +103,12 @@ class JaxOps(Ops):
     ) -> Array:
         return _apply_where(mask, operands, otherwise, function, self)
 
+    def call(self, formula: RowFormula, *operands: Any, **options: Any) -> Any:
+        if formula.jvp is None:
+            return super().call(formula, *operands, **options)
+        dtype = operands[0].dtype
+        return _with_rules(Call(formula, options, self.axis, dtype, dtype), operands, type(self))
+
     def below(self, x: Array, top: Array) -> Array:
         # 16 bits are rounded already, behind a barrier.
         return x - top if float_bits(self.xp, x.dtype) == 16 else _below(x, top)
@@ -174,6 +181,7 @@ def _round(x: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _apply_where(
     mask: Array, operands: tuple[Array, ...], otherwise: Array, function: Callable[..., Array], ops: JaxOps
 ) -> Array:
@@ -186,20 +194,32 @@ def _apply_where(
     return lax.while_loop(lambda state: state[0], once, (jnp.any(mask), otherwise))[1]
 
 
+@_apply_where.__wrapped__.defjvp
+def _(function: Callable[..., Array], ops: JaxOps, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    # A loop cannot be differentiated in reverse.
+    mask, operands, _ = primals
+    _, moved, otherwise_moved = tangents
+    _, dy = jax.jvp(lambda *given: function(ops, *given), operands, moved)
+    return _apply_where(*primals, function, ops), jnp.where(mask, dy, otherwise_moved)
+
+
 @JaxOps.replace(log_of_sum)
 @InMemoryOps.replace(log_of_sum)
-def _log_of_short_sum(ops: JaxOps, x: Array, top: Array, close: Array | None) -> Array:
+def _log_of_short_sum(
+    ops: JaxOps, terms: Array, total: Array, rows: tuple[Any, ...], close: Array | None = None
+) -> Array:
     """Both sums in one pass, without a derivative of its own: formulas have rules."""
-    if not 0 < x.shape[ops.axis] <= _ONE_BY_ONE:
+    del total, rows
+    if not 0 < terms.shape[ops.axis] <= _ONE_BY_ONE:
         return NotImplemented
-    terms = ops.exp(ops.below(x, top))
     arrays = terms, others(ops, terms)
     zeros = tuple(one.dtype.type(0) for one in arrays)
-    axis = ops.axis % x.ndim
+    axis = ops.axis % terms.ndim
     total, rest = (lax.expand_dims(one, (axis,)) for one in lax.reduce(arrays, zeros, _add_each, (axis,)))
-    total = nonzero(ops, total)
-    outweighs = total < 1.25
-    return jnp.where(outweighs if close is None else outweighs & close, jnp.log1p(rest), jnp.log(total))
+    outweighs = total < OUTWEIGHED
+    return jnp.where(
+        outweighs if close is None else outweighs & close, jnp.log1p(rest), jnp.log(nonzero(ops, total))
+    )
 
 
 def _add_each(sums: tuple[Array, ...], entries: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -286,20 +306,25 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     for one in operands:
         if isinstance(one, Tracer):
             eager = False
-    template: list[Any] = []
-    arrays: list[Array] = []
-    for one in operands:
-        if one is None or (isinstance(one, float) and not eager):
-            template.append(one)
-            continue
-        # A number that is traced as an array does not make jit compile anew for each of its values.
-        arrays.append(np.dtype(call.compute).type(one) if isinstance(one, float) else one)
-        template.append(_ARRAY)
-    options = tuple(call.options.items())
-    hashable = call._replace(options=options)  # type: ignore[arg-type]
-    if eager:
-        return _compiled(hashable, tuple(template))(*arrays)
-    return _differentiable(hashable, tuple(template), JaxOps)(*arrays)
+    if not eager:
+        return _with_rules(call, operands, JaxOps)
+    # A number that is traced as an array does not make jit compile anew for each of its values.
+    arrays = (np.dtype(call.compute).type(one) if type(one) is float else one for one in operands)
+    key, template, given = _split(call, tuple(arrays))
+    return _compiled(key, template)(*given)
+
+
+def _with_rules(call: Call, operands: tuple[Any, ...], kind: type[JaxOps]) -> Any:
+    """Run a formula as a part of a program, which differentiates it by its own rules."""
+    key, template, arrays = _split(call, operands)
+    return _differentiable(key, template, kind)(*arrays)
+
+
+def _split(call: Call, operands: tuple[Any, ...]) -> tuple[Call, _Template, list[Array]]:
+    """Return what a call can be found by, and its arrays."""
+    template = tuple(one if one is None or type(one) is float else _ARRAY for one in operands)
+    arrays = [one for one in operands if one is not None and type(one) is not float]
+    return call._replace(options=tuple(call.options.items())), template, arrays  # type: ignore[arg-type]
 
 
 def words(x: Array, axis: int) -> Ops:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from polysoftmax._arrays import cast, device_for
 from polysoftmax._formula import RowFormula, words
 from polysoftmax._rows import Rows, last_rows, rows
-from polysoftmax._softmax import LOG_SOFTMAX, SOFTMAX, over_regular
+from polysoftmax._softmax import LOG_SOFTMAX, SOFTMAX, over_temperature
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -290,8 +290,7 @@ def softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Numbe
     r = last_rows(x, axis)
     t = r.temperature(temperature)
     y = _probabilities(r, t)
-    matrix = y[..., :, None] * (_identity(r) - y[..., None, :])
-    return cast(over_regular(words(r.x), matrix, _per_matrix(r, t)), r.result)
+    return cast(over_temperature(words(r.x), y[..., :, None] * _identity_less(r, y), _per_matrix(r, t)), r.result)
 
 
 def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Number = 1.0) -> Array:
@@ -335,15 +334,20 @@ def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | N
     r = last_rows(x, axis)
     t = r.temperature(temperature)
     p = _probabilities(r, t)
-    return cast(over_regular(words(r.x), _identity(r) - p[..., None, :], _per_matrix(r, t)), r.result)
+    return cast(over_temperature(words(r.x), _identity_less(r, p), _per_matrix(r, t)), r.result)
 
 
 def _probabilities(r: Rows, temperature: Array | float | None) -> Array:
     return SOFTMAX(r, r.x, temperature, None, result=r.compute) if r.length else cast(r.x, r.compute)
 
 
-def _identity(r: Rows) -> Array:
-    return r.xp.eye(r.length, dtype=r.compute, device=device_for(r.x))
+def _identity_less(r: Rows, p: Array) -> Array:
+    """Return δ_ij - p_j. What the sure class lacks to 1 is what the others have."""
+    ops = words(p)
+    sure = p > 0.5
+    lacking = r.xp.where(sure, ops.sum(r.xp.where(sure, 0.0, p)), 1.0 - p)
+    diagonal = r.xp.eye(r.length, dtype=r.xp.bool, device=device_for(r.x))
+    return r.xp.where(diagonal, lacking[..., None, :], -p[..., None, :])
 
 
 def _per_matrix(r: Rows, temperature: Array | float | None) -> Array | float | None:

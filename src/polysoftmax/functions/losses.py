@@ -296,8 +296,9 @@ def kl_divergence(
     Notes
     -----
     An entry with p = 0 adds 0; one with q = 0 < p makes the divergence inf. A row that is NaN in either softmax is
-    NaN; an empty row, or one with no True in ``where``, is 0. Between almost equal distributions the rounding of
-    the logarithms, about 1e-7 in float32, can outweigh the divergence. Sources: Kullback and Leibler, Annals of
+    NaN; an empty row, or one with no True in ``where``, is 0. It is computed as Σ p·(r + exp(-r) - 1) with r =
+    log p - log q, which is never negative; the error is that of r times the distance of p from q, about the square
+    root of the divergence. Sources: Kullback and Leibler, Annals of
     Mathematical Statistics 22, 1951; with a temperature: Hinton, Vinyals and Dean, 2015.
 
     Examples

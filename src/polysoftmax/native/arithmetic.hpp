@@ -72,6 +72,11 @@ template <>
 constexpr double largest<double> = 0x1.fffffffffffffp1023;
 
 template <class C>
+constexpr C least_normal = 0x1p-126f;
+template <>
+constexpr double least_normal<double> = 0x1p-1022;
+
+template <class C>
 BOTH C nan_of() {
     return (C)of_bits<float>(0x7fc00000);
 }
@@ -89,6 +94,8 @@ BOTH float log(float x) { return ::logf(x); }
 BOTH double log(double x) { return ::log(x); }
 BOTH float log1p(float z) { return ::log1pf(z); }
 BOTH double log1p(double z) { return ::log1p(z); }
+BOTH float expm1(float z) { return ::expm1f(z); }
+BOTH double expm1(double z) { return ::expm1(z); }
 #else
 // What the functions below need to know of a dtype. `series` of exp is 1 + r + r²·q(r), with q from the values of
 // (exp(r) - 1 - r) / r² at Chebyshev's points of |r| ≤ ½ ln 2.
@@ -104,7 +111,6 @@ struct Format<float> {
     static constexpr float per_ln2 = 1.44269504f, ln2 = 0x1.62e43p-1f, ln2_rest = -0x1.05c61p-29f;
     // ln 2 again, with so few digits in the first part that multiples of it are exact.
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    static constexpr float least_normal = 0x1p-126f;
 };
 
 template <>
@@ -117,7 +123,6 @@ struct Format<double> {
     static constexpr double exp_least = -746.0;
     static constexpr double per_ln2 = 1.4426950408889634, ln2 = 0x1.62e42fefa39efp-1, ln2_rest = 0x1.abc9e3b39803fp-56;
     static constexpr double ln2_high = 0.6931471803691238, ln2_low = 1.9082149292705877e-10;
-    static constexpr double least_normal = 0x1p-1022;
 };
 
 BOTH float fused(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
@@ -173,7 +178,7 @@ BOTH C log(C x) {
     using F = Format<C>;
     constexpr C up = F::mantissa + 2;
     C scaled = x * power_of_2<C>(F::mantissa + 2);
-    bool subnormal = x < F::least_normal;
+    bool subnormal = x < least_normal<C>;
     C y = log_near(subnormal ? scaled : x, (C)0, subnormal ? up : (C)0);
     y = x < infinity<C>() ? y : x;
     y = x > 0 ? y : nan_of<C>();
@@ -191,7 +196,24 @@ BOTH C log1p(C z) {
     y = u > 0 ? y : nan_of<C>();
     return u == 0 ? -infinity<C>() : y;
 }
+
+// exp(z) - 1 for z ≤ 40, within 4 ulp: the logarithm of the rounded exponential tells what rounding has taken from it.
+// Source: W. Kahan; N. J. Higham, "Accuracy and Stability of Numerical Algorithms", section 1.14.1.
+template <class C>
+BOTH C expm1(C z) {
+    C u = exp(z), y = (u - 1) * (z / log(u));
+    return u == 1 ? z : u == 0 ? -1 : y;
+}
 #endif
+
+// exp(-r) - 1 + r for r from -1/2 to 1/2: what is left of the series, r²/2 and less.
+template <class C>
+BOTH C excess(C r) {
+    constexpr int terms = sizeof(C) == 4 ? 9 : 15;
+    C factor = 1;
+    UNROLL for (int k = terms; k > 2; k--) factor = 1 - factor * r * (C)(1.0 / k);
+    return (C)0.5 * r * r * factor;
+}
 
 // 16-bit numbers are storage alone: everything is computed in float or double and rounded once, to nearest, ties to
 // even.
@@ -308,38 +330,47 @@ BOTH uint64_t share_of(double p, uint64_t total) {
     return share < 1 ? 1 : share < total ? share : total;
 }
 
+// A subnormal temperature is taken for 0, as some libraries do.
+template <class C>
+BOTH bool is_zero_temperature(C value) {
+    return value >= 0 && value < least_normal<C>;
+}
+
 // A row's temperature T. At the limits a distance d from the maximum becomes -inf below `bound`, and at T = inf d / inf is
-// 0 for all that exists; where T has no answer the divisor is NaN.
+// 0 for all that exists; where T has no answer the divisors are NaN. Above 1 distances are halved, as the divisor is, since
+// one that overflows may have a quotient that does not.
 template <class C>
 struct Temperature {
-    C divisor, bound;
-    bool regular;
+    C half, divisor, bound, whole;
+    bool limit;
 };
 
 template <class C>
 BOTH Temperature<C> temperature_of(C value) {
-    bool regular = value > 0 && value < infinity<C>();
-    C divisor = value == 0 ? 1 : value >= 0 ? value : nan_of<C>();
-    C bound = value == 0 ? 0 : value == infinity<C>() ? -largest<C> : -infinity<C>();
-    return Temperature<C>{divisor, bound, regular};
+    bool zero = is_zero_temperature(value), limit = zero || value == infinity<C>();
+    C whole = zero ? 1 : value >= 0 ? value : nan_of<C>();
+    C bound = zero ? 0 : value == infinity<C>() ? -largest<C> : -infinity<C>();
+    C half = value > 1 ? (C)0.5 : (C)1;
+    return Temperature<C>{half, half * whole, bound, whole, limit};
 }
 
-// (x - max) / T for a distance from the maximum.
+// x - top, halved: both products are exact.
+template <class C>
+BOTH C halved_distance(C x, C top, C half) {
+    return half * x - half * top;
+}
+
+// (x - top) / T for a halved distance.
 template <class C>
 BOTH C over_temperature(C distance, C divisor, C bound) {
     C z = distance / divisor;
     return distance < bound ? -infinity<C>() : z;
 }
 
+// A tangent or cotangent over T: nothing moves at the limits, but NaN stays.
 template <class C>
-BOTH C over_temperature(C distance, const Temperature<C>& t) {
-    return over_temperature(distance, t.divisor, t.bound);
-}
-
-// A tangent or cotangent over T: nothing moves at the limits.
-template <class C>
-BOTH C over_regular_temperature(C slope, const Temperature<C>& t) {
-    return t.regular ? slope / t.divisor : 0;
+BOTH C slope_over_temperature(C slope, const Temperature<C>& t) {
+    return t.limit ? 0 * slope : slope / t.whole;
 }
 
 struct Words {

@@ -121,26 +121,57 @@ void cross_entropy_of_probabilities(const Problem& problem, Rows& rows) {
     rows.put(3, rows.row([&](auto r) { return loss[r] + likely.z_loss(z_factor, r); }));
 }
 
-// exp(x - max), written, and what a slope is made of: 1 / Σ, and 2·z_loss·logsumexp.
+// exp(x - max), written, and what a slope is made of: 1 / Σ, what the others have beside a class that is alone at the
+// maximum, and 2·z_loss·logsumexp.
 template <class Rows>
 struct Slope {
     using C = typename Rows::Real;
-    typename Rows::template Value<C> inverse, pull_of_z;
+    using Index = typename Rows::Index;
+    typename Rows::template Column<const C> x;
+    typename Rows::template Value<C> top, inverse, others, pull_of_z;
+    typename Rows::template Value<bool> alone;
 
     template <class Y>
-    Slope(Rows& rows, const LossOptions& o, const Y& terms) {
-        auto x = rows.template column<const C>(0);
-        auto top = rows.max([&](auto i) { return x[i]; });
-        auto total = rows.sum([&](auto i) {
+    Slope(Rows& rows, const LossOptions& o, const Y& terms) : x(rows.template column<const C>(0)) {
+        top = rows.max([&](auto i) { return x[i]; });
+        auto sums = rows.template sums<2>([&](auto i) {
             C e = exp(x[i] - top[i]);
             terms[i] = e;
-            return e;
+            bool at_top = x[i] == top[i];
+            return Terms<C, 2>{{at_top ? (C)1 : (C)0, at_top ? (C)0 : e}};
         });
-        inverse = rows.row([&](auto r) { return 1 / total[r]; });
+        const Apart<Rows> apart{rows.term(sums, 0), rows.term(sums, 1)};
+        inverse = rows.row([&](auto r) { return finite(top[r]) ? 1 / (apart.count[r] + apart.rest[r]) : nan_of<C>(); });
+        others = rows.row([&](auto r) { return apart.rest[r] * inverse[r]; });
+        alone = rows.row([&](auto r) { return apart.alone(r); });
         const C factor = (C)(2 * o.z_loss);
-        pull_of_z = rows.row([&](auto r) { return factor != 0 ? factor * (top[r] + log(total[r])) : 0; });
+        if (factor == 0) {
+            pull_of_z = rows.row([](auto) { return (C)0; });
+        } else {
+            auto logarithm = log_of_sum(rows, apart.count, apart.rest);
+            pull_of_z = rows.row([&](auto r) { return factor * (top[r] + logarithm[r]); });
+        }
+    }
+
+    BOTH bool is_sure(Index r, C logit) const { return alone[r] && logit == top[r]; }
+    // p·Σ c - c + 2·z_loss·logsumexp·p, of a class like any other, and of the sure one, where `rest` is Σ c of the others.
+    BOTH C of(C p, C total, C c, Index r) const { return p * total - c + pull_of_z[r] * p; }
+    BOTH C of_sure(C rest, C c, Index r) const {
+        return inverse[r] * rest - others[r] * c + pull_of_z[r] * inverse[r];
     }
 };
+
+// Σ c over the classes at the maximum, and over the others.
+template <class Rows, class F>
+BOTH auto weights_apart(Rows& rows, const Slope<Rows>& slope, F c) {
+    using C = typename Rows::Real;
+    auto sums = rows.template sums<2>([&](auto i) {
+        C share = c(i);
+        bool at_top = slope.x[i] == slope.top[i];
+        return Terms<C, 2>{{at_top ? share : 0, at_top ? 0 : share}};
+    });
+    return Apart<Rows>{rows.term(sums, 0), rows.term(sums, 1)};
+}
 
 // (p·Σ c - c + 2·z_loss·logsumexp·p)·g, where c is 0 but for the class, or spread over all by smoothing.
 template <class Rows>
@@ -148,17 +179,18 @@ void cross_entropy_of_classes_pull(const Problem& problem, Rows& rows) {
     using C = typename Rows::Real;
     const LossOptions o(problem);
     const Classes<Rows> target(rows, o);
-    auto x = rows.template column<const C>(0), weight = rows.template column<const C>(2);
+    auto weight = rows.template column<const C>(2);
     auto g = rows.value(3);
     auto gx = rows.column(4);
     const Slope<Rows> slope(rows, o, gx);
     auto share = smoothing_share(rows, o);
     const C keep = (C)(1 - o.smoothing);
     auto at_class = rows.row([&](auto r) { return weight ? keep * weight.at(r, target.place[r]) : keep; });
-    auto p_of_class = rows.row([&](auto r) { return gx.at(r, target.place[r]) * slope.inverse[r]; });
+    auto is_sure = rows.row([&](auto r) { return slope.is_sure(r, slope.x.at(r, target.place[r])); });
     auto scale = rows.row([&](auto r) { return target.known[r] ? g[r] : nan_of<C>(); });
     // A row that is ignored is 0 whatever its logits are, which may be NaN.
     auto write = [&](auto r, int64_t i, C y) { gx.at(r, i) = target.counts[r] ? y : 0; };
+    auto p_of_class = rows.row([&](auto r) { return gx.at(r, target.place[r]) * slope.inverse[r]; });
     if (!o.smoothing) {
         auto factor = rows.row([&](auto r) { return (at_class[r] + slope.pull_of_z[r]) * scale[r]; });
         rows.each([&](auto i) {
@@ -166,26 +198,31 @@ void cross_entropy_of_classes_pull(const Problem& problem, Rows& rows) {
             gx[i] = target.counts[i] ? y : 0;
         });
         rows.row([&](auto r) {
-            C y = ((p_of_class[r] - 1) * at_class[r] + slope.pull_of_z[r] * p_of_class[r]) * scale[r];
-            write(r, target.place[r], y);
+            C p = p_of_class[r], others = is_sure[r] ? slope.others[r] : 1 - p;
+            write(r, target.place[r], (slope.pull_of_z[r] * p - others * at_class[r]) * scale[r]);
             return 0;
         });
         return;
     }
     auto spread = [&](auto i) {
-        C c = x[i] == -infinity<C>() ? 0 : share[i];
+        C c = slope.x[i] == -infinity<C>() ? 0 : share[i];
         return c * weight[i];
     };
-    auto spread_total = rows.sum(spread);
-    auto total = rows.row([&](auto r) { return spread_total[r] + at_class[r]; });
+    const Apart<Rows> spread_apart = weights_apart(rows, slope, spread);
+    auto total = rows.row([&](auto r) { return spread_apart.count[r] + spread_apart.rest[r] + at_class[r]; });
+    auto of_sure = rows.row([&](auto r) {
+        C own = is_sure[r] ? at_class[r] : 0;
+        return slope.of_sure(spread_apart.rest[r] + (at_class[r] - own), spread_apart.count[r] + own, r) * scale[r];
+    });
     auto of_class = rows.row([&](auto r) {
         int64_t t = target.place[r];
-        C c = (x.at(r, t) == -infinity<C>() ? 0 : share[r]) + keep, p = p_of_class[r];
-        return (p * total[r] - c * weight.at(r, t) + slope.pull_of_z[r] * p) * scale[r];
+        C c = ((slope.x.at(r, t) == -infinity<C>() ? 0 : share[r]) + keep) * weight.at(r, t);
+        C y = slope.of(p_of_class[r], total[r], c, r) * scale[r];
+        return is_sure[r] ? of_sure[r] : y;
     });
     rows.each([&](auto i) {
-        C p = gx[i] * slope.inverse[i];
-        C y = (p * total[i] - spread(i) + slope.pull_of_z[i] * p) * scale[i];
+        C y = slope.of(gx[i] * slope.inverse[i], total[i], spread(i), i) * scale[i];
+        y = slope.is_sure(i, slope.x[i]) ? of_sure[i] : y;
         gx[i] = target.counts[i] ? y : 0;
     });
     rows.row([&](auto r) {
@@ -198,21 +235,22 @@ template <class Rows>
 void cross_entropy_of_probabilities_pull(const Problem& problem, Rows& rows) {
     using C = typename Rows::Real;
     const LossOptions o(problem);
-    auto x = rows.template column<const C>(0), q = rows.template column<const C>(1);
-    auto weight = rows.template column<const C>(2);
+    auto q = rows.template column<const C>(1), weight = rows.template column<const C>(2);
     auto g = rows.value(3);
     auto gx = rows.column(4);
     const Slope<Rows> slope(rows, o, gx);
     auto share = smoothing_share(rows, o);
     const C keep = (C)(1 - o.smoothing);
     auto c = [&](auto i) {
-        C smoothed = keep * q[i] + (x[i] == -infinity<C>() ? 0 : share[i]);
+        C smoothed = keep * q[i] + (slope.x[i] == -infinity<C>() ? 0 : share[i]);
         return smoothed * weight[i];
     };
-    auto total = rows.sum(c);
+    const Apart<Rows> apart = weights_apart(rows, slope, c);
+    auto total = rows.row([&](auto r) { return apart.count[r] + apart.rest[r]; });
+    auto of_sure = rows.row([&](auto r) { return slope.of_sure(apart.rest[r], apart.count[r], r); });
     rows.each([&](auto i) {
-        C p = gx[i] * slope.inverse[i];
-        gx[i] = (p * total[i] - c(i) + slope.pull_of_z[i] * p) * g[i];
+        C y = slope.of(gx[i] * slope.inverse[i], total[i], c(i), i);
+        gx[i] = (slope.is_sure(i, slope.x[i]) ? of_sure[i] : y) * g[i];
     });
 }
 
@@ -255,34 +293,47 @@ void entropy_pull(const Problem&, Rows& rows) {
     }, 4, 5);
 }
 
-// p, q and log p - log q of two rows of logits with one temperature and one mask.
+// Of two rows of logits with one temperature and one mask: p, q, q - p and log p - log q.
 template <bool options, class Rows>
 struct Pair {
     using C = typename Rows::Real;
     using Index = typename Rows::Index;
 
     Scores<options, Rows> a, b;
+    Apart<Rows> of_a, of_b;
     typename Rows::template Value<C> log_a, log_b;
 
-    explicit Pair(Rows& rows) : a(rows, 0, 2, 3), b(rows, 1, 2, 3) {
-        log_a = log_total(rows, a);
-        log_b = log_total(rows, b);
+    explicit Pair(Rows& rows) : a(rows, 0, 2, 3), b(rows, 1, 2, 3), of_a(set_apart(rows, a)), of_b(set_apart(rows, b)) {
+        log_a = log_total(rows, a, of_a);
+        log_b = log_total(rows, b, of_b);
     }
 
     BOTH C log_p(Index i) const { return choose(a.exists(i), a.z(i) - log_a[i], -infinity<C>()); }
     BOTH C log_q(Index i) const { return choose(a.exists(i), b.z(i) - log_b[i], -infinity<C>()); }
     BOTH C ratio(Index i, C p) const { return choose(p != 0, log_p(i)) - choose(p != 0, log_q(i)); }
+
+    BOTH C difference(Index i, C p) const {
+        C q = exp(log_q(i)), others = b.at_top(i) && of_b.alone(i) ? of_b.others(i) : 1 - q;
+        return a.at_top(i) && of_a.alone(i) ? of_a.others(i) - others : q - p;
+    }
 };
 
-// Σ p·(log p - log q)
+// Σ p·r + q - p with r = log p - log q: p and q have the same sum, and no term is negative.
+template <bool options, class Rows>
+BOTH auto divergence_of(Rows& rows, const Pair<options, Rows>& pair) {
+    using C = typename Rows::Real;
+    return rows.sum([&](auto i) {
+        C p = exp(pair.log_p(i)), r = pair.ratio(i, p);
+        bool near = r < (C)0.5 && r > (C)-0.5 && p != 0;
+        C y = near ? p * excess(near ? r : 0) : pair.difference(i, p) + p * r;
+        return y < 0 ? 0 : y;
+    });
+}
+
 template <bool options, class Rows>
 void kl_divergence(const Problem&, Rows& rows) {
-    using C = typename Rows::Real;
     const Pair<options, Rows> pair(rows);
-    rows.put(4, rows.sum([&](auto i) {
-        C p = exp(pair.log_p(i));
-        return p * pair.ratio(i, p);
-    }));
+    rows.put(4, divergence_of(rows, pair));
 }
 
 // gz is p·(log p - log q - y)·g for the one, (q - p)·g for the other; both pull at the temperature.
@@ -291,16 +342,13 @@ void kl_divergence_pull(const Problem&, Rows& rows) {
     using C = typename Rows::Real;
     const Pair<options, Rows> pair(rows);
     auto g = rows.value(4);
-    auto y = rows.sum([&](auto i) {
-        C p = exp(pair.log_p(i));
-        return p * pair.ratio(i, p);
-    });
+    auto y = divergence_of(rows, pair);
     pull_scores(rows, pair.a, [&](auto i) {
         C p = exp(pair.log_p(i));
         return p * (pair.ratio(i, p) - y[i]) * g[i];
     }, 5, 7);
     auto of_p = rows.value(7);
-    pull_scores(rows, pair.b, [&](auto i) { return (exp(pair.log_q(i)) - exp(pair.log_p(i))) * g[i]; }, 6, 7);
+    pull_scores(rows, pair.b, [&](auto i) { return pair.difference(i, exp(pair.log_p(i))) * g[i]; }, 6, 7);
     if (rows.column(7)) {
         auto of_q = rows.value(7);
         rows.put(7, rows.row([&](auto r) { return of_p[r] + of_q[r]; }));

@@ -33,9 +33,9 @@ struct Cut {
 // What a draw needs to know of a row. A run is a block that has tokens.
 template <class C>
 struct Slot {
-    // Dense: all blocks are runs, and z = (row - top) / divisor.
+    // Dense: all blocks are runs, and z = (half·row - half·top) / divisor.
     const C* row;
-    C top, divisor;
+    C half, top, divisor;
     // Sparse: the survivors of run i stand at z and indices from starts[i] to starts[i + 1].
     C* z;
     int32_t *indices, *starts, *own_blocks;
@@ -149,8 +149,7 @@ class Sampler {
             slot.starts = starts + s * (cut.blocks + 1);
             slot.scores = scores + s * cut.blocks;
             slot.row = slot.z;    // and so it stays for short rows
-            slot.top = 0;
-            slot.divisor = 1;
+            set_plain(slot);
             slot.greedy = false;
             set_dense(slot);
         }
@@ -229,18 +228,24 @@ class Sampler {
         slot.runs = cut.blocks;
     }
 
-    void scale_short(const C* x, C t, C* z) {
+    static void set_plain(Slot<C>& slot) {
+        slot.half = slot.divisor = 1;
+        slot.top = 0;
+    }
+
+    void scale_short(const C* x, C value, C* z) {
         const int64_t n = cut.n;
-        if (t > 0 && t < infinity<C>()) {
+        const Temperature<C> t = temperature_of(value);
+        if (!t.limit) {
             C top = x[0];
             for (int64_t j = 1; j < n; j++) top = x[j] > top ? x[j] : top;
-            if (t == 1) {
+            if (value == 1) {
                 for (int64_t j = 0; j < n; j++) z[j] = x[j] - top;
             } else {
-                for (int64_t j = 0; j < n; j++) z[j] = (x[j] - top) / t;
+                for (int64_t j = 0; j < n; j++) z[j] = halved_distance(x[j], top, t.half) / t.divisor;
             }
         } else {
-            write_limits(x, n, t, z);
+            write_limits(x, n, value, z);
         }
         for (int64_t j = n; j < cut.padded(); j++) z[j] = -infinity<C>();
     }
@@ -262,15 +267,16 @@ class Sampler {
 
     APART void prepare_dense(const Block<C>& block, int64_t r, C temperature, Slot<C>& slot) {
         const C* x = masked(block, r, slot.z);
-        slot.divisor = temperature;
-        if (temperature > 0 && temperature < infinity<C>()) {
+        const Temperature<C> t = temperature_of(temperature);
+        if (!t.limit) {
+            slot.half = t.half;
+            slot.divisor = t.divisor;
             const Along<C> row{cut.n, nullptr, block.pieces};
             slot.top = row.max([&](int64_t j) { return x[j]; }).value;
         } else {
             write_limits(x, cut.n, temperature, slot.z);
             x = slot.z;
-            slot.top = 0;
-            slot.divisor = 1;
+            set_plain(slot);
         }
         slot.row = x;
         if (block.pieces && cut.n > Along<C>::shortest_piece) {
@@ -300,11 +306,11 @@ class Sampler {
 
     template <bool divided>
     BOTH static C mass_of(const Slot<C>& slot, const C* x, int64_t size) {
-        const C top = slot.top, divisor = slot.divisor;
+        const C top = slot.top, half = slot.half, divisor = slot.divisor;
         alignas(64) C sum[lanes] = {};
         for (int64_t j = 0; j < size; j += lanes) {
 #pragma GCC ivdep
-            for (int l = 0; l < lanes; l++) sum[l] += exp(divided ? (x[j + l] - top) / divisor : x[j + l] - top);
+            for (int l = 0; l < lanes; l++) sum[l] += exp(divided ? halved_distance(x[j + l], top, half) / divisor : x[j + l] - top);
         }
         return sum_of_lanes<lanes>(sum);
     }
@@ -315,17 +321,18 @@ class Sampler {
         slot.total = nan_of<C>();
         if (!survivors.find(x, filters)) return;
         const int64_t count = survivors.count;
-        const C top = survivors.top, t = filters.temperature;
+        const C top = survivors.top;
+        const Temperature<C> t = temperature_of(filters.temperature);
         C* const z = slot.z;
         C* const term = terms;
         const PlaceOf<C>* const places = survivors.places;
-        if (t > 0 && t < infinity<C>()) {
+        if (!t.limit) {
 #pragma GCC ivdep
-            for (int64_t j = 0; j < count; j++) z[j] = (number<C>(places[j]) - top) / t;
+            for (int64_t j = 0; j < count; j++) z[j] = halved_distance(number<C>(places[j]), top, t.half) / t.divisor;
         } else {
             for (int64_t j = 0; j < count; j++) {
                 C v = number<C>(places[j]);
-                z[j] = v == -infinity<C>() || (t == 0 && v < top) ? -infinity<C>() : 0;
+                z[j] = v == -infinity<C>() || (t.bound == 0 && v < top) ? -infinity<C>() : 0;
             }
         }
 #pragma GCC ivdep
@@ -496,7 +503,7 @@ class Sampler {
             for (int64_t i = 0; i < length; i++) z[i] = from[i];
         } else {
             const C* from = slot.row + draw.run * cut.size;
-            for (int64_t i = 0; i < length; i++) z[i] = (from[i] - slot.top) / slot.divisor;
+            for (int64_t i = 0; i < length; i++) z[i] = halved_distance(from[i], slot.top, slot.half) / slot.divisor;
         }
     }
 

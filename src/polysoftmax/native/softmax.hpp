@@ -19,7 +19,7 @@ struct Scores {
 
     typename Rows::template Column<const C> x;
     typename Rows::template Column<const uint8_t> where;
-    typename Rows::template Value<C> divisor, bound, top;
+    typename Rows::template Value<C> half, divisor, bound, top;
     typename Rows::template Value<Temperature<C>> temperature;
 
     Scores(Rows& rows, int logits, int t, int mask)
@@ -27,6 +27,7 @@ struct Scores {
         if (options) {
             auto value = rows.template value<C>(t, 1);
             temperature = rows.row([&](auto r) { return temperature_of(value[r]); });
+            half = rows.row([&](auto r) { return temperature[r].half; });
             divisor = rows.row([&](auto r) { return temperature[r].divisor; });
             bound = rows.row([&](auto r) { return temperature[r].bound; });
         }
@@ -48,12 +49,12 @@ struct Scores {
     BOTH bool at_top(Index i) const { return logit(i) == top[i]; }
 
     BOTH C z(Index i) const {
-        C distance = logit(i) - top[i];
-        return options ? over_temperature(distance, divisor[i], bound[i]) : distance;
+        if (!options) return logit(i) - top[i];
+        return over_temperature(halved_distance(logit(i), top[i], half[i]), divisor[i], bound[i]);
     }
 
     // A tangent or cotangent over T.
-    BOTH C over(C slope, Index i) const { return options ? over_regular_temperature(slope, temperature[i]) : slope; }
+    BOTH C over(C slope, Index i) const { return options ? slope_over_temperature(slope, temperature[i]) : slope; }
 };
 
 // log Σ exp(z) of each row. The terms at the maximum, which are 1, stay out of the sum, so that a logarithm close to 0
@@ -68,18 +69,61 @@ BOTH auto log_of_sum(Rows& rows, const V& count, const V& rest) {
     });
 }
 
+// How many entries of a row are at the maximum, and Σ exp(z) of the others. One that is there alone has a share of the
+// probability that is 1 less the others', whose digits are not lost beside it.
+template <class Rows>
+struct Apart {
+    using C = typename Rows::Real;
+    typename Rows::template Value<C> count, rest;
+
+    BOTH bool alone(typename Rows::Index r) const { return count[r] == 1; }
+    BOTH C others(typename Rows::Index r) const { return rest[r] / (count[r] + rest[r]); }
+};
+
 template <bool options, class Rows>
-BOTH auto log_total(Rows& rows, const Scores<options, Rows>& s) {
+BOTH auto set_apart(Rows& rows, const Scores<options, Rows>& s) {
     using C = typename Rows::Real;
     auto sums = rows.template sums<2>([&](auto i) {
         C e = exp(s.z(i));
         bool top = s.at_top(i);
         return Terms<C, 2>{{top ? (C)1 : (C)0, top ? (C)0 : e}};
     });
-    auto count = rows.term(sums, 0), rest = rows.term(sums, 1);
-    auto logarithm = log_of_sum(rows, count, rest);
+    return Apart<Rows>{rows.term(sums, 0), rows.term(sums, 1)};
+}
+
+template <bool options, class Rows>
+BOTH auto log_total(Rows& rows, const Scores<options, Rows>& s, const Apart<Rows>& apart) {
+    using C = typename Rows::Real;
+    auto logarithm = log_of_sum(rows, apart.count, apart.rest);
     return rows.row([&](auto r) { return s.top[r] == infinity<C>() ? nan_of<C>() : logarithm[r]; });
 }
+
+template <bool options, class Rows>
+BOTH auto log_total(Rows& rows, const Scores<options, Rows>& s) {
+    return log_total(rows, s, set_apart(rows, s));
+}
+
+// v less its entry at the class that has more than half of the probability, and the mean of that. At the class itself the
+// difference is 0, and what the others add to the mean is not lost beside it.
+template <class Rows>
+struct BesideSure {
+    using C = typename Rows::Real;
+    typename Rows::template Value<C> own, mean;
+
+    template <class P, class V>
+    BOTH BesideSure(Rows& rows, const P& p, const V& v) {
+        auto sums = rows.template sums<3>([&](auto i) {
+            C share = p(i), entry = v(i);
+            bool sure = share > (C)0.5;
+            return Terms<C, 3>{{sure ? entry : 0, sure ? 0 : share * entry, sure ? 0 : share}};
+        });
+        own = rows.term(sums, 0);
+        auto moment = rows.term(sums, 1), others = rows.term(sums, 2);
+        mean = rows.row([&](auto r) { return moment[r] - own[r] * others[r]; });
+    }
+
+    BOTH C less_mean(C p, C v, typename Rows::Index i) const { return (p > (C)0.5 ? 0 : v - own[i]) - mean[i]; }
+};
 
 // y = exp(z) / Σ exp(z), written to y.
 template <bool options, class Rows, class Y>
@@ -134,32 +178,53 @@ BOTH void pull_scores(Rows& rows, const Scores<options, Rows>& s, const G& gz, i
     if (slope) rows.each([&](auto i) { slope[i] = s.over(gz(i), i); });
 }
 
-// gz = y·(g - Σ y·g), from the answer alone.
+// gz = y·(g - Σ y·g)
+template <class Rows, class Y, class G>
+BOTH auto pull_of_softmax(Rows& rows, Y y, G g) {
+    using C = typename Rows::Real;
+    auto alive = [=](auto i) { return choose(y[i] != 0, g[i]); };
+    const BesideSure<Rows> beside(rows, [=](auto i) { return (C)y[i]; }, alive);
+    return [=](auto i) { return choose(y[i] != 0, y[i] * beside.less_mean(y[i], alive(i), i)); };
+}
+
 template <class Rows>
 void softmax_pull_of_answer(const Problem&, Rows& rows) {
-    auto y = rows.column(3), g = rows.column(4), gx = rows.column(5);
-    auto mean = rows.sum([&](auto i) { return y[i] * choose(y[i] != 0, g[i]); });
-    rows.each([&](auto i) { gx[i] = y[i] * (choose(y[i] != 0, g[i]) - mean[i]); });
+    auto gx = rows.column(5);
+    auto gz = pull_of_softmax(rows, rows.column(3), rows.column(4));
+    rows.each([&](auto i) { gx[i] = gz(i); });
 }
 
 template <bool options, class Rows>
 void softmax_pull(const Problem&, Rows& rows) {
     Scores<options, Rows> s(rows, 0, 1, 2);
-    auto y = rows.column(3), g = rows.column(4);
+    auto y = rows.column(3);
     if (!y) {
         y = rows.column(7);
         write_softmax(rows, s, y);
     }
-    auto mean = rows.sum([&](auto i) { return y[i] * choose(y[i] != 0, g[i]); });
-    pull_scores(rows, s, [&](auto i) { return y[i] * (choose(y[i] != 0, g[i]) - mean[i]); }, 5, 6);
+    pull_scores(rows, s, pull_of_softmax(rows, y, rows.column(4)), 5, 6);
 }
 
-// gz = g - exp(y)·Σ g, from the answer alone.
+// gz = g - exp(y)·Σ g, which is (1 - p)·g - p·(Σ g - g) at the class that has more than half of the probability.
+template <class Rows, class Y, class G>
+BOTH auto pull_of_log_softmax(Rows& rows, Y y, G g) {
+    using C = typename Rows::Real;
+    auto sure = [=](auto i) { return y(i) > (C)-0.69314718; };
+    auto sums = rows.template sums<3>([&](auto i) {
+        C c = g(i), log_p = y(i);
+        return Terms<C, 3>{{sure(i) ? 0 : c, sure(i) ? c : 0, sure(i) ? log_p : 0}};
+    });
+    auto rest = rows.term(sums, 0), own = rows.term(sums, 1), log_p = rows.term(sums, 2);
+    auto total = rows.row([&](auto r) { return rest[r] + own[r]; });
+    auto at_sure = rows.row([&](auto r) { return -expm1(log_p[r]) * own[r] - exp(log_p[r]) * rest[r]; });
+    return [=](auto i) { return sure(i) ? at_sure[i] : g(i) - exp(y(i)) * total[i]; };
+}
+
 template <class Rows>
 void log_softmax_pull_of_answer(const Problem&, Rows& rows) {
     auto y = rows.column(3), g = rows.column(4), gx = rows.column(5);
-    auto total = rows.sum([&](auto i) { return g[i]; });
-    rows.each([&](auto i) { gx[i] = g[i] - exp(y[i]) * total[i]; });
+    auto gz = pull_of_log_softmax(rows, [=](auto i) { return y[i]; }, [=](auto i) { return g[i]; });
+    rows.each([&](auto i) { gx[i] = gz(i); });
 }
 
 template <bool options, class Rows>
@@ -172,23 +237,22 @@ void log_softmax_pull(const Problem&, Rows& rows) {
         auto log_sum = log_total(rows, s);
         rows.each([&](auto i) { y[i] = s.z(i) - log_sum[i]; });
     }
-    auto total = rows.sum([&](auto i) { return choose(s.exists(i), g[i]); });
-    auto gz = [&](auto i) {
-        C p = exp(choose(s.exists(i), y[i], -infinity<C>()));
-        return choose(s.exists(i), g[i]) - p * total[i];
-    };
+    auto gz = pull_of_log_softmax(
+        rows, [&](auto i) { return choose(s.exists(i), y[i], -infinity<C>()); },
+        [&](auto i) { return choose(s.exists(i), g[i]); });
     pull_scores(rows, s, gz, 5, 6);
 }
 
 // dy = y·(dz - Σ y·dz)
 template <bool options, class Rows>
 void softmax_push(const Problem&, Rows& rows) {
+    using C = typename Rows::Real;
     Scores<options, Rows> s(rows, 0, 1, 2);
     auto dx = rows.column(3), dy = rows.column(4), y = rows.column(5);
     write_softmax(rows, s, y);
     auto dz = [&](auto i) { return s.over(choose(y[i] != 0, dx[i]), i); };
-    auto mean = rows.sum([&](auto i) { return y[i] * dz(i); });
-    rows.each([&](auto i) { dy[i] = choose(y[i] != 0, y[i] * (dz(i) - mean[i])); });
+    const BesideSure<Rows> beside(rows, [&](auto i) { return (C)y[i]; }, dz);
+    rows.each([&](auto i) { dy[i] = choose(y[i] != 0, y[i] * beside.less_mean(y[i], dz(i), i)); });
 }
 
 // dy = dz - Σ p·dz
@@ -200,8 +264,9 @@ void log_softmax_push(const Problem&, Rows& rows) {
     auto total = log_total(rows, s);
     rows.each([&](auto i) { p[i] = exp(choose(s.exists(i), s.z(i) - total[i], -infinity<C>())); });
     auto dz = [&](auto i) { return s.over(choose(s.exists(i), dx[i]), i); };
-    auto mean = rows.sum([&](auto i) { return p[i] * choose(p[i] != 0, dz(i)); });
-    rows.each([&](auto i) { dy[i] = choose(s.exists(i), dz(i) - mean[i]); });
+    const BesideSure<Rows> beside(
+        rows, [&](auto i) { return (C)p[i]; }, [&](auto i) { return choose(p[i] != 0, dz(i)); });
+    rows.each([&](auto i) { dy[i] = choose(s.exists(i), beside.less_mean(p[i], dz(i), i)); });
 }
 
 // Logits with weights: an entry without weight, or under a mask, does not exist. Without options all weights are 1.

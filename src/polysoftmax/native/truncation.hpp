@@ -155,18 +155,19 @@ class EndOfPrefix {
 // than in exact arithmetic.
 template <class C>
 struct Mass {
-    double top, temperature, inverse;
-    bool regular;
+    double top, inverse;
+    Temperature<double> temperature;
 
-    BOTH Mass(C top, C t) : top(top), temperature(t), inverse(1 / (double)t), regular(t > 0 && t < infinity<C>()) {}
+    BOTH Mass(C top, C t) : top(top), inverse(1 / (double)t), temperature(temperature_of<double>(t)) {}
 
+    // A distance between floats, which is a double, does not overflow.
     BOTH double of_regular(C x) const {
-        double distance = (double)x - top;
-        return exp(sizeof(C) == 4 ? distance * inverse : distance / temperature);
+        if (sizeof(C) == 4) return exp(((double)x - top) * inverse);
+        return exp(halved_distance<double>(x, top, temperature.half) / temperature.divisor);
     }
 
     // At T = 0 the maxima are left, and at T = inf all that exists.
-    BOTH double at_limit(C x) const { return temperature == 0 ? x == (C)top : x > -infinity<C>(); }
+    BOTH double at_limit(C x) const { return temperature.bound == 0 ? x == (C)top : x > -infinity<C>(); }
 };
 
 // The filters of one row; k = 0, p = 1 and min_p = 0 are off.
@@ -179,6 +180,7 @@ struct Filters {
 
     Filters(const Block<C>& block, int64_t row) {
         temperature = block.temperature ? block.temperature[row] : 1;
+        if (is_zero_temperature(temperature)) temperature = 0;
         k = block.k ? block.k[row] : block.top_k;
         p = block.p ? block.p[row] : 1;
         min_p = block.min_p ? block.min_p[row] : 0;
@@ -322,7 +324,7 @@ class Survivors {
         const int64_t length = count;    // a member, which stores to masses could change as far as the compiler knows
         const P* const from = places;
         uint64_t *const to = masses, total = 0;
-        if (mass.regular) {
+        if (!mass.temperature.limit) {
 #pragma GCC ivdep
             for (int64_t j = 0; j < length; j++) to[j] = whole(mass.of_regular(number<C>(from[j])));
         } else {
@@ -330,7 +332,7 @@ class Survivors {
         }
         for (int64_t j = 0; j < length; j++) total += to[j];
         // Farther down, exp(-48) is less than half of any unit.
-        const C floor = mass.regular ? top - 48 * filters.temperature : -infinity<C>();
+        const C floor = !mass.temperature.limit ? top - 48 * filters.temperature : -infinity<C>();
         keep(EndOfPrefix<C>({count, places, masses}, share_of(filters.p, total), floor, space).found);
     }
 
@@ -339,7 +341,7 @@ class Survivors {
         const double least = filters.min_p;
         int64_t kept = 0;
         auto keep_one = [&](int64_t j) { put(kept++, j); };
-        if (mass.regular) {
+        if (!mass.temperature.limit) {
             for_each_flagged(count, [&](int64_t j) { return mass.of_regular(number<C>(places[j])) >= least; }, keep_one);
         } else {
             for_each_flagged(count, [&](int64_t j) { return mass.at_limit(number<C>(places[j])) >= least; }, keep_one);

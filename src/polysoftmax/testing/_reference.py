@@ -99,6 +99,11 @@ class Row:
         top = max(self.values)
         return not (self.temperature >= 0 and math.isfinite(top) and not any(map(math.isnan, self.values)))
 
+    @property
+    def roundings(self) -> int:
+        """How often a score is rounded: where x - max is divided, twice."""
+        return 1 if self.temperature == 1 else 2
+
     def scores(self) -> list[Any]:
         """Return (x - max) / T, exactly."""
         top, t = max(self.values), self.temperature
@@ -135,7 +140,10 @@ def _softmax(row: Row, n: int) -> Answers:
     if row.undefined:
         return [(mpmath.nan, 0.0)] * len(row.values)
     z, p, _, mean = spread(row)
-    return [(q, float((_CONSTANT + math.log2(n) - one + mean) * q if q else 0)) for one, q in zip(z, p, strict=True)]
+    return [
+        (q, float((_CONSTANT + math.log2(n) + row.roundings * (mean - one)) * q if q else 0))
+        for one, q in zip(z, p, strict=True)
+    ]
 
 
 def _log_softmax(row: Row, n: int) -> Answers:
@@ -143,7 +151,7 @@ def _log_softmax(row: Row, n: int) -> Answers:
         return [(mpmath.nan, 0.0)] * len(row.values)
     z, _, log_total, mean = spread(row)
     return [
-        (y, float(_CONSTANT + math.log2(n) + mean - one + abs(y)) if one > -mpmath.inf else 0.0)
+        (y, float(_CONSTANT + math.log2(n) + row.roundings * (mean - one) + abs(y)) if one > -mpmath.inf else 0.0)
         for one in z
         for y in [one - log_total]
     ]

@@ -50,8 +50,8 @@ struct RowKernel {
     static constexpr bool HAS_SECOND = F == SOFTMAX_VJP || F == LOG_SOFTMAX_VJP || IS_PULLBACK;
     static constexpr bool SUMS_SECOND = F == LOG_SOFTMAX_VJP || F == LOG_SOFTMAX_PULLBACK;
     static constexpr bool IS_LOSS = F == CROSS_ENTROPY || F == CROSS_ENTROPY_SLOPE;
-    // Whether the logarithm of the sum is wanted, and so the terms at the top kept out of it.
-    static constexpr bool TAKES_LOGARITHM = REDUCES || F == LOG_SOFTMAX;
+    // Whether the logarithm of the sum is wanted, or 1 - p, and so the terms at the top kept out of the sum.
+    static constexpr bool SETS_APART = REDUCES || F == LOG_SOFTMAX || F == LOG_SOFTMAX_VJP || F == CROSS_ENTROPY_SLOPE;
 
     const RowArguments& a;
     char* shared;
@@ -65,9 +65,11 @@ struct RowKernel {
     int head, packs, extra;    // entries before the first whole access, whole accesses, entries outside them
     RowTemperature<C> t;
     Total<C> total;
-    C inverse, log_total = 0, moment;    // 1 / Σ, log Σ, and the sum over the second array
+    C inverse, log_total = 0;    // 1 / Σ, log Σ
+    C others = -1;    // 1 - p of the class at the top where that has more than half of the probability; else negative
+    C moment, own = 0;    // a mean or sum over the second array, and its entry at the class with more than half
     Index target;
-    C target_logit, weight, share, cotangent;    // of the row's loss: slope = (p·share - weight at the target)·cotangent
+    C target_logit, weight, pull_of_z, cotangent;    // of the row's loss
 
     Pack<X, W> held[PACKS], held_second[HAS_SECOND ? PACKS : 1];
     Pack<X, 1> held_extra, held_extra_second;
@@ -198,7 +200,7 @@ struct RowKernel {
                 visit_held(chunk, [&](const auto& pack, const auto&) { top = greater(top, top_of(pack)); });
                 if constexpr (!IS_PULLBACK) {
                     top = top_of_warp(top);
-                    if (top > mine.top) sum.scale(term(mine.top - top, t));
+                    if (top > mine.top) sum.scale(term_below(mine.top, top, t));
                     mine.top = top;
                 }
                 visit_held(chunk, [&](const auto& pack, const auto& other) {
@@ -216,9 +218,12 @@ struct RowKernel {
         mine.sum = merged_in_warp<S::THREADS>(mine.sum, add);
         total = merged_across_warps<S::THREADS, S::CLUSTER>(
             mine, memory_to_merge(), [&](const Total<C>& p, const Total<C>& q) { return merge(p, q, t); });
-        if constexpr (TAKES_LOGARITHM) take_logarithm();
         inverse = 1 / sum_of(total);
+        if constexpr (SETS_APART) set_apart();
     }
+
+    // 1 - p. Of those above a half, the one at the top has the probability 1 / Σ.
+    DEVICE C lacking_of(C p) const { return others >= 0 && p == inverse ? others : 1 - p; }
 
     DEVICE C top_of_warp(C top) const {
         return merged_in_warp<S::THREADS>(top, [](C p, C q) { return greater(p, q); });
@@ -235,7 +240,7 @@ struct RowKernel {
     DEVICE C sum_of_terms(const Pack<X, N>& pack, C top) const {
         C reference = finite(top) ? top : 0, v[N];
         widen_all(pack, v);
-        UNROLL for (int i = 0; i < N; i++) v[i] = term(v[i] - reference, t);
+        UNROLL for (int i = 0; i < N; i++) v[i] = term_below(v[i], reference, t);
         return tree_sum<N>(v);
     }
 
@@ -247,37 +252,33 @@ struct RowKernel {
         widen_all(pack, to);
     }
 
-    // The closer a sum is to 1, the more of its digits the terms at the top take from the logarithm: they are set apart.
-    DEVICE void take_logarithm() {
+    // The closer a sum is to 1, the more of its digits the term at the top takes from the logarithm, and from what 1 - p
+    // is there: it is set apart.
+    DEVICE void set_apart() {
         log_total = log(sum_of(total));
         bool close = finite(total.top) && total.sum < 2;
         if (S::THREADS < 32 ? !any_in_warp(close) : !close) return;
-        struct {
-            C count, rest;
-        } mine{0, 0};
+        C rest = 0;
         visit([&](const auto& pack, const auto&) {
             constexpr int N = sizeof(pack) / sizeof(X);
             C v[N];
             widen_again(pack, v);
             UNROLL for (int i = 0; i < N; i++) {
-                mine.count += v[i] == total.top ? 1 : 0;
-                v[i] = v[i] == total.top ? 0 : term(v[i] - total.top, t);
+                v[i] = v[i] == total.top ? 0 : term_below(v[i], total.top, t);
             }
-            mine.rest += tree_sum<N>(v);
+            rest += tree_sum<N>(v);
         });
-        mine = merge_row(mine, [](const auto& p, const auto& q) {
-            auto sum = p;
-            sum.count += q.count, sum.rest += q.rest;
-            return sum;
-        });
+        rest = merge_row(rest, [](C p, C q) { return p + q; });
         // Or the bits of a row would depend on the others in its warp.
-        if (close) log_total = log(mine.count) + log1p(mine.rest / mine.count);
+        if (!close) return;
+        log_total = log1p(rest);
+        others = rest * inverse;
     }
 
     // exp((x - top) / T) for an answer. One of 16 bits takes one instruction: beside its own rounding that of the
     // exponent, at most 88·2^-24 of the value, is nothing.
-    DEVICE C exp_of(C distance) const {
-        C z = over_temperature(distance, t);
+    DEVICE C exp_of(C logit) const {
+        C z = score_below(logit, total.top, t);
         return sizeof(Y) == 2 ? quick_exp2(z * (C)1.4426950408889634) : exp(z);
     }
 
@@ -289,7 +290,7 @@ struct RowKernel {
         } else {
             widen_all(pack, y);
         }
-        UNROLL for (int i = 0; i < N; i++) y[i] = exp_of(y[i] - total.top) * inverse;
+        UNROLL for (int i = 0; i < N; i++) y[i] = exp_of(y[i]) * inverse;
         if (S::GENERAL && inverse != inverse) {
             UNROLL for (int i = 0; i < N; i++) y[i] = mask.exists(position + i) ? y[i] : 0;
         }
@@ -308,15 +309,29 @@ struct RowKernel {
     }
 
     DEVICE void sum_up_weighted() {
-        C sum = 0;
+        struct {
+            C own, moment, others;
+        } sums{0, 0, 0};
         visit_positions([&](int position, const auto& pack, const auto& other) {
             constexpr int N = sizeof(pack) / sizeof(X);
             C y[N], g[N];
             weighted(position, pack, other, y, g);
-            UNROLL for (int i = 0; i < N; i++) y[i] *= g[i];
-            sum += tree_sum<N>(y);
+            UNROLL for (int i = 0; i < N; i++) {
+                bool sure = y[i] > (C)0.5;
+                sums.own += sure ? g[i] : 0;
+                y[i] = sure ? 0 : y[i];
+                g[i] = y[i] * g[i];
+            }
+            sums.moment += tree_sum<N>(g);
+            sums.others += tree_sum<N>(y);
         });
-        moment = merge_row(sum, [](C p, C q) { return p + q; });
+        sums = merge_row(sums, [](const auto& p, const auto& q) {
+            auto sum = p;
+            sum.own += q.own, sum.moment += q.moment, sum.others += q.others;
+            return sum;
+        });
+        own = sums.own;
+        moment = sums.moment - own * sums.others;
     }
 
     template <int N>
@@ -324,7 +339,10 @@ struct RowKernel {
         C v[N], g[N];
         if constexpr (F == SOFTMAX_VJP || F == SOFTMAX_PULLBACK) {
             weighted(position, pack, other, v, g);
-            UNROLL for (int i = 0; i < N; i++) v[i] = over_regular_temperature(v[i] * (g[i] - moment), t);
+            UNROLL for (int i = 0; i < N; i++) {
+                C beside = v[i] > (C)0.5 ? 0 : g[i] - own;
+                v[i] = slope_over_temperature(v[i] != 0 ? v[i] * (beside - moment) : 0, t);
+            }
         } else if constexpr (SUMS_SECOND) {
             if constexpr (F == LOG_SOFTMAX_PULLBACK) {
                 widen_all(pack, v);
@@ -333,19 +351,27 @@ struct RowKernel {
                 probabilities(position, pack, v);
             }
             widen_all(other, g);
-            UNROLL for (int i = 0; i < N; i++) v[i] = over_regular_temperature(g[i] - v[i] * moment, t);
+            UNROLL for (int i = 0; i < N; i++) {
+                C slope = g[i] - v[i] * moment;
+                if (v[i] > (C)0.5) {
+                    C lacking = F == LOG_SOFTMAX_PULLBACK ? -expm1((C)widen(pack.get(i))) : lacking_of(v[i]);
+                    slope = lacking * g[i] - v[i] * (moment - g[i]);
+                }
+                v[i] = slope_over_temperature(slope, t);
+            }
         } else if constexpr (F == CROSS_ENTROPY_SLOPE) {
             probabilities(position, pack, v);
+            const C share = weight + pull_of_z;
             UNROLL for (int i = 0; i < N; i++) g[i] = v[i] * share * cotangent;
             if ((uint64_t)(target - position) < N) {
                 UNROLL for (int i = 0; i < N; i++) {
-                    if (target == position + i) g[i] = (v[i] * share - weight) * cotangent;
+                    if (target == position + i) g[i] = (v[i] * pull_of_z - lacking_of(v[i]) * weight) * cotangent;
                 }
             }
             UNROLL for (int i = 0; i < N; i++) v[i] = g[i];
         } else if constexpr (F == LOG_SOFTMAX) {
             widen_all(pack, v);
-            UNROLL for (int i = 0; i < N; i++) v[i] = over_temperature(v[i] - total.top, t) - log_total;
+            UNROLL for (int i = 0; i < N; i++) v[i] = score_below(v[i], total.top, t) - log_total;
             if (S::GENERAL && log_total != log_total) {
                 UNROLL for (int i = 0; i < N; i++) v[i] = mask.exists(position + i) ? v[i] : -infinity<C>();
             }
@@ -371,7 +397,7 @@ struct RowKernel {
     }
 
     DEVICE void find_slope() {
-        share = a.z_loss == 0 ? weight : weight + 2 * (C)a.z_loss * (total.top + log(total.sum));
+        pull_of_z = a.z_loss == 0 ? 0 : 2 * (C)a.z_loss * (total.top + log_total);
         cotangent = ((const C*)a.cotangent)[a.cotangent_map.offset(row)];
     }
 

@@ -82,7 +82,7 @@ struct MassKernel {
         UNROLL for (int j = 0; j < PACKS; j++) {
             C v[W];
             widen_all(packs[j], v);
-            UNROLL for (int i = 0; i < W; i++) v[i] = term(v[i] - reference, t);
+            UNROLL for (int i = 0; i < W; i++) v[i] = term_below(v[i], reference, t);
             mass += tree_sum<W>(v);
         }
         return Tokens{top, merged_in_warp<LANES>(mass, [](C p, C q) { return p + q; })};
@@ -106,7 +106,7 @@ struct MassKernel {
 
     DEVICE C mass_under(const Tokens& one, C top) const {
         if (!finite(top) || !t.has_answer()) return nan_of<C>();
-        return one.top == top ? one.mass : one.mass * term(one.top - top, t);
+        return one.top == top ? one.mass : one.mass * term_below(one.top, top, t);
     }
 
     DEVICE void run() {
@@ -195,7 +195,7 @@ struct DrawKernel {
         return best;
     }
 
-    DEVICE C distance(Index i) const { return over_temperature((C)widen(x[i]) - top, t); }
+    DEVICE C distance(Index i) const { return score_below((C)widen(x[i]), top, t); }
 
     DEVICE Best<C> best_token(Index block) const {
         Best<C> best{-infinity<C>(), a.n};
@@ -268,7 +268,7 @@ struct LeadingKernel {
         kept = terms + a.k;
     }
 
-    DEVICE C distance(Index i) const { return over_temperature(x[i] - top, t); }
+    DEVICE C distance(Index i) const { return score_below(x[i], top, t); }
 
     // The sum of the terms for whose tokens `counts` is true, in the order of the tokens.
     template <class Counts>

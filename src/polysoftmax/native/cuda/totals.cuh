@@ -34,7 +34,7 @@ DEVICE auto top_of(const Pack<T, W>& pack) {
     }
 }
 
-// The temperature of a row, and log2(e) / T. Nothing is divided by a temperature that is not given, which is 1.
+// The temperature of a row, and log2(e) over its divisor. Nothing is divided by a temperature that is not given, which is 1.
 template <class C>
 struct RowTemperature : Temperature<C> {
     C scale;
@@ -48,25 +48,27 @@ template <class C>
 DEVICE RowTemperature<C> row_temperature(bool given, C value) {
     Temperature<C> t = temperature_of(value);
     // Redundant, but without it the compiler selects the divisor again for each entry.
-    t.divisor = t.regular ? value : t.divisor;
+    t.divisor = t.limit ? t.divisor : t.half * value;
     // A scale of inf would make NaN of the maximum itself.
     C scale = (C)1.4426950408889634 / t.divisor, most = largest<C>;
     return RowTemperature<C>{t, scale > most ? most : scale, given};
 }
 
 template <class C>
-DEVICE C over_temperature(C distance, const RowTemperature<C>& t) {
+DEVICE C score_below(C x, C top, const RowTemperature<C>& t) {
+    C distance = halved_distance(x, top, t.half);
     return t.given ? over_temperature(distance, t.divisor, t.bound) : distance;
 }
 
 template <class C>
-DEVICE C over_regular_temperature(C slope, const RowTemperature<C>& t) {
-    return t.given ? over_regular_temperature<C>(slope, (const Temperature<C>&)t) : slope;
+DEVICE C slope_over_temperature(C slope, const RowTemperature<C>& t) {
+    return t.given ? slope_over_temperature<C>(slope, (const Temperature<C>&)t) : slope;
 }
 
-// exp((x - max) / T) for a sum.
+// exp((x - top) / T) for a sum.
 template <class C>
-DEVICE C term(C distance, const RowTemperature<C>& t) {
+DEVICE C term_below(C x, C top, const RowTemperature<C>& t) {
+    C distance = halved_distance(x, top, t.half);
     return distance < t.bound ? 0 : quick_exp2(distance * t.scale);
 }
 
@@ -88,7 +90,7 @@ DEVICE Total<C> merge(const Total<C>& a, const Total<C>& b, const RowTemperature
     bool ordered = a.top > b.top;
     Total<C> high = ordered ? a : b, low = ordered ? b : a;
     // Of equals neither is scaled: -inf less -inf is no number.
-    C factor = a.top == b.top ? 1 : term(low.top - high.top, t);
+    C factor = a.top == b.top ? 1 : term_below(low.top, high.top, t);
     return Total<C>{high.top, high.sum + low.sum * factor};
 }
 

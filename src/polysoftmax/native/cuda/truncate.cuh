@@ -220,7 +220,7 @@ struct FilterKernel {
 
     DEVICE static Amount sum_of_two(Amount p, Amount q) { return p + q; }
 
-    DEVICE C probability(C value) const { return exp(over_temperature(value - top, t)); }    // of the greatest: 1
+    DEVICE C probability(C value) const { return exp(score_below(value, top, t)); }    // of the greatest: 1
 
     DEVICE Gap gap_of(X entry) const { return first - order_of(entry); }
     DEVICE X entry_at_gap(Gap gap) const { return number_of<X>((BitsOf<X>)(first - gap)); }
