@@ -65,6 +65,11 @@ def require_digits(
     assert (np.abs(got - want) <= allowed).all(), f"{got}\nnot\n{want}"
 
 
+# JAX in its programs: eagerly, each call is one to compile.
+in_programs = pytest.mark.enough(lambda can: can.traced or not can.compiles)
+
+
+@in_programs
 def test_the_logarithm_of_a_probability_close_to_1(lib: Adapter, dtype: str) -> None:
     y = lib.call(polysoftmax.log_softmax, lib.asarray(LOGITS, dtype))
     require_digits(lib, y, of_rows(lambda row: row.log_p, dtype), dtype)
@@ -83,6 +88,7 @@ def log_softmax_pull(row: Row, v: Any) -> list[Any]:
     return [c - b * mpmath.fsum(v) for b, c in zip(row.p, v, strict=True)]
 
 
+@in_programs
 @pytest.mark.parametrize("vector", [ONLY_SURE, VECTOR], ids=["of the sure class", "of all"])
 def test_products_with_the_jacobian(lib: Adapter, dtype: str, vector: tuple[float, ...]) -> None:
     x, v = lib.asarray(LOGITS, dtype), lib.asarray([vector] * len(GAPS), dtype)
@@ -96,6 +102,7 @@ def test_products_with_the_jacobian(lib: Adapter, dtype: str, vector: tuple[floa
         require_digits(lib, lib.call(function, x, v), want, dtype)
 
 
+@in_programs
 @pytest.mark.parametrize("op", ["softmax", "log_softmax"])
 def test_rows_of_jacobians_add_up_to_0(lib: Adapter, op: str) -> None:
     dtype = lib.can.default_float
@@ -188,6 +195,7 @@ def test_gradient_of_divergence_for_the_second_distribution(lib: Adapter, dtype:
 NEARNESS = (0.25, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
+@in_programs
 def test_divergence_of_nearly_equal_distributions(lib: Adapter) -> None:
     """The error is that of log p - log q, times the distance of p from q: about √KL."""
     dtype = lib.can.default_float
@@ -206,6 +214,7 @@ def test_divergence_of_nearly_equal_distributions(lib: Adapter) -> None:
         assert (np.abs(got - want) <= allowed).all(), (by, np.max(np.abs(got - want) / allowed))
 
 
+@in_programs
 def test_divergence_far_apart(lib: Adapter) -> None:
     """An entry that is impossible in one of the distributions."""
     inf = np.inf
@@ -218,6 +227,7 @@ def test_divergence_far_apart(lib: Adapter) -> None:
     np.testing.assert_allclose(lib.values(lib.call(polysoftmax.kl_divergence, x, y)), want, rtol=1e-6)
 
 
+@in_programs
 def test_an_equal_distribution_has_no_divergence(lib: Adapter) -> None:
     x = lib.asarray(LOGITS, "float32")
     assert (lib.values(lib.call(polysoftmax.kl_divergence, x, x)) == 0).all()

@@ -313,8 +313,12 @@ struct Pair {
     BOTH C ratio(Index i, C p) const { return choose(p != 0, log_p(i)) - choose(p != 0, log_q(i)); }
 
     BOTH C difference(Index i, C p) const {
-        C q = exp(log_q(i)), others = b.at_top(i) && of_b.alone(i) ? of_b.others(i) : 1 - q;
-        return a.at_top(i) && of_a.alone(i) ? of_a.others(i) - others : q - p;
+        C q = exp(log_q(i)), others = is_sure(b, of_b, i) ? of_b.others(i) : 1 - q;
+        return is_sure(a, of_a, i) ? of_a.others(i) - others : q - p;
+    }
+
+    BOTH static bool is_sure(const Scores<options, Rows>& s, const Apart<Rows>& apart, Index i) {
+        return s.at_top(i) && apart.alone(i) && finite(s.top[i]);
     }
 };
 
