@@ -32,7 +32,7 @@ Total<float> part_of(const float* x, const RowTemperature<float>& t) {
     for (int i = 0; i < W; i++) pack.set(i, x[i]);
     Total<float> part{top_of(pack), 0};
     float terms[W], reference = finite(part.top) ? part.top : 0;
-    for (int i = 0; i < W; i++) terms[i] = term(x[i] - reference, t);
+    for (int i = 0; i < W; i++) terms[i] = term_below(x[i], reference, t);
     part.sum = tree_sum<W>(terms);
     return part;
 }
@@ -64,13 +64,13 @@ void share(long long n, const double* p, const Amount* all, Amount* y) { LOOP y[
 void uniform(long long n, const Word* x, float* y) { LOOP y[i] = uniform_of(x[i]); }
 void gumbel(long long n, const Word* x, float* y) { LOOP y[i] = gumbel_of(x[i]); }
 void z_of(long long n, const float* d, const float* t, float* y) {
-    LOOP y[i] = over_temperature(d[i], row_temperature(true, t[i]));
+    LOOP y[i] = score_below(d[i], 0.0f, row_temperature(true, t[i]));
 }
 void term_of(long long n, const float* d, const float* t, float* y) {
-    LOOP y[i] = term(d[i], row_temperature(true, t[i]));
+    LOOP y[i] = term_below(d[i], 0.0f, row_temperature(true, t[i]));
 }
-void regular(long long n, const float* g, const float* t, float* y) {
-    LOOP y[i] = over_regular_temperature(g[i], row_temperature(true, t[i]));
+void slope(long long n, const float* g, const float* t, float* y) {
+    LOOP y[i] = slope_over_temperature(g[i], row_temperature(true, t[i]));
 }
 // A row in parts of three and of one, merged one after the other: its logsumexp, its sum under the top, a loss.
 void total(long long n, const float* x, const float* t, float* y) {
@@ -205,11 +205,12 @@ GRID = [np.ascontiguousarray(one.ravel()) for one in np.meshgrid(DISTANCES, TEMP
 
 @np.errstate(all="ignore")
 def test_temperature_and_its_limits(host):
-    expected = _softmax.over_temperature(words_for(GRID[0]), *GRID)
+    distance, t = GRID
+    expected = _softmax.scores_below(words_for(distance), distance, np.zeros_like(distance), t)
     np.testing.assert_array_equal(host("z_of", *GRID, dtype=np.float32), expected)
     slope = np.where(np.isnan(GRID[0]), 2.0, GRID[0]).astype(np.float32)
-    expected_slope = _softmax.over_regular(words_for(slope), slope, GRID[1])
-    np.testing.assert_array_equal(host("regular", slope, GRID[1], dtype=np.float32), expected_slope)
+    expected_slope = _softmax.over_temperature(words_for(slope), slope, t)
+    np.testing.assert_array_equal(host("slope", slope, GRID[1], dtype=np.float32), expected_slope)
     # A term is exp(z), but that its exponent is rounded; a distance below 1e-37 over a T like it counts as none.
     ordinary = ~((GRID[1] > 0) & (GRID[1] < 1e-37) & (GRID[0] == np.float32(-1e-40)))
     found, term = host("term_of", *GRID, dtype=np.float32), np.exp(expected)
@@ -258,7 +259,7 @@ def test_merged_parts_of_a_row_at_a_temperature(host, temperature):
     x = np.asarray([3.0, -np.inf, 1.0, 2.0, 3.0, -1.0, 2.9, 0.0], np.float32)
     t = np.asarray([temperature], np.float32)
     total = host("total", x, t, dtype=np.float32, size=4)[1]
-    expected = np.exp(_softmax.over_temperature(words_for(x), x - x.max(), t)).sum(dtype=np.float64)
+    expected = np.exp(_softmax.scores_below(words_for(x), x, x.max(), t)).sum(dtype=np.float64)
     np.testing.assert_allclose(total, expected, rtol=32 * 2.0**-24)
 
 

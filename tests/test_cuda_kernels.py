@@ -315,6 +315,30 @@ def test_cross_entropy_and_its_slope(device, dtype, n, plain):
 
 
 @needs_compiler
+def test_a_confident_row_keeps_the_digits_of_its_slopes(device):
+    """1 - p of a class that is all but certain is the sum of what the others have."""
+    gaps = np.asarray([12.0, 17.0, 60.0])
+    x = np.full((3, 300), -1e4, np.float32)
+    x[:, 7], x[:, 11] = gaps, 0.0
+    rest = 1 / (1 + np.exp(gaps))  # exact to float64: that of two classes
+    rtol = (32 + 2 * gaps.max()) * 2.0**-24
+    sure = np.zeros_like(x)
+    sure[:, 7] = 1.0
+    for function, slope in ((ps.softmax_vjp, rest * (1 - rest)), (ps.log_softmax_vjp, rest)):
+        np.testing.assert_allclose(function(x, sure)[:, 7], slope, rtol=rtol)
+    formula, one = engines.FORMULAS["cross_entropy"], np.ones((3, 1), np.float32)
+    options = {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0}
+    call = Call(formula.pullback((True, False, False)), options, 1, np.float32, np.float32)
+    targets = np.full((3, 1), 7)
+    np.testing.assert_allclose(cuda.run(call, (x, targets, None, one, one))[:, 7], -rest, rtol=rtol)
+    for name, slope in (("softmax", rest * (1 - rest)), ("log_softmax", rest)):
+        y = getattr(ps, name)(x)
+        call = Call(engines.FORMULAS[name].pullback((True, False, False)), {}, 1, np.float32, np.float32)
+        np.testing.assert_allclose(cuda.run(call, (y, None, None, y, sure))[:, 7], slope, rtol=rtol)
+    assert len(device.plans) == 7
+
+
+@needs_compiler
 @pytest.mark.parametrize("shift", [0, 1])
 def test_rows_with_gaps_and_rows_that_start_anywhere(device, shift):
     """Where the rows of input and answer do not share an alignment, entries are accessed one by one."""

@@ -48,7 +48,7 @@ template <class C>
 DEVICE RowTemperature<C> row_temperature(bool given, C value) {
     Temperature<C> t = temperature_of(value);
     // Redundant, but without it the compiler selects the divisor again for each entry.
-    t.divisor = t.limit ? t.divisor : t.half * value;
+    t.divisor = value > 0 && !t.limit ? t.half * value : t.divisor;
     // A scale of inf would make NaN of the maximum itself.
     C scale = (C)1.4426950408889634 / t.divisor, most = largest<C>;
     return RowTemperature<C>{t, scale > most ? most : scale, given};
