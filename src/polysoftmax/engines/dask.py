@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 class DaskOps(Ops):
     """The words of Dask, which computes nothing before it is asked for values."""
 
+    def mean(self, x: Array) -> Array:
+        # Its own count: the number of entries may be unknown before they are computed.
+        return self.total(x) / self.xp.maximum(self.total(self.xp.ones_like(x)), 1.0)
+
     def take(self, x: Array, index: Array) -> Array:
         hit = self.indices(x) == index
         return self.xp.sum(self.xp.where(hit, x, 0), axis=self.axis, keepdims=True, dtype=x.dtype)

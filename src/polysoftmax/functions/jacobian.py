@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import cast, device_for
+from polysoftmax._arrays import cast, device_for, quietly
 from polysoftmax._formula import RowFormula, words
 from polysoftmax._rows import Rows, last_rows, rows
 from polysoftmax._softmax import LOG_SOFTMAX, SOFTMAX, over_regular
@@ -290,8 +290,9 @@ def softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Numbe
     r = last_rows(x, axis)
     t = r.temperature(temperature)
     y = _probabilities(r, t)
-    matrix = y[..., :, None] * (_identity(r) - y[..., None, :])
-    return cast(over_regular(words(r.x), matrix, _per_matrix(r, t)), r.result)
+    with quietly(y):
+        matrix = y[..., :, None] * (_identity(r) - y[..., None, :])
+        return cast(over_regular(words(r.x), matrix, _per_matrix(r, t)), r.result)
 
 
 def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Number = 1.0) -> Array:
@@ -335,7 +336,8 @@ def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | N
     r = last_rows(x, axis)
     t = r.temperature(temperature)
     p = _probabilities(r, t)
-    return cast(over_regular(words(r.x), _identity(r) - p[..., None, :], _per_matrix(r, t)), r.result)
+    with quietly(p):
+        return cast(over_regular(words(r.x), _identity(r) - p[..., None, :], _per_matrix(r, t)), r.result)
 
 
 def _probabilities(r: Rows, temperature: Array | float | None) -> Array:
