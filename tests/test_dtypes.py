@@ -29,8 +29,8 @@ CALLS: dict[str, tuple[tuple[str, ...], Callable[[SimpleNamespace], Any]]] = {
     "softmax_vjp": ((OWN,), lambda a: polysoftmax.softmax_vjp(a.x, a.other, where=a.mask)),
     "log_softmax_jvp": ((OWN,), lambda a: polysoftmax.log_softmax_jvp(a.x, a.other)),
     "log_softmax_vjp": ((OWN,), lambda a: polysoftmax.log_softmax_vjp(a.x, a.other, temperature=a.t)),
-    "softmax_jacobian": ((OWN,), lambda a: polysoftmax.softmax_jacobian(a.x[:, :5], temperature=a.t)),
-    "log_softmax_jacobian": ((OWN,), lambda a: polysoftmax.log_softmax_jacobian(a.x[:, :5])),
+    "softmax_jacobian": ((OWN,), lambda a: polysoftmax.softmax_jacobian(a.few, temperature=a.t)),
+    "log_softmax_jacobian": ((OWN,), lambda a: polysoftmax.log_softmax_jacobian(a.few)),
     "truncate": ((OWN,), lambda a: polysoftmax.truncate(a.x, top_k=3, min_p=0.01)),
     "truncate by nothing": ((OWN,), lambda a: polysoftmax.truncate(a.x)),
     "cross_entropy": (
@@ -62,8 +62,10 @@ def numbers(shape: tuple[int, int]) -> SimpleNamespace:
     """Return whole numbers for logits, which every dtype holds, and what belongs to them."""
     rows, n = shape
     generator = np.random.default_rng(n)
+    x = generator.integers(0, 12, shape)
     return SimpleNamespace(
-        x=generator.integers(0, 12, shape),
+        x=x,
+        few=x[:, :5],
         other=generator.integers(0, 9, shape),
         t=0.5 + generator.random(rows),
         mask=generator.random(shape) < 0.8,
@@ -79,7 +81,7 @@ def given_to(lib: Adapter, dtype: str, shape: tuple[int, int] = SHAPES[0]) -> Si
     found = numbers(shape)
     real = dtype if dtype in FORMATS else lib.can.default_float
     compute = FORMATS[real].compute.name
-    dtypes = {"x": dtype, "other": real, "mask": "bool", "targets": lib.can.default_index, "keys": "int32"}
+    dtypes = {"x": dtype, "few": dtype, "other": real, "mask": "bool", "targets": lib.can.default_index, "keys": "int32"}
     return SimpleNamespace(
         **{name: lib.asarray(values, dtypes.get(name, compute)) for name, values in vars(found).items()}
     )
@@ -87,7 +89,7 @@ def given_to(lib: Adapter, dtype: str, shape: tuple[int, int] = SHAPES[0]) -> Si
 
 @pytest.mark.backends(lambda can: not can.traced and "autograd" not in can.how and "64" not in can.how)
 def test_what_every_function_answers_in(lib: Adapter) -> None:
-    for dtype in lib.some((*lib.can.dtypes, *lib.can.integers[:1])):
+    for dtype in ("bfloat16",) if lib.can.compiles else (*lib.can.dtypes, *lib.can.integers[:1]):
         own = dtype if dtype in FORMATS else lib.can.default_float
         expected = {OWN: own, WIDE: FORMATS[own].compute.name, INDEX: lib.can.default_index}
         given = given_to(lib, dtype)
@@ -111,6 +113,7 @@ def test_empty_arrays_are_answered_in_the_same_dtype(lib: Adapter, dtype: str, s
     given = given_to(lib, dtype)
     rows, n = (slice(length) for length in shape)
     given.x, given.other, given.mask = (one[rows, n] for one in (given.x, given.other, given.mask))
+    given.few = given.x
     given.t = given.t[rows]
     for name, kind in EMPTY.items():
         (y,) = answers_of(name, given)
@@ -154,7 +157,7 @@ def in_memory() -> Iterator[Any]:
 @pytest.mark.parametrize("engine", ["auto", "portable"])
 def test_gradients_of_losses_have_the_dtype_of_the_logits(engine: str) -> None:
     for xp, gradient in in_memory():
-        for name in ("float16", "bfloat16"):
+        for name in ("bfloat16", "float16")[: 2 if xp.__name__ == "torch" else 1]:
             x = xp.asarray(rounded(np.random.default_rng(2).normal(size=(4, 9)), name), dtype=getattr(xp, name))
             targets = xp.asarray([1, 8, 0, 3])
             losses: tuple[Callable[[Any], Any], ...] = (
@@ -231,7 +234,7 @@ def of_numpy(dtype: str, shape: tuple[int, int]) -> SimpleNamespace:
     found = numbers(shape)
     real = numpy_dtype(dtype)
     beside = numpy_dtype(dtype if dtype in FLOATS else "float64")
-    found.x, found.other = found.x.astype(real), found.other.astype(beside)
+    found.x, found.few, found.other = found.x.astype(real), found.few.astype(real), found.other.astype(beside)
     found.t, found.weight, found.probabilities = (
         one.astype(beside) for one in (found.t, found.weight, found.probabilities)
     )
@@ -241,7 +244,10 @@ def of_numpy(dtype: str, shape: tuple[int, int]) -> SimpleNamespace:
 def is_same(name: str, y: Any, expected: Any) -> None:
     assert (y.dtype, y.shape) == (expected.dtype, expected.shape), name
     assert y.dtype.isnative, name
-    assert y.tobytes() == expected.tobytes(), name
+    if y.dtype == np.longdouble:  # it has bytes without a meaning
+        np.testing.assert_array_equal(y, expected, name)
+    else:
+        assert y.tobytes() == expected.tobytes(), name
 
 
 @pytest.mark.skipif(_library.load() is None, reason="only the kernels promise it: a library's sums follow the layout")

@@ -74,13 +74,14 @@ def _identify(x: Array) -> Library:
             raise TypeError(msg)
         xp = standard_numpy()
     elif array_api_compat.is_array_api_obj(x):
-        xp = array_api_compat.array_namespace(x)
-        if not isinstance(getattr(xp, "__name__", None), str):
+        try:
+            xp = array_api_compat.array_namespace(x)
+        except AttributeError as error:  # it asks what it is given for a name
             msg = (
-                f"the __array_namespace__ of {kind.__module__}.{kind.__qualname__} returns {xp!r}, which is no array "
-                "API namespace: convert the array to one of NumPy, JAX, PyTorch or CuPy"
+                f"__array_namespace__ of {kind.__module__}.{kind.__qualname__} returns no array API namespace: "
+                "convert the array to one of NumPy, JAX, PyTorch or CuPy"
             )
-            raise TypeError(msg)
+            raise TypeError(msg) from error
     else:
         msg = (
             f"expected an array of NumPy, JAX, PyTorch, CuPy or another array API library, got {kind.__name__}: "
@@ -247,6 +248,23 @@ def cast(x: Array, dtype: DType) -> Array:
     with quietly(x):  # what is too large for 16 bits is inf, and what is too small is 0
         # NumPy's function refuses the scalars that its operators make of arrays without axes.
         return x.astype(dtype) if found.name == "numpy" else found.xp.astype(x, dtype)
+
+
+def with_axis(x: Array, axis: int) -> Array:
+    """Return ``x`` with one more axis, of length 1, in front of one that is counted from 0."""
+    found = library(x)
+    if found.name not in _INDEXED:
+        return found.xp.expand_dims(x, axis=axis)
+    return x[(slice(None),) * axis + (None,)]
+
+
+_INDEXED = frozenset({"numpy", "dask"})
+"""Libraries in which an index is the better way: NumPy's function takes ten times as long, Dask's has to know lengths."""
+
+
+def is_unknown(length: int) -> bool:
+    """Whether a length is NaN: Dask has it for what it has not computed."""
+    return length != length
 
 
 def quietly(x: Array) -> AbstractContextManager[Any]:

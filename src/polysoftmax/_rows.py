@@ -16,10 +16,12 @@ from polysoftmax._arrays import (
     is_array,
     is_kind,
     is_number,
+    is_unknown,
     library,
     promotion,
     require_dense,
     require_same_library,
+    with_axis,
 )
 
 Axis: TypeAlias = int | tuple[int, ...] | None
@@ -94,12 +96,16 @@ class Rows:
 
     def from_reduced(self, y: Array) -> Array:
         """Reshape an array of the reduced shape to the rows' layout, with length 1 on the axis."""
-        return self.xp.reshape(y, (*y.shape, 1)) if self.flattened else self.xp.expand_dims(y, axis=self.axis)
+        return self.xp.reshape(y, (*y.shape, 1)) if self.flattened else with_axis(y, self.axis)
 
     def _flatten(self, y: Array) -> Array:
         """Bring an array of the input's number of dimensions into the rows' layout."""
         if not self.flattened:
             return y
+        require_dense(y)
+        if any(map(is_unknown, y.shape)):
+            msg = f"cannot rearrange an array of shape {tuple(y.shape)}: call its compute_chunk_sizes() first"
+            raise ValueError(msg)
         y = self.xp.permute_dims(y, self.kept + self.axes)
         batch = y.shape[: len(self.kept)]
         return self.xp.reshape(y, (*batch, math.prod(y.shape[len(self.kept) :])))
@@ -144,7 +150,7 @@ class Rows:
         if value.shape == self.reduced_shape or may_be_equal(value.shape, self.reduced_shape):
             return self.from_reduced(value)
         fits = value.ndim == len(self.shape) and all(
-            m == 1 or (i not in self.axes and (m == n or math.isnan(m) or math.isnan(n)))
+            m == 1 or (i not in self.axes and (m == n or is_unknown(m) or is_unknown(n)))
             for i, (m, n) in enumerate(zip(value.shape, self.shape, strict=True))
         )
         if not fits:
@@ -224,7 +230,6 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     if type(axis) is int and -ndim <= axis < ndim:
         axis %= ndim
         return Rows(xp, x, axis, compute, result, shape, (axis,), False)
-    require_dense(x)
     axes = _normalise_axes(axis, ndim)
     layout = Rows(xp, x, ndim - len(axes), compute, result, shape, axes, True)
     return layout.replacing(xp.reshape(x, (1,)) if ndim == 0 else layout._flatten(x))
@@ -236,7 +241,9 @@ def weighted_rows(x: Array, weights: Array | None, axis: Axis, dtype: DType | No
         return rows(x, axis, dtype), None
     require_same_library(x, weights, "weights")
     shape = _broadcast_shape(tuple(x.shape), tuple(weights.shape))
-    x, weights = (one if one.shape == shape else library(one).xp.broadcast_to(one, shape) for one in (x, weights))
+    x, weights = (
+        one if may_be_equal(one.shape, shape) else library(one).xp.broadcast_to(one, shape) for one in (x, weights)
+    )
     r = rows(x, axis, dtype)
     return r, r.like_input(weights, "weights")
 
@@ -280,13 +287,13 @@ def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
 def _require_broadcast(value: Array, shape: tuple[int, ...], name: str) -> None:
     own = tuple(value.shape)
     pairs = zip(reversed(own), reversed(shape), strict=False)
-    fits = len(own) <= len(shape) and all(m in (1, n) or math.isnan(m) or math.isnan(n) for m, n in pairs)
+    fits = len(own) <= len(shape) and all(m in (1, n) or is_unknown(m) or is_unknown(n) for m, n in pairs)
     if not fits:
         msg = f"{name} has shape {own}, which does not broadcast to the input's shape {shape}"
         raise ValueError(msg)
 
 
 def may_be_equal(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two shapes are equal, as far as is known: Dask has NaN for a length that it has not computed."""
+    """Whether two shapes are equal, as far as is known."""
     same = len(shape) == len(other)
-    return same and all(m == n or math.isnan(m) or math.isnan(n) for m, n in zip(shape, other, strict=True))
+    return same and all(m == n or is_unknown(m) or is_unknown(n) for m, n in zip(shape, other, strict=True))

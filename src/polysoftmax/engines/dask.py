@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 class DaskOps(Ops):
     """The words of Dask, which computes nothing before it is asked for values."""
 
+    def total(self, x: Array) -> Array:
+        return self.xp.sum(x)
+
     def mean(self, x: Array) -> Array:
-        # Its own count: the number of entries may be unknown before they are computed.
+        # The number of entries may be unknown before they are computed.
         return self.total(x) / self.xp.maximum(self.total(self.xp.ones_like(x)), 1.0)
 
     def take(self, x: Array, index: Array) -> Array:
