@@ -81,7 +81,14 @@ def given_to(lib: Adapter, dtype: str, shape: tuple[int, int] = SHAPES[0]) -> Si
     found = numbers(shape)
     real = dtype if dtype in FORMATS else lib.can.default_float
     compute = FORMATS[real].compute.name
-    dtypes = {"x": dtype, "few": dtype, "other": real, "mask": "bool", "targets": lib.can.default_index, "keys": "int32"}
+    dtypes = {
+        "x": dtype,
+        "few": dtype,
+        "other": real,
+        "mask": "bool",
+        "targets": lib.can.default_index,
+        "keys": "int32",
+    }
     return SimpleNamespace(
         **{name: lib.asarray(values, dtypes.get(name, compute)) for name, values in vars(found).items()}
     )

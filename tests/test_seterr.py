@@ -79,7 +79,10 @@ def test_what_the_caller_makes_an_error_is_none_here(name: str, dtype: str, engi
             with np.errstate(all="raise"):
                 y = CALLS[name](x, t)
             for one, want in zip(*((y, expected) if isinstance(y, tuple) else ((y,), (expected,))), strict=True):
-                np.testing.assert_array_equal(one, want)
+                if dtype == "longdouble":  # it has bytes without a meaning
+                    np.testing.assert_array_equal(one, want)
+                else:
+                    assert one.tobytes() == want.tobytes(), t
 
 
 def test_losses_that_add_up_to_more_than_float32_holds() -> None:

@@ -267,6 +267,13 @@ def is_unknown(length: int) -> bool:
     return length != length
 
 
+def require_known_shape(x: Array) -> None:
+    """Raise ``ValueError`` for an array with lengths that are not known, which cannot be rearranged."""
+    if any(map(is_unknown, x.shape)):
+        msg = f"cannot rearrange an array of shape {tuple(x.shape)}: call the compute_chunk_sizes() of the input first"
+        raise ValueError(msg)
+
+
 def quietly(x: Array) -> AbstractContextManager[Any]:
     """Return a context in which NumPy computes NaN, inf and 0 without a word, whatever ``numpy.seterr`` says."""
     return sys.modules["numpy"].errstate(all="ignore") if library(x).name in _NUMPYS else nullcontext()

@@ -20,6 +20,7 @@ from polysoftmax._arrays import (
     library,
     promotion,
     require_dense,
+    require_known_shape,
     require_same_library,
     with_axis,
 )
@@ -103,9 +104,7 @@ class Rows:
         if not self.flattened:
             return y
         require_dense(y)
-        if any(map(is_unknown, y.shape)):
-            msg = f"cannot rearrange an array of shape {tuple(y.shape)}: call its compute_chunk_sizes() first"
-            raise ValueError(msg)
+        require_known_shape(y)
         y = self.xp.permute_dims(y, self.kept + self.axes)
         batch = y.shape[: len(self.kept)]
         return self.xp.reshape(y, (*batch, math.prod(y.shape[len(self.kept) :])))

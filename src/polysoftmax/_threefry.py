@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import cast, device_for, is_unknown, namespace
+from polysoftmax._arrays import cast, device_for, namespace
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -66,8 +66,5 @@ def fold(k: Array, index: Array) -> Array:
 
 def fold_rows(k: Array, batch: tuple[int, ...]) -> Array:
     """Return one key a row: a single one folded with the row's number."""
-    xp, rows = namespace(k), math.prod(batch)
-    if is_unknown(rows):
-        msg = f"a key is folded with each row's number, and rows of shape {batch} have none before compute_chunk_sizes()"
-        raise ValueError(msg)
-    return fold(k, xp.reshape(xp.arange(rows, dtype=xp.int32, device=device_for(k)), (*batch, 1)))
+    xp = namespace(k)
+    return fold(k, xp.reshape(xp.arange(math.prod(batch), dtype=xp.int32, device=device_for(k)), (*batch, 1)))

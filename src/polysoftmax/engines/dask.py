@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from polysoftmax._arrays import library
+from polysoftmax._arrays import library, require_known_shape
 from polysoftmax._ops import Ops, ops_of
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ class DaskOps(Ops):
         """Return whole rows, without what is outside the block."""
         index = self.indices(x)
         return self.xp.where(index // size == block, x, -math.inf if self.is_floating(x) else False), index
+
+    def block_sums(self, terms: Array, size: int) -> Array:
+        require_known_shape(terms)
+        return super().block_sums(terms, size)
 
     def descending(self, x: Array) -> Array:
         raise _unordered()
