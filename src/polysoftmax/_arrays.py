@@ -259,7 +259,7 @@ def with_axis(x: Array, axis: int) -> Array:
 
 
 _INDEXED = frozenset({"numpy", "dask"})
-"""Libraries in which an index is the better way: NumPy's function takes ten times as long, Dask's has to know lengths."""
+"""Libraries that do better by an index: NumPy's function takes ten times as long, and Dask's has to know lengths."""
 
 
 def is_unknown(length: int) -> bool:

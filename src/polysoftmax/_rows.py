@@ -267,7 +267,7 @@ def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
         return tuple(range(ndim))
     axes = axis if isinstance(axis, tuple) else (axis,)
     for one in axes:
-        if not hasattr(one, "__index__") or isinstance(one, bool) or getattr(one, "ndim", 0):
+        if not hasattr(one, "__index__") or isinstance(one, bool) or getattr(one, "shape", None):
             msg = f"axis must be an int, a tuple of ints, or None, got {axis!r}"
             raise TypeError(msg)
     if ndim == 0 and not isinstance(axis, tuple) and -1 <= axis <= 0:
