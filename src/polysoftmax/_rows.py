@@ -92,8 +92,8 @@ class Rows:
 
     def empty_result(self, answer: float) -> Array:
         """Return the result for rows of length 0, connected to the input for automatic differentiation."""
-        y = self.xp.sum(cast(self.x, self.result), axis=self.axis, keepdims=True) + answer
-        return cast(self.xp.squeeze(y, axis=self.axis), self.result)  # NumPy's bfloat16 widens beside a number
+        y = self.xp.sum(cast(self.x, self.compute), axis=self.axis, keepdims=True) + answer
+        return cast(self.xp.squeeze(y, axis=self.axis), self.result)
 
     def from_reduced(self, y: Array) -> Array:
         """Reshape an array of the reduced shape to the rows' layout, with length 1 on the axis."""

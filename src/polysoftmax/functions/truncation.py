@@ -122,11 +122,11 @@ def truncate(
     if r.length == 0:
         return r.elementwise(cast(r.x, r.result))
     if top_k is None and not any(one is not None for one in kept) and not has_axes(temperature):
-        ops, x = words(r.x, r.axis), cast(r.x, r.result)
+        ops, x = words(r.x, r.axis), cast(r.x, r.compute)  # NumPy's bfloat16 does not keep its dtype beside a number
         with quietly(x):
             top = ops.max(x)
             y = ops.nan_unless(top < math.inf, x, top)
-        return r.elementwise(cast(y, r.result))  # NumPy's bfloat16 widens beside a number
+        return r.elementwise(cast(y, r.result))
     # Integers are widened here as they are for a draw, which may change how they lie in memory, and so the engine.
     x = r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)
     return r.elementwise(TRUNCATE(r, x, temperature, None, *kept, top_k=top_k))
