@@ -247,3 +247,34 @@ def test_a_bad_temperature_is_nan_everywhere(lib: Adapter, temperature: float) -
                 getattr(polysoftmax, op), lib.asarray(np.zeros(n), dtype), temperature=lib.asarray(temperature, dtype)
             )
             assert np.isnan(lib.values(y)).all(), f"{op} of {n}"
+
+
+@not_compiled
+def test_logsumexp_and_its_weights_broadcast_against_each_other(lib: Adapter) -> None:
+    """As SciPy's do: the axis is one of the shape that both broadcast to."""
+    dtype = lib.can.default_float
+    generator = np.random.default_rng(0)
+    shapes = (((4, 1, 2, 1), (3, 1, 5)), ((3,), (2, 3)), ((2, 1), (3,)), ((), (3,)), ((2, 3), ()), ((3, 1), (1, 4)))
+    for shape, other in shapes[:2] if lib.can.lazy else shapes:
+        x, w = generator.normal(size=shape), generator.random(other) + 0.5
+        for axis in (-1, None) if len(np.broadcast_shapes(shape, other)) < 2 else (-1, 0, (0, -1), None):
+            want = np.log(np.sum(w * np.exp(x), axis=axis))
+            for keepdims in (False, True):
+                y = lib.call(
+                    polysoftmax.logsumexp,
+                    lib.asarray(x, dtype),
+                    weights=lib.asarray(w, dtype),
+                    axis=axis,
+                    keepdims=keepdims,
+                )
+                kept = np.sum(w * np.exp(x), axis=axis, keepdims=keepdims).shape
+                lib.require(y, kept, dtype)
+                np.testing.assert_allclose(lib.values(y), np.reshape(want, kept), rtol=2e-5, atol=2e-6)
+    where = lib.asarray([[True, False], [False, False], [True, True]], "bool")
+    y = lib.call(
+        polysoftmax.logsumexp,
+        lib.asarray([0.0, 1.0], dtype),
+        weights=lib.asarray([[1.0], [2.0], [3.0]], dtype),
+        where=where,
+    )
+    np.testing.assert_allclose(lib.values(y), [0.0, -INF, math.log(3 + 3 * math.e)], rtol=1e-6)

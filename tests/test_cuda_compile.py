@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -201,6 +202,18 @@ def test_a_cache_that_cannot_be_used_costs_a_compilation(compiler, monkeypatch, 
     code_of(90)
     assert compiler.called == [90] * 4
     assert list(compiler.folder.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_read_costs_a_compilation(compiler, monkeypatch):
+    code_of(90)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", refuse)
+        code_of(90)
+    assert compiler.called == [90, 90]
 
 
 def test_a_user_without_a_home_has_no_cache(compiler, monkeypatch, tmp_path):

@@ -67,12 +67,12 @@ def exact(rows: Any, dtype: str = "float64") -> list[list[Any]]:
 
 
 def close(lib: Adapter, y: Any, want: Any, dtype: str, units: float = 64.0) -> None:
-    """Compare with an error of ``units`` in the last place of the compute dtype, and one rounding to ``dtype``."""
+    """Compare with an error of ``units`` in the last place of the compute dtype, in which losses are answered."""
     want = np.asarray(want, dtype=np.float64)
-    want = np.where(np.abs(want) > FORMATS[dtype].largest, np.copysign(INF, want), want)
-    lib.require(y, want.shape, dtype)
     compute = FORMATS[dtype].compute
-    tolerance = units * compute.unit + (FORMATS[dtype].unit if compute.name != dtype else 0.0)
+    want = np.where(np.abs(want) > compute.largest, np.copysign(INF, want), want)
+    lib.require(y, want.shape, compute.name)
+    tolerance = units * compute.unit
     np.testing.assert_allclose(lib.values(y), want, rtol=tolerance, atol=tolerance)
 
 

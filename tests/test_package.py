@@ -43,9 +43,9 @@ SIGNATURES = {
     "log_softmax_jvp": PROBABILITIES.replace("x", "x, tangent", 1),
     "log_softmax_vjp": PROBABILITIES.replace("x", "x, cotangent", 1),
     "cross_entropy": "logits, targets, /, *, axis=-1, reduction='mean', ignore_index=None, label_smoothing=0.0, "
-    "weight=None, z_loss=0.0",
-    "entropy": PROBABILITIES,
-    "kl_divergence": PROBABILITIES.replace("x", "logits_p, logits_q", 1),
+    "weight=None, z_loss=0.0, dtype=None",
+    "entropy": f"{PROBABILITIES}, dtype=None",
+    "kl_divergence": f"{PROBABILITIES.replace('x', 'logits_p, logits_q', 1)}, dtype=None",
     "truncate": f"logits, /, *, {FILTERS}",
     "sample": f"logits, key, /, *, {FILTERS}, where=None, return_logprobs=False",
     "random.key": "seed, *, xp=None, device=None",

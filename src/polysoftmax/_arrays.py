@@ -6,6 +6,7 @@ This file and ``engines/`` are the only places where a library's name may stand.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +14,7 @@ import array_api_compat
 from array_api_compat import device
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from types import ModuleType
 
 Array: TypeAlias = Any
@@ -34,6 +36,9 @@ class Library:
 
 
 _LIBRARIES: dict[type, Library] = {}
+
+MOST_TYPES = 256
+"""Types of arrays that are remembered: a program that makes new ones all the time would keep them all alive."""
 
 
 def library(x: Array) -> Library:
@@ -57,12 +62,26 @@ def _identify(x: Array) -> Library:
         msg = "got a numpy.matrix, which cannot lose a dimension: pass numpy.asarray(x)"
         raise TypeError(msg)
     if torch is not None and isinstance(x, torch.Tensor):
+        require_dense(x)
         # torch.compile cannot follow array-api-compat's way of telling.
         import array_api_compat.torch as xp
     elif numpy is not None and isinstance(x, numpy.ndarray | numpy.generic):
+        if isinstance(x, numpy.ndarray) and kind.__array_ufunc__ is not numpy.ndarray.__array_ufunc__:
+            msg = (
+                f"got a {kind.__module__}.{kind.__qualname__}, a NumPy array with arithmetic of its own (units, for "
+                "example), which the formulas would ignore: pass its plain numbers, numpy.asarray(x)"
+            )
+            raise TypeError(msg)
         xp = standard_numpy()
     elif array_api_compat.is_array_api_obj(x):
-        xp = array_api_compat.array_namespace(x)
+        try:
+            xp = array_api_compat.array_namespace(x)
+        except AttributeError as error:  # it asks what it is given for a name
+            msg = (
+                f"__array_namespace__ of {kind.__module__}.{kind.__qualname__} returns no array API namespace: "
+                "convert the array to one of NumPy, JAX, PyTorch or CuPy"
+            )
+            raise TypeError(msg) from error
     else:
         msg = (
             f"expected an array of NumPy, JAX, PyTorch, CuPy or another array API library, got {kind.__name__}: "
@@ -71,8 +90,32 @@ def _identify(x: Array) -> Library:
         raise TypeError(msg)
     name = xp.__name__.removeprefix("array_api_compat.").split(".")[0]
     found = Library(name, xp, converts=name == "numpy" and kind is not xp.ndarray)
+    if len(_LIBRARIES) >= MOST_TYPES:
+        _LIBRARIES.clear()
     _LIBRARIES[kind] = found
     return found
+
+
+def require_dense(x: Array) -> None:
+    """Raise ``TypeError`` for a tensor of PyTorch that is no full grid of numbers."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return
+    if x.is_nested:
+        msg = (
+            "got a nested tensor, whose rows differ in length: pad them with what a softmax ignores, "
+            "torch.nested.to_padded_tensor(x, -torch.inf)"
+        )
+        raise TypeError(msg)
+    if isinstance(x, torch.masked.MaskedTensor):
+        msg = (
+            "got a torch.masked.MaskedTensor, whose mask the formulas would ignore: "
+            "pass x.get_data() together with where=x.get_mask()"
+        )
+        raise TypeError(msg)
+    if x.layout is not torch.strided:
+        msg = f"got a tensor of the layout {x.layout}: pass x.to_dense()"
+        raise TypeError(msg)
 
 
 def standard_numpy() -> Any:
@@ -113,16 +156,40 @@ _FLOAT_BITS: dict[tuple[str, DType], int] = {}
 
 
 def float_bits(xp: Any, dtype: DType) -> int:
-    """Width of a real floating dtype in bits; 0 for every other dtype."""
+    """Width of a real floating dtype in bits; 0 for every dtype that is not computed with.
+
+    Such are floats of 8 bits, which hold no probabilities, and of the other order of bytes: see `in_native_order`.
+    """
     bits = _FLOAT_BITS.get((xp.__name__, dtype))  # array-api-strict warns when its dtypes meet NumPy's
     if bits is None:
         # NumPy does not count ml_dtypes.bfloat16 as floating, so it is known by its name.
         if str(dtype).endswith("bfloat16"):
             bits = 16
         else:
-            bits = xp.finfo(dtype).bits if xp.isdtype(dtype, "real floating") else 0
+            bits = xp.finfo(dtype).bits if is_kind(xp, dtype, "real floating") else 0
+        if bits < 16 or not getattr(dtype, "isnative", True):
+            bits = 0
         _FLOAT_BITS[xp.__name__, dtype] = bits
     return bits
+
+
+def is_kind(xp: Any, dtype: DType, kind: str) -> bool:
+    """Whether a dtype is of a kind that the standard names."""
+    try:
+        return bool(xp.isdtype(dtype, kind))
+    except TypeError:  # NumPy's answer for text, records, and dtypes of other packages
+        return False
+
+
+def in_native_order(x: Array) -> Array:
+    """Return ``x`` in the machine's order of bytes, itself if it is: NumPy's arrays may have the other one."""
+    if library(x).name not in _SWAPPED or x.dtype.isnative:
+        return x
+    return x.astype(x.dtype.newbyteorder("="))
+
+
+_SWAPPED = frozenset({"numpy", "dask"})
+"""Libraries whose dtypes may have the other order of bytes."""
 
 
 def default_float(xp: Any) -> DType:
@@ -136,17 +203,18 @@ def default_index(xp: Any) -> DType:
 
 
 def promotion(x: Array, found: Library, dtype: DType | None) -> tuple[DType, DType]:
-    """Return the dtypes to compute in and to answer in.
+    """Return the dtypes to compute in and to answer in, for an array in native order.
 
     Everything narrower than float32 is computed in float32. Integers become floating before anything
     is subtracted: the difference of two int8 wraps.
     """
-    if dtype is None and (known := found.promoted.get(x.dtype)):
-        return known
     xp = found.xp
     own_bits = float_bits(xp, x.dtype)
-    if not own_bits and not xp.isdtype(x.dtype, "integral"):
-        msg = f"expected real numbers, got an array of dtype {x.dtype}: convert it to a real floating dtype"
+    if not own_bits and not is_kind(xp, x.dtype, "integral"):
+        msg = (
+            f"expected real numbers, integers or floats of 16 bits or more, got an array of dtype {x.dtype}: "
+            "convert it to one of these, such as float32"
+        )
         raise TypeError(msg)
     inferred = x.dtype if own_bits else default_float(xp)
     result = inferred if dtype is None else _as_dtype(xp, dtype)
@@ -161,13 +229,13 @@ def promotion(x: Array, found: Library, dtype: DType | None) -> tuple[DType, DTy
 
 def _as_dtype(xp: Any, dtype: DType) -> DType:
     try:
-        found = xp.empty(0, dtype=dtype).dtype
+        found = in_native_order(xp.empty(0, dtype=dtype)).dtype
         known = float_bits(xp, found)
     except (TypeError, ValueError, AttributeError) as error:
         msg = f"dtype={dtype!r} is not a dtype of {xp.__name__.removeprefix('array_api_compat.')}"
         raise TypeError(msg) from error
     if not known:
-        msg = f"dtype must be real floating, got {dtype!r}"
+        msg = f"dtype must be real floating, of 16 bits or more, got {dtype!r}"
         raise TypeError(msg)
     return found
 
@@ -177,10 +245,42 @@ def cast(x: Array, dtype: DType) -> Array:
     if x.dtype == dtype:
         return x
     found = library(x)
-    if found.name != "numpy":
-        return found.xp.astype(x, dtype)
-    with found.xp.errstate(over="ignore"):  # what is too large for 16 bits is inf
-        return x.astype(dtype)
+    with quietly(x):  # what is too large for 16 bits is inf, and what is too small is 0
+        # NumPy's function refuses the scalars that its operators make of arrays without axes.
+        return x.astype(dtype) if found.name == "numpy" else found.xp.astype(x, dtype)
+
+
+def with_axis(x: Array, axis: int) -> Array:
+    """Return ``x`` with one more axis, of length 1, in front of one that is counted from 0."""
+    found = library(x)
+    if found.name not in _INDEXED:
+        return found.xp.expand_dims(x, axis=axis)
+    return x[(slice(None),) * axis + (None,)]
+
+
+_INDEXED = frozenset({"numpy", "dask"})
+"""Libraries that do better by an index: NumPy's function takes ten times as long, and Dask's has to know lengths."""
+
+
+def is_unknown(length: int) -> bool:
+    """Whether a length is NaN: Dask has it for what it has not computed."""
+    return length != length
+
+
+def require_known_shape(x: Array) -> None:
+    """Raise ``ValueError`` for an array with lengths that are not known, which cannot be rearranged."""
+    if any(map(is_unknown, x.shape)):
+        msg = f"cannot rearrange an array of shape {tuple(x.shape)}: call the compute_chunk_sizes() of the input first"
+        raise ValueError(msg)
+
+
+def quietly(x: Array) -> AbstractContextManager[Any]:
+    """Return a context in which NumPy computes NaN, inf and 0 without a word, whatever ``numpy.seterr`` says."""
+    return sys.modules["numpy"].errstate(all="ignore") if library(x).name in _NUMPYS else nullcontext()
+
+
+_NUMPYS = frozenset({"numpy", "array_api_strict"})
+"""Libraries that compute in NumPy at once."""
 
 
 def require_same_library(x: Array, other: Array, name: str) -> None:
@@ -201,7 +301,7 @@ def require_same_library(x: Array, other: Array, name: str) -> None:
         raise TypeError(msg)
 
 
-_ONE_DEVICE = frozenset({"numpy", "dask", "array_api_strict"})
+_ONE_DEVICE = frozenset({"numpy", "dask"})
 
 
 def is_tracer(x: Array) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from polysoftmax._arrays import Array, DType, cast, float_bits, namespace
+from polysoftmax._arrays import MOST_TYPES, Array, DType, cast, float_bits, namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -197,6 +197,8 @@ def runner(x: Array) -> Runner:
     found = _RUNNERS.get(type(x))
     if found is None:
         assert _load is not None, "polysoftmax.engines is imported with the package"
+        if len(_RUNNERS) >= MOST_TYPES:
+            _RUNNERS.clear()
         found = _RUNNERS[type(x)] = _load(x)
     return found
 

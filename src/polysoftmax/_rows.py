@@ -12,11 +12,17 @@ from polysoftmax._arrays import (
     cast,
     device_for,
     float_bits,
+    in_native_order,
     is_array,
+    is_kind,
     is_number,
+    is_unknown,
     library,
     promotion,
+    require_dense,
+    require_known_shape,
     require_same_library,
+    with_axis,
 )
 
 Axis: TypeAlias = int | tuple[int, ...] | None
@@ -44,6 +50,16 @@ class Rows:
     def length(self) -> int:
         """The number of entries of a row."""
         return (self.x.shape if self.flattened else self.shape)[self.axis]
+
+    def require_entries(self, function: str, entry: str) -> None:
+        """Raise ``ValueError`` unless rows have entries, and their number is known."""
+        n = self.length
+        if n >= 1:
+            return
+        axis = self.axes[0] if len(self.axes) == 1 else self.axes
+        reason = "" if n == 0 else ": Dask does not know how many before logits.compute_chunk_sizes()"
+        msg = f"{function} needs at least one {entry}, got logits of shape {self.shape} with axis={axis}{reason}"
+        raise ValueError(msg)
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -76,17 +92,19 @@ class Rows:
 
     def empty_result(self, answer: float) -> Array:
         """Return the result for rows of length 0, connected to the input for automatic differentiation."""
-        y = self.xp.sum(cast(self.x, self.result), axis=self.axis, keepdims=True) + answer
-        return self.xp.squeeze(y, axis=self.axis)
+        y = self.xp.sum(cast(self.x, self.compute), axis=self.axis, keepdims=True) + answer
+        return cast(self.xp.squeeze(y, axis=self.axis), self.result)
 
     def from_reduced(self, y: Array) -> Array:
         """Reshape an array of the reduced shape to the rows' layout, with length 1 on the axis."""
-        return self.xp.reshape(y, (*y.shape, 1)) if self.flattened else self.xp.expand_dims(y, axis=self.axis)
+        return self.xp.reshape(y, (*y.shape, 1)) if self.flattened else with_axis(y, self.axis)
 
     def _flatten(self, y: Array) -> Array:
         """Bring an array of the input's number of dimensions into the rows' layout."""
         if not self.flattened:
             return y
+        require_dense(y)
+        require_known_shape(y)
         y = self.xp.permute_dims(y, self.kept + self.axes)
         batch = y.shape[: len(self.kept)]
         return self.xp.reshape(y, (*batch, math.prod(y.shape[len(self.kept) :])))
@@ -94,7 +112,7 @@ class Rows:
     def like_input(self, other: Array, name: str) -> Array:
         """Bring an array of the input's shape (a tangent, other logits) into the rows' layout."""
         require_same_library(self.x, other, name)
-        if other.shape != self.shape:
+        if other.shape != self.shape and not may_be_equal(other.shape, self.shape):
             msg = f"{name} must have the shape of the input, {self.shape}, got {tuple(other.shape)}"
             raise ValueError(msg)
         return self._flatten(self.real(other, name))
@@ -104,7 +122,7 @@ class Rows:
         if where is None:
             return None
         require_same_library(self.x, where, "where")
-        if not self.xp.isdtype(where.dtype, "bool"):
+        if where.dtype != self.xp.bool:
             msg = f"where must be a boolean array (True: the entry exists), got dtype {where.dtype}"
             raise TypeError(msg)
         _require_broadcast(where, self.shape, "where")
@@ -112,15 +130,6 @@ class Rows:
             return self._flatten(self.xp.broadcast_to(where, self.shape))
         missing = len(self.shape) - where.ndim
         return self.xp.reshape(where, (1,) * missing + where.shape) if missing else where
-
-    def broadcast_weights(self, weights: Array | None, name: str) -> Array | None:
-        """Broadcast real weights to the input and bring them into the rows' layout."""
-        if weights is None:
-            return None
-        require_same_library(self.x, weights, name)
-        weights = self.real(weights, name)
-        _require_broadcast(weights, self.shape, name)
-        return self._flatten(self.xp.broadcast_to(weights, self.shape))
 
     def parameter(self, value: Array | Number, name: str) -> Array | float:
         """Bring a parameter, a number or an array with one entry a row, into the rows' layout.
@@ -137,10 +146,10 @@ class Rows:
         value = self.real(value, name)
         if value.ndim == 0:
             return value
-        if value.shape == self.reduced_shape:
+        if value.shape == self.reduced_shape or may_be_equal(value.shape, self.reduced_shape):
             return self.from_reduced(value)
         fits = value.ndim == len(self.shape) and all(
-            m == 1 or (m == n and i not in self.axes)
+            m == 1 or (i not in self.axes and (m == n or is_unknown(m) or is_unknown(n)))
             for i, (m, n) in enumerate(zip(value.shape, self.shape, strict=True))
         )
         if not fits:
@@ -187,8 +196,11 @@ class Rows:
         """Return an array of real numbers in a floating dtype; the formula's call brings it to the compute dtype."""
         if float_bits(self.xp, value.dtype):
             return value
-        if not self.xp.isdtype(value.dtype, "integral"):
-            msg = f"{name} must hold real numbers, got dtype {value.dtype}"
+        value = in_native_order(value)
+        if float_bits(self.xp, value.dtype):
+            return value
+        if not is_kind(self.xp, value.dtype, "integral"):
+            msg = f"{name} must hold real numbers, integers or floats of 16 bits or more, got dtype {value.dtype}"
             raise TypeError(msg)
         return cast(value, self.compute)
 
@@ -203,8 +215,16 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     xp = found.xp
     if found.converts:
         x = xp.asarray(x)
-    compute, result = promotion(x, found, dtype)
-    shape = tuple(x.shape)
+    known = found.promoted.get(x.dtype) if dtype is None else None
+    if known is None:
+        x = in_native_order(x)
+        known = promotion(x, found, dtype)
+    compute, result = known
+    try:
+        shape = tuple(x.shape)
+    except RuntimeError:  # PyTorch's nested tensors have none
+        require_dense(x)
+        raise
     ndim = len(shape)
     if type(axis) is int and -ndim <= axis < ndim:
         axis %= ndim
@@ -212,6 +232,28 @@ def rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     axes = _normalise_axes(axis, ndim)
     layout = Rows(xp, x, ndim - len(axes), compute, result, shape, axes, True)
     return layout.replacing(xp.reshape(x, (1,)) if ndim == 0 else layout._flatten(x))
+
+
+def weighted_rows(x: Array, weights: Array | None, axis: Axis, dtype: DType | None = None) -> tuple[Rows, Array | None]:
+    """Return rows and their weights, in the shape that an input and its weights broadcast to."""
+    if weights is None:
+        return rows(x, axis, dtype), None
+    require_same_library(x, weights, "weights")
+    shape = _broadcast_shape(tuple(x.shape), tuple(weights.shape))
+    x, weights = (
+        one if may_be_equal(one.shape, shape) else library(one).xp.broadcast_to(one, shape) for one in (x, weights)
+    )
+    r = rows(x, axis, dtype)
+    return r, r.like_input(weights, "weights")
+
+
+def _broadcast_shape(shape: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    ndim = max(len(shape), len(other))
+    pairs = list(zip((1,) * (ndim - len(shape)) + shape, (1,) * (ndim - len(other)) + other, strict=True))
+    if not all(1 in pair or may_be_equal(pair[:1], pair[1:]) for pair in pairs):
+        msg = f"weights has shape {other}, which does not broadcast against the input's shape {shape}"
+        raise ValueError(msg)
+    return tuple(m if n == 1 else n for m, n in pairs)
 
 
 def last_rows(x: Array, axis: Axis) -> Rows:
@@ -225,7 +267,7 @@ def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
         return tuple(range(ndim))
     axes = axis if isinstance(axis, tuple) else (axis,)
     for one in axes:
-        if not hasattr(one, "__index__") or isinstance(one, bool):
+        if not hasattr(one, "__index__") or isinstance(one, bool) or getattr(one, "shape", None):
             msg = f"axis must be an int, a tuple of ints, or None, got {axis!r}"
             raise TypeError(msg)
     if ndim == 0 and not isinstance(axis, tuple) and -1 <= axis <= 0:
@@ -243,7 +285,14 @@ def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
 
 def _require_broadcast(value: Array, shape: tuple[int, ...], name: str) -> None:
     own = tuple(value.shape)
-    fits = len(own) <= len(shape) and all(m in (1, n) for m, n in zip(reversed(own), reversed(shape), strict=False))
+    pairs = zip(reversed(own), reversed(shape), strict=False)
+    fits = len(own) <= len(shape) and all(m in (1, n) or is_unknown(m) or is_unknown(n) for m, n in pairs)
     if not fits:
         msg = f"{name} has shape {own}, which does not broadcast to the input's shape {shape}"
         raise ValueError(msg)
+
+
+def may_be_equal(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two shapes are equal, as far as is known."""
+    same = len(shape) == len(other)
+    return same and all(m == n or is_unknown(m) or is_unknown(n) for m, n in zip(shape, other, strict=True))

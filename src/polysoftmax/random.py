@@ -10,7 +10,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from polysoftmax._arrays import cast, device_for, is_array, is_number, library, namespace, standard_numpy
+from polysoftmax._arrays import (
+    cast,
+    device_for,
+    in_native_order,
+    is_array,
+    is_kind,
+    is_number,
+    library,
+    namespace,
+    standard_numpy,
+)
 from polysoftmax._threefry import BITS, KEYS, fold, gumbel_of, threefry, uniform_of, words
 from polysoftmax.engines._keys import drawn_words, jitted, key_data, to_library_of
 
@@ -52,7 +62,7 @@ def threefry2x32(key_words: Array, counter_words: Array, /) -> Array:
     >>> [hex(word) for word in random.threefry2x32(zeros, zeros)]
     ['0x6b200159', '0x99ba4efe']
     """
-    xp = namespace(counter_words)
+    xp, counter_words = namespace(counter_words), in_native_order(counter_words)
     k, c = _int32(key_words, "key_words"), _int32(counter_words, "counter_words")
     a, b = jitted(threefry, k[..., 0:1], k[..., 1:2], c[..., 0:1], c[..., 1:2])
     return cast(xp.concat([a, b], axis=-1), counter_words.dtype)
@@ -60,7 +70,7 @@ def threefry2x32(key_words: Array, counter_words: Array, /) -> Array:
 
 def _int32(value: Array, name: str) -> Array:
     """Return 32-bit words as int32, their bits unchanged."""
-    xp = library(value).xp
+    xp, value = library(value).xp, in_native_order(value)
     if str(value.dtype).rpartition(".")[2] not in ("int32", "uint32"):
         msg = f"{name} must hold 32-bit words, int32 or uint32, got dtype {value.dtype}"
         raise TypeError(msg)
@@ -119,7 +129,7 @@ def _signed(word: int) -> int:
 
 def _key_of_array(seed: Array, xp: Any, device: Any) -> Array:
     own = namespace(seed)
-    if not own.isdtype(seed.dtype, "integral"):
+    if not is_kind(own, seed.dtype, "integral"):
         msg = f"seeds must be ints, got dtype {seed.dtype}"
         raise TypeError(msg)
     if own.iinfo(seed.dtype).bits == 64:
@@ -219,7 +229,7 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
     xp = namespace(k)
     if not is_number(data) and is_array(data):
         index = to_library_of(data, k)
-        if not xp.isdtype(index.dtype, "integral"):
+        if not is_kind(xp, index.dtype, "integral"):
             msg = f"data must be ints, got dtype {index.dtype}"
             raise TypeError(msg)
         index = cast(index, xp.int32)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import polysoftmax
-from polysoftmax._arrays import Array, namespace
+from polysoftmax._arrays import Array, device_for, namespace
 from polysoftmax._demo.backends import UsageError
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def closed_form(weights: Weights, context: Array, target: Array) -> tuple[Array,
 
 def _one_hot(numbers: Array, symbols: int, dtype: object) -> Array:
     xp = namespace(numbers)
-    columns = xp.arange(symbols, dtype=numbers.dtype, device=numbers.device)
+    columns = xp.arange(symbols, dtype=numbers.dtype, device=device_for(numbers))
     return xp.astype(numbers[:, None] == columns, dtype)
 
 

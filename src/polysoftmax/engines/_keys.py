@@ -53,6 +53,8 @@ def to_library_of(words: Array, x: Array) -> Array:
         words = there.xp.asarray(_host(words, here.name), device=device_for(x))
     elif there.name == "torch" and words.device != x.device:
         words = words.to(x.device)
+    elif there.name == "array_api_strict":
+        words = words.to_device(x.device)
     return words
 
 

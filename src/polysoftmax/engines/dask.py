@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from polysoftmax._arrays import library
+from polysoftmax._arrays import library, require_known_shape
 from polysoftmax._ops import Ops, ops_of
 
 if TYPE_CHECKING:
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 class DaskOps(Ops):
     """The words of Dask, which computes nothing before it is asked for values."""
 
+    def total(self, x: Array) -> Array:
+        return self.xp.sum(x)
+
+    def mean(self, x: Array) -> Array:
+        # The number of entries may be unknown before they are computed.
+        return self.total(x) / self.xp.maximum(self.total(self.xp.ones_like(x)), 1.0)
+
     def take(self, x: Array, index: Array) -> Array:
         hit = self.indices(x) == index
         return self.xp.sum(self.xp.where(hit, x, 0), axis=self.axis, keepdims=True, dtype=x.dtype)
@@ -24,6 +31,10 @@ class DaskOps(Ops):
         """Return whole rows, without what is outside the block."""
         index = self.indices(x)
         return self.xp.where(index // size == block, x, -math.inf if self.is_floating(x) else False), index
+
+    def block_sums(self, terms: Array, size: int) -> Array:
+        require_known_shape(terms)
+        return super().block_sums(terms, size)
 
     def descending(self, x: Array) -> Array:
         raise _unordered()

@@ -9,7 +9,7 @@ import torch
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 
-from polysoftmax._arrays import library, values_are_free
+from polysoftmax._arrays import library, require_dense, values_are_free
 from polysoftmax._formula import Call
 from polysoftmax._ops import Ops, ops_of
 from polysoftmax._sampling import SAMPLE
@@ -125,6 +125,7 @@ def words(x: Array, axis: int) -> Ops:
     if torch.compiler.is_compiling():
         kind: type[Ops] = CompiledDifferentiatedOps if torch.is_grad_enabled() else CompiledOps
     else:
+        require_dense(x)
         kind = DifferentiatedOps if torch.is_grad_enabled() or _is_transformed() else TorchOps
     return ops_of(kind, library(x).xp, axis)
 
@@ -159,7 +160,11 @@ def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
 
 
 def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
-    return call.evaluate(words(operands[0], call.axis), operands)
+    ops = words(operands[0], call.axis)
+    if not torch.compiler.is_compiling():
+        for one in operands[1:]:
+            require_dense(one)
+    return call.evaluate(ops, operands)
 
 
 def _run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import cast, device_for
+from polysoftmax._arrays import cast, device_for, quietly
 from polysoftmax._formula import RowFormula, words
 from polysoftmax._rows import Rows, last_rows, rows
 from polysoftmax._softmax import LOG_SOFTMAX, SOFTMAX, over_temperature
@@ -290,7 +290,8 @@ def softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Numbe
     r = last_rows(x, axis)
     t = r.temperature(temperature)
     y = _probabilities(r, t)
-    return cast(over_temperature(words(r.x), y[..., :, None] * _identity_less(r, y), _per_matrix(r, t)), r.result)
+    with quietly(y):
+        return cast(over_temperature(words(r.x), y[..., :, None] * _identity_less(r, y), _per_matrix(r, t)), r.result)
 
 
 def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | Number = 1.0) -> Array:
@@ -334,7 +335,8 @@ def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | N
     r = last_rows(x, axis)
     t = r.temperature(temperature)
     p = _probabilities(r, t)
-    return cast(over_temperature(words(r.x), _identity_less(r, p), _per_matrix(r, t)), r.result)
+    with quietly(p):
+        return cast(over_temperature(words(r.x), _identity_less(r, p), _per_matrix(r, t)), r.result)
 
 
 def _probabilities(r: Rows, temperature: Array | float | None) -> Array:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from polysoftmax._arrays import (
     cast,
     default_index,
     float_bits,
+    in_native_order,
+    is_kind,
     is_number,
     namespace,
+    quietly,
     require_same_library,
     values_are_free,
 )
 from polysoftmax._formula import words
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE, classes, weight_of
-from polysoftmax._rows import rows
+from polysoftmax._rows import may_be_equal, rows
 
 if TYPE_CHECKING:
-    from polysoftmax._arrays import Array
+    from polysoftmax._arrays import Array, DType
     from polysoftmax._ops import Ops
     from polysoftmax._rows import Axis, Number, Rows
+
+
+def _rows(x: Array, axis: Axis, dtype: DType | None) -> Rows:
+    """Return rows whose answer has what was computed: a loss of 16 bits has 3 digits, and its scaled gradient none."""
+    r = rows(x, axis, dtype)
+    if dtype is None:
+        r.result = r.compute
+    return r
 
 
 def cross_entropy(
@@ -35,6 +46,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     weight: Array | None = None,
     z_loss: float = 0.0,
+    dtype: DType | None = None,
 ) -> Array:
     r"""Cross-entropy of target classes, or target probabilities, under the softmax of logits.
 
@@ -61,11 +73,13 @@ def cross_entropy(
         w, a factor for each class, of shape (n,) for n classes.
     z_loss : float
         ζ, 0 or greater: keeps the logsumexp of the logits near 0.
+    dtype : dtype, optional
+        Real floating dtype of the result; by default that of ``logits``, and float32 for 16 bits.
 
     Returns
     -------
     array
-        Losses in nats, in the float dtype of ``logits``: a 0-d array, or one entry a row for "none".
+        Losses in nats: a 0-d array, or one entry a row for "none".
 
     Raises
     ------
@@ -83,9 +97,9 @@ def cross_entropy(
     Notes
     -----
     A target at a logit of -inf gives a loss of inf; a row of -inf, or with NaN or +inf, is NaN. The gradient,
-    p·Σ c - c with the weights c of the classes, is computed from the logits alone: nothing of their size is kept
-    for the backward pass. Sources: Goodfellow, Bengio and Courville, "Deep Learning", section 6.2.2; label
-    smoothing: Szegedy et al., CVPR 2016; z-loss: Chowdhery et al., "PaLM", JMLR 24, 2023.
+    p·Σ c - c with the weights c of the classes, has the dtype of the logits and is computed from them alone: nothing
+    of their size is kept for the backward pass. Sources: Goodfellow, Bengio and Courville, "Deep Learning", section
+    6.2.2; label smoothing: Szegedy et al., CVPR 2016; z-loss: Chowdhery et al., "PaLM", JMLR 24, 2023.
 
     Examples
     --------
@@ -100,13 +114,13 @@ def cross_entropy(
     if reduction not in ("none", "sum", "mean"):
         msg = f'reduction must be "none", "sum" or "mean", got {reduction!r}'
         raise ValueError(msg)
-    r = rows(logits, axis)
-    if r.length == 0:
-        msg = f"cross_entropy needs at least one class, got logits of shape {r.shape} with axis={axis}"
-        raise ValueError(msg)
+    r = _rows(logits, axis, dtype)
+    r.require_entries("cross_entropy", "class")
     if ignore_index is not None:
         ignore_index = _index(ignore_index, "ignore_index")
     q, is_index = _row_targets(r, targets, ignore_index)
+    if ignore_index is not None and not -(1 << 31) <= ignore_index < 1 << 31:
+        ignore_index = _within(ignore_index, r.xp.iinfo(q.dtype))
     w = None if weight is None else _row_weight(r, weight)
     is_weighted = is_index and not (w is None and ignore_index is None)
     losses = CROSS_ENTROPY(
@@ -121,36 +135,47 @@ def cross_entropy(
         label_smoothing=_number(label_smoothing, "label_smoothing", 1.0),
         z_loss=_number(z_loss, "z_loss", math.inf),
     )
-    if is_index and values_are_free(losses):
-        total = losses if reduction != "none" else words(losses).total(losses)
-        if math.isnan(total.item()):
-            _require_known(r, targets, ignore_index)  # the loss of a target that is no class is NaN
+    if is_index and values_are_free(losses) and _has_nan(losses):
+        _require_known(r, targets, ignore_index)  # the loss of a target that is no class is NaN
     if reduction == "mean" and is_weighted:
-        losses = mean_or_zero(losses, _total_weight(words(r.x, r.axis), r, q, w, ignore_index))
-    return cast(losses, r.result)
+        with quietly(losses):
+            losses = mean_or_zero(losses, _total_weight(words(r.x, r.axis), r, q, w, ignore_index))
+    return losses if dtype is None else cast(losses, r.result)
 
 
 def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Array, bool]:
     """Check the targets and bring them into the form of the rows; the second answer: whether they are classes."""
     require_same_library(r.x, targets, "targets")
-    if float_bits(r.xp, targets.dtype):
-        if ignore_index is not None:
-            msg = f"ignore_index={ignore_index} goes with integer targets, got probabilities of dtype {targets.dtype}"
-            raise ValueError(msg)
-        return r.like_input(targets, "targets (floating, hence probabilities)"), False
     is_int64 = targets.dtype == r.xp.int64
-    if not (is_int64 or r.xp.isdtype(targets.dtype, "integral")):
-        msg = f"targets must be integers (classes) or floating (probabilities), got dtype {targets.dtype}"
-        raise TypeError(msg)
-    if tuple(targets.shape) != r.reduced_shape:
+    if not is_int64:
+        targets = in_native_order(targets)
+        if float_bits(r.xp, targets.dtype):
+            if ignore_index is not None:
+                msg = f"ignore_index={ignore_index} goes with integer targets, got probabilities of {targets.dtype}"
+                raise ValueError(msg)
+            return r.like_input(targets, "targets (floating, hence probabilities)"), False
+        if not is_kind(r.xp, targets.dtype, "integral"):
+            msg = (
+                "targets must be integers (classes) or floating with 16 bits or more (probabilities), "
+                f"got dtype {targets.dtype}"
+            )
+            raise TypeError(msg)
+    shape = tuple(targets.shape)
+    if shape != r.reduced_shape and not may_be_equal(shape, r.reduced_shape):
         msg = (
-            f"integer targets must have the shape of the logits without the class axis, {r.reduced_shape}, "
-            f"got {tuple(targets.shape)}"
+            f"integer targets must have the shape of the logits without the class axis, {r.reduced_shape}, got {shape}"
         )
         raise ValueError(msg)
     if not is_int64:
         targets = cast(targets, default_index(r.xp))
     return r.from_reduced(targets), True
+
+
+def _has_nan(losses: Array) -> bool:
+    if losses.ndim:
+        with quietly(losses):
+            losses = words(losses).total(losses)
+    return math.isnan(losses.item())
 
 
 def _require_known(r: Rows, targets: Array, ignore_index: int | None) -> None:
@@ -176,6 +201,11 @@ def _index(value: int, name: str) -> int:
         msg = f"{name} must be an int or None, got {type(value).__name__}"
         raise TypeError(msg)
     return int(value)
+
+
+def _within(index: int, limits: Any) -> int | None:
+    """Return an index that a target may be, None for one that is out of range of their dtype."""
+    return index if limits.min <= index <= limits.max else None
 
 
 def _number(value: float, name: str, upper: float) -> float:
@@ -213,6 +243,7 @@ def entropy(
     axis: Axis = -1,
     temperature: Array | Number = 1.0,
     where: Array | None = None,
+    dtype: DType | None = None,
 ) -> Array:
     r"""Shannon entropy of the softmax of logits.
 
@@ -228,6 +259,8 @@ def entropy(
         T, in units of the logits, 0 or greater; an array has one entry a row (see `softmax`).
     where : array of bool, optional
         Broadcasts against ``x``. Entries under False do not exist.
+    dtype : dtype, optional
+        Real floating dtype of the result; by default that of ``x``, and float32 for 16 bits.
 
     Returns
     -------
@@ -252,7 +285,7 @@ def entropy(
     >>> float(polysoftmax.entropy(np.zeros(8)) / np.log(2.0))
     3.0
     """
-    r = rows(x, axis)
+    r = _rows(x, axis, dtype)
     if r.length == 0:
         return r.empty_result(0.0)
     return ENTROPY(r, r.x, r.temperature(temperature), r.mask(where), squeeze=True)
@@ -266,6 +299,7 @@ def kl_divergence(
     axis: Axis = -1,
     temperature: Array | Number = 1.0,
     where: Array | None = None,
+    dtype: DType | None = None,
 ) -> Array:
     r"""Kullback-Leibler divergence between the softmaxes of two arrays of logits.
 
@@ -282,11 +316,13 @@ def kl_divergence(
         `softmax`).
     where : array of bool, optional
         Broadcasts against the logits. Entries under False do not exist.
+    dtype : dtype, optional
+        Real floating dtype of the result; by default that of ``logits_p``, and float32 for 16 bits.
 
     Returns
     -------
     array
-        Divergences in nats, of the shape of the logits without ``axis``, in the float dtype of ``logits_p``.
+        Divergences in nats, of the shape of the logits without ``axis``.
 
     Raises
     ------
@@ -309,7 +345,7 @@ def kl_divergence(
     >>> float(polysoftmax.kl_divergence(p, q).round(4))
     0.1438
     """
-    r = rows(logits_p, axis)
+    r = _rows(logits_p, axis, dtype)
     other = r.like_input(logits_q, "logits_q")
     if r.length == 0:
         return r.empty_result(0.0)

@@ -128,9 +128,7 @@ def sample(
     array([0.1, 0.2, 0.7])
     """
     r = last_rows(logits, axis)
-    if r.length == 0:
-        msg = f"sample needs at least one token, got logits of shape {r.shape} with axis={axis}"
-        raise ValueError(msg)
+    r.require_entries("sample", "token")
     keys = as_key(key, like=r.x)
     t, mask = r.temperature(temperature), r.mask(where)
     kept, top_k = filters(r, top_k, top_p, min_p)

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from polysoftmax._arrays import namespace
-from polysoftmax._rows import rows
+from polysoftmax._rows import rows, weighted_rows
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 
 if TYPE_CHECKING:
@@ -170,17 +170,18 @@ def logsumexp(
     keepdims : bool
         Whether the axes stay, with length 1.
     weights : array, optional
-        w, real, broadcasts against ``x``. A weight of 0 removes its entry, whatever stands there; signs are
-        allowed.
+        w, real. ``x`` and ``weights`` broadcast against each other, and ``axis`` is an axis of what they broadcast
+        to. A weight of 0 removes its entry, whatever stands there; signs are allowed.
     where : array of bool, optional
-        Broadcasts against ``x``. Entries under False do not exist.
+        Broadcasts against ``x``, or against what ``x`` and ``weights`` broadcast to. Entries under False do not
+        exist.
     dtype : dtype, optional
         Real floating dtype of the result; by default that of ``x``.
 
     Returns
     -------
     array
-        The shape of ``x`` without ``axis``, or with length 1 there if ``keepdims``.
+        The shape of ``x``, broadcast against ``weights``, without ``axis``, or with length 1 there if ``keepdims``.
 
     Raises
     ------
@@ -210,9 +211,6 @@ def logsumexp(
     >>> float(polysoftmax.logsumexp(np.log([3.0, 2.0]), weights=np.asarray([1.0, -1.0])).round(12))
     0.0
     """
-    r = rows(x, axis, dtype)
-    if r.length == 0:
-        y = r.empty_result(-math.inf)
-    else:
-        y = LOGSUMEXP(r, r.x, r.broadcast_weights(weights, "weights"), r.mask(where), squeeze=True)
+    r, w = weighted_rows(x, weights, axis, dtype)
+    y = r.empty_result(-math.inf) if r.length == 0 else LOGSUMEXP(r, r.x, w, r.mask(where), squeeze=True)
     return r.keepdims(y) if keepdims else y

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import cast, float_bits, is_number
+from polysoftmax._arrays import cast, float_bits, is_number, quietly
 from polysoftmax._formula import words
 from polysoftmax._rows import rows
 from polysoftmax._truncation import TRUNCATE, Filters, has_axes
@@ -122,9 +122,11 @@ def truncate(
     if r.length == 0:
         return r.elementwise(cast(r.x, r.result))
     if top_k is None and not any(one is not None for one in kept) and not has_axes(temperature):
-        ops, x = words(r.x, r.axis), cast(r.x, r.result)
-        top = ops.max(x)
-        return r.elementwise(ops.nan_unless(top < math.inf, x, top))
+        ops, x = words(r.x, r.axis), cast(r.x, r.compute)  # NumPy's bfloat16 does not keep its dtype beside a number
+        with quietly(x):
+            top = ops.max(x)
+            y = ops.nan_unless(top < math.inf, x, top)
+        return r.elementwise(cast(y, r.result))
     # Integers are widened here as they are for a draw, which may change how they lie in memory, and so the engine.
     x = r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)
     return r.elementwise(TRUNCATE(r, x, temperature, None, *kept, top_k=top_k))

@@ -193,6 +193,17 @@ class _Dask(Adapter):
             return _widened(np.asarray(y.compute(scheduler="sync")))
 
 
+def x64(*, enabled: bool) -> Any:
+    """Return JAX's context with or without 64-bit types, which older versions have in another place."""
+    import jax
+
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(enabled)
+    from jax.experimental import enable_x64
+
+    return enable_x64(enabled)
+
+
 class _Jax(Adapter):
     @functools.cached_property
     def xp(self) -> Any:
@@ -205,7 +216,7 @@ class _Jax(Adapter):
         import jax
 
         device = jax.devices("cuda" if self.can.gpu else "cpu")[0]
-        with jax.enable_x64(self.backend is Backend.JAX_X64), jax.default_device(device):
+        with x64(enabled=self.backend is Backend.JAX_X64), jax.default_device(device):
             yield
 
     def _make(self, exact: NDArray[Any], dtype: str) -> Array:

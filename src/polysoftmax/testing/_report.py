@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polysoftmax.testing._adapters import open_backend
+from polysoftmax.testing._adapters import open_backend, x64
 from polysoftmax.testing._backends import Backend, missing
 from polysoftmax.testing._cases import CASES
 from polysoftmax.testing._check import check_case
@@ -81,7 +81,7 @@ def _jax(op: str, x: Any, dtype: str) -> Any:
     import jax
 
     function = jax.scipy.special.logsumexp if op == "logsumexp" else getattr(jax.nn, op)
-    with jax.enable_x64(dtype == "float64"):
+    with x64(enabled=dtype == "float64"):
         return function(jax.numpy.asarray(x, dtype=dtype), axis=-1)
 
 

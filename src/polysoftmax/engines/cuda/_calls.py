@@ -274,7 +274,8 @@ def launch_for_last_axis(x: Array, formula: RowFormula) -> Launch | str:
     r = rows(x, -1)
     options = {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0, "top_k": 1}
     operands = tuple(r.x if i in (0, roles.x, roles.y_or_cotangent) else None for i in range(7))
-    found = prepare(Call(formula, options, r.axis, r.compute, r.result), operands)
+    result = r.compute if formula is CROSS_ENTROPY else r.result
+    found = prepare(Call(formula, options, r.axis, r.compute, result), operands)
     return found if isinstance(found, str) else found[0]
 
 

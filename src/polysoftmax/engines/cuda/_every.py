@@ -61,7 +61,7 @@ def _chosen(machine: Machine) -> Iterator[Kernel]:
         for formula in ROW_FORMULAS:
             if general and formula.startswith("cross_entropy"):
                 continue
-            for y in sorted({x, compute}):
+            for y in sorted({compute} if formula == "cross_entropy" else {x, compute}):
                 plan = plan_rows(formula, x, y, rows, n, aligned=aligned, general=general, machine=machine)
                 yield plan.kernel
         masses = plan_masses(x, rows, n, aligned=aligned, general=general, machine=machine)
