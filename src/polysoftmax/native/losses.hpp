@@ -133,17 +133,20 @@ struct Slope {
 
     template <class Y>
     Slope(Rows& rows, const LossOptions& o, const Y& terms) : x(rows.template column<const C>(0)) {
-        top = rows.max([&](auto i) { return x[i]; });
+        // Not the members: what is written to the terms could change those, as far as the compiler knows.
+        auto logits = x;
+        auto greatest = rows.max([&](auto i) { return logits[i]; });
+        rows.each([&](auto i) { terms[i] = exp(logits[i] - greatest[i]); });
         auto sums = rows.template sums<2>([&](auto i) {
-            C e = exp(x[i] - top[i]);
-            terms[i] = e;
-            bool at_top = x[i] == top[i];
+            C e = terms[i];
+            bool at_top = logits[i] == greatest[i];
             return Terms<C, 2>{{at_top ? (C)1 : (C)0, at_top ? (C)0 : e}};
         });
+        top = greatest;
         const Apart<Rows> apart{rows.term(sums, 0), rows.term(sums, 1)};
         inverse = rows.row([&](auto r) { return finite(top[r]) ? 1 / (apart.count[r] + apart.rest[r]) : nan_of<C>(); });
         others = rows.row([&](auto r) { return apart.rest[r] * inverse[r]; });
-        alone = rows.row([&](auto r) { return apart.alone(r); });
+        alone = rows.row([&](auto r) { return apart.count[r] == 1; });
         const C factor = (C)(2 * o.z_loss);
         if (factor == 0) {
             pull_of_z = rows.row([](auto) { return (C)0; });
@@ -153,7 +156,7 @@ struct Slope {
         }
     }
 
-    BOTH bool is_sure(Index r, C logit) const { return alone[r] && logit == top[r]; }
+    BOTH bool is_sure(Index r, C logit) const { return alone[r] & (logit == top[r]); }
     // p·Σ c - c + 2·z_loss·logsumexp·p, of a class like any other, and of the sure one, where `rest` is Σ c of the others.
     BOTH C of(C p, C total, C c, Index r) const { return p * total - c + pull_of_z[r] * p; }
     BOTH C of_sure(C rest, C c, Index r) const {
@@ -221,8 +224,8 @@ void cross_entropy_of_classes_pull(const Problem& problem, Rows& rows) {
         return is_sure[r] ? of_sure[r] : y;
     });
     rows.each([&](auto i) {
-        C y = slope.of(gx[i] * slope.inverse[i], total[i], spread(i), i) * scale[i];
-        y = slope.is_sure(i, slope.x[i]) ? of_sure[i] : y;
+        C y = slope.of(gx[i] * slope.inverse[i], total[i], spread(i), i) * scale[i], own = of_sure[i];
+        y = choose(slope.is_sure(i, slope.x[i]), own, y);
         gx[i] = target.counts[i] ? y : 0;
     });
     rows.row([&](auto r) {
@@ -249,8 +252,8 @@ void cross_entropy_of_probabilities_pull(const Problem& problem, Rows& rows) {
     auto total = rows.row([&](auto r) { return apart.count[r] + apart.rest[r]; });
     auto of_sure = rows.row([&](auto r) { return slope.of_sure(apart.rest[r], apart.count[r], r); });
     rows.each([&](auto i) {
-        C y = slope.of(gx[i] * slope.inverse[i], total[i], c(i), i);
-        gx[i] = (slope.is_sure(i, slope.x[i]) ? of_sure[i] : y) * g[i];
+        C y = slope.of(gx[i] * slope.inverse[i], total[i], c(i), i), own = of_sure[i];
+        gx[i] = choose(slope.is_sure(i, slope.x[i]), own, y) * g[i];
     });
 }
 
@@ -300,12 +303,20 @@ struct Pair {
     using Index = typename Rows::Index;
 
     Scores<options, Rows> a, b;
-    Apart<Rows> of_a, of_b;
-    typename Rows::template Value<C> log_a, log_b;
+    typename Rows::template Value<C> log_a, log_b, others_a, others_b;
+    typename Rows::template Value<bool> sure_a, sure_b;    // whether one class is alone at the maximum
 
-    explicit Pair(Rows& rows) : a(rows, 0, 2, 3), b(rows, 1, 2, 3), of_a(set_apart(rows, a)), of_b(set_apart(rows, b)) {
-        log_a = log_total(rows, a, of_a);
-        log_b = log_total(rows, b, of_b);
+    explicit Pair(Rows& rows) : a(rows, 0, 2, 3), b(rows, 1, 2, 3) {
+        find_others(rows, a, log_a, others_a, sure_a);
+        find_others(rows, b, log_b, others_b, sure_b);
+    }
+
+    template <class Log, class Sure>
+    BOTH static void find_others(Rows& rows, const Scores<options, Rows>& s, Log& log_sum, Log& others, Sure& sure) {
+        const Apart<Rows> apart = set_apart(rows, s);
+        log_sum = log_total(rows, s, apart);
+        others = rows.row([&](auto r) { return apart.rest[r] / (apart.count[r] + apart.rest[r]); });
+        sure = rows.row([&](auto r) { return apart.count[r] == 1 && finite(s.top[r]); });
     }
 
     BOTH C log_p(Index i) const { return choose(a.exists(i), a.z(i) - log_a[i], -infinity<C>()); }
@@ -313,12 +324,9 @@ struct Pair {
     BOTH C ratio(Index i, C p) const { return choose(p != 0, log_p(i)) - choose(p != 0, log_q(i)); }
 
     BOTH C difference(Index i, C p) const {
-        C q = exp(log_q(i)), others = is_sure(b, of_b, i) ? of_b.others(i) : 1 - q;
-        return is_sure(a, of_a, i) ? of_a.others(i) - others : q - p;
-    }
-
-    BOTH static bool is_sure(const Scores<options, Rows>& s, const Apart<Rows>& apart, Index i) {
-        return s.at_top(i) && apart.alone(i) && finite(s.top[i]);
+        C q = exp(log_q(i)), of_b = others_b[i];
+        C others = choose(b.at_top(i) & sure_b[i], of_b, 1 - q), difference = others_a[i] - others;
+        return choose(a.at_top(i) & sure_a[i], difference, q - p);
     }
 };
 
@@ -328,9 +336,10 @@ BOTH auto divergence_of(Rows& rows, const Pair<options, Rows>& pair) {
     using C = typename Rows::Real;
     return rows.sum([&](auto i) {
         C p = exp(pair.log_p(i)), r = pair.ratio(i, p);
-        bool near = r < (C)0.5 && r > (C)-0.5 && p != 0;
-        C y = near ? p * excess(near ? r : 0) : pair.difference(i, p) + p * r;
-        return y < 0 ? 0 : y;
+        bool near = (r < (C)0.5) & (r > (C)-0.5) & (p != 0);
+        C close = p * excess(choose(near, r)), far = pair.difference(i, p) + p * r;
+        C y = choose(near, close, far);
+        return choose(!(y < 0), y);
     });
 }
 

@@ -76,8 +76,6 @@ struct Apart {
     using C = typename Rows::Real;
     typename Rows::template Value<C> count, rest;
 
-    BOTH bool alone(typename Rows::Index r) const { return count[r] == 1; }
-    BOTH C others(typename Rows::Index r) const { return rest[r] / (count[r] + rest[r]); }
 };
 
 template <bool options, class Rows>
@@ -122,7 +120,10 @@ struct BesideSure {
         mean = rows.row([&](auto r) { return moment[r] - own[r] * others[r]; });
     }
 
-    BOTH C less_mean(C p, C v, typename Rows::Index i) const { return (p > (C)0.5 ? 0 : v - own[i]) - mean[i]; }
+    BOTH C less_mean(C p, C v, typename Rows::Index i) const {
+        C beside = v - own[i];
+        return choose(!(p > (C)0.5), beside) - mean[i];
+    }
 };
 
 // y = exp(z) / Σ exp(z), written to y.
@@ -184,7 +185,10 @@ BOTH auto pull_of_softmax(Rows& rows, Y y, G g) {
     using C = typename Rows::Real;
     auto alive = [=](auto i) { return choose(y[i] != 0, g[i]); };
     const BesideSure<Rows> beside(rows, [=](auto i) { return (C)y[i]; }, alive);
-    return [=](auto i) { return choose(y[i] != 0, y[i] * beside.less_mean(y[i], alive(i), i)); };
+    return [=](auto i) {
+        C p = y[i], slope = p * beside.less_mean(p, alive(i), i);
+        return choose(p != 0, slope);
+    };
 }
 
 template <class Rows>
@@ -217,7 +221,10 @@ BOTH auto pull_of_log_softmax(Rows& rows, Y y, G g) {
     auto rest = rows.term(sums, 0), own = rows.term(sums, 1), log_p = rows.term(sums, 2);
     auto total = rows.row([&](auto r) { return rest[r] + own[r]; });
     auto at_sure = rows.row([&](auto r) { return -expm1(log_p[r]) * own[r] - exp(log_p[r]) * rest[r]; });
-    return [=](auto i) { return sure(i) ? at_sure[i] : g(i) - exp(y(i)) * total[i]; };
+    return [=](auto i) {
+        C slope = g(i) - exp(y(i)) * total[i], own_slope = at_sure[i];
+        return choose(sure(i), own_slope, slope);
+    };
 }
 
 template <class Rows>
@@ -252,7 +259,10 @@ void softmax_push(const Problem&, Rows& rows) {
     write_softmax(rows, s, y);
     auto dz = [&](auto i) { return s.over(choose(y[i] != 0, dx[i]), i); };
     const BesideSure<Rows> beside(rows, [&](auto i) { return (C)y[i]; }, dz);
-    rows.each([&](auto i) { dy[i] = choose(y[i] != 0, y[i] * beside.less_mean(y[i], dz(i), i)); });
+    rows.each([&](auto i) {
+        C p = y[i], slope = p * beside.less_mean(p, dz(i), i);
+        dy[i] = choose(p != 0, slope);
+    });
 }
 
 // dy = dz - Σ p·dz
@@ -266,7 +276,10 @@ void log_softmax_push(const Problem&, Rows& rows) {
     auto dz = [&](auto i) { return s.over(choose(s.exists(i), dx[i]), i); };
     const BesideSure<Rows> beside(
         rows, [&](auto i) { return (C)p[i]; }, [&](auto i) { return choose(p[i] != 0, dz(i)); });
-    rows.each([&](auto i) { dy[i] = choose(s.exists(i), beside.less_mean(p[i], dz(i), i)); });
+    rows.each([&](auto i) {
+        C slope = beside.less_mean(p[i], dz(i), i);
+        dy[i] = choose(s.exists(i), slope);
+    });
 }
 
 // Logits with weights: an entry without weight, or under a mask, does not exist. Without options all weights are 1.
