@@ -81,7 +81,18 @@ def masses(ops: Ops, x: Array, t: Temperature, where: Maybe) -> tuple[Array, Arr
     """The maximum of every row, and Σ exp((x - max) / T) over each of its blocks."""
     x = ops.where(where, x, -INF)
     top = ops.max(x)
-    return top, ops.block_sums(ops.exp(over_temperature(ops, ops.below(x, top), t)), block_length(x.shape[-1]))
+    return top, ops.block_sums(ops.exp(scores_below(ops, x, top, t)), block_length(x.shape[-1]))
+
+
+def scores_below(ops: Ops, x: Array, top: Array, t: Temperature) -> Array:
+    """(x - top) / T. Nothing moves in a row without a token, so a loss that leaves it out has a gradient of 0 there."""
+    return over_temperature(ops, ops.steady(ops.below(x, top), has_token(top, t)), t)
+
+
+def has_token(top: Array, t: Temperature) -> Array:
+    """Whether there is a token to draw: a bad logit or filter shows in the maximum of what is left of the row."""
+    good = (top > -INF) & (top < INF)
+    return good if t is None or isinstance(t, float) else good & (t >= 0)
 
 
 def draw(
@@ -104,7 +115,7 @@ def draw(
     exists = index < x.shape[-1]
     if where is not None:
         exists = exists & ops.block_of(ops.broadcast_to(where, x.shape), block, size)[0]
-    z = over_temperature(ops, ops.below(ops.where(exists, inside, -INF), top), t)
+    z = scores_below(ops, ops.where(exists, inside, -INF), top, t)
     position = gumbel_argmax(ops, ops.exp(z), z, keys, index, TOKENS, t)
     return read_out(ops, top, t, ops.sum(mass), z, index, position, logprobs)
 
@@ -134,7 +145,8 @@ def draw_leading(
     filters = Filters(None, p, min_p)
     if has_mass(filters):
         x, *_ = filtered_few(ops, x, index, t, filters)
-    z = over_temperature(ops, ops.below(x, top), t)
+        top = ops.max(x)
+    z = scores_below(ops, x, top, t)
     terms = ops.exp(z)
     block = index // size
     same = block[..., :, None] == block[..., None, :]
@@ -160,10 +172,7 @@ def read_out(
     """The token at a position, -1 for a row without an answer, and its log-probability if asked for."""
     won = ops.indices(z) == position
     token = ops.max(ops.where(won, index, -1))
-    # A bad logit, filter or temperature makes the total NaN, but XLA loses NaN in some sums of exponentials.
-    drawn = (top > -INF) & (top < INF) & (total > 0)
-    if t is not None and not isinstance(t, float):
-        drawn = drawn & (t >= 0)
+    drawn = has_token(top, t)
     tokens = ops.where(drawn, ops.astype(token, ops.index_dtype), -1)
     if not logprobs:
         return (tokens,)
