@@ -5,6 +5,7 @@ This file and ``engines/`` are the only places where a library's name may stand.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -102,6 +103,14 @@ def is_number(value: object) -> bool:
         return True
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, (numpy.integer, numpy.floating))
+
+
+def as_float(value: float) -> float:
+    """Return a number as a float, inf where it is an int too large to be one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def is_array(value: object) -> bool:
