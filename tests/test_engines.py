@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import subprocess
 import sys
@@ -33,7 +34,91 @@ def test_nested_choices_are_undone() -> None:
 
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match=f"unknown engine 'fast': choose one of {', '.join(ENGINES)}"):
-        polysoftmax.engine("fast").__enter__()
+        polysoftmax.engine("fast")  # before it is entered
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
+def test_blocks_end_in_any_order(order: tuple[int, ...]) -> None:
+    """The last to begin of those that are left decides, and nothing is left of a choice when its block has ended."""
+    before = chosen()
+    names = ["portable", "auto", "portable"]
+    blocks = [polysoftmax.engine(name) for name in names]
+    for one in blocks:
+        one.__enter__()
+    left = [0, 1, 2]
+    for i in order:
+        blocks[i].__exit__(None, None, None)
+        left.remove(i)
+        assert chosen() == (names[left[-1]] if left else before)
+
+
+def test_one_block_may_be_entered_again() -> None:
+    before = chosen()
+    block = polysoftmax.engine("portable")
+    for _ in range(2):
+        with block:
+            with block:
+                assert chosen() == "portable"
+            assert chosen() == "portable"
+        assert chosen() == before
+
+
+def test_a_generator_shares_its_block_with_its_caller() -> None:
+    """As long as it waits inside: it has no context of its own. Whichever ends first, nothing is left behind."""
+
+    def steps() -> Iterator[str]:
+        with polysoftmax.engine("portable"):
+            yield chosen()
+
+    before = chosen()
+    first = steps()
+    assert (next(first), chosen()) == ("portable", "portable")
+    with polysoftmax.engine("auto"):
+        assert (chosen(), list(first), chosen()) == ("auto", [], "auto")
+    assert chosen() == before
+    second = steps()
+    with polysoftmax.engine("auto"):
+        assert (next(second), chosen()) == ("portable", "portable")
+    assert (chosen(), list(second), chosen()) == ("portable", [], before)
+
+
+def test_a_block_that_ends_in_another_context_changes_nothing_there() -> None:
+    block, before = polysoftmax.engine("portable"), chosen()
+    contextvars.copy_context().run(block.__enter__)
+    block.__exit__(None, None, None)
+    assert chosen() == before
+
+
+def test_functions_are_decorated() -> None:
+    @polysoftmax.engine("portable")
+    def names(depth: int) -> list[str]:
+        return [chosen(), *(names(depth - 1) if depth else [])]
+
+    before = chosen()
+    assert names(2) == ["portable"] * 3
+    assert chosen() == before
+
+
+def test_what_runs_after_its_call_is_not_decorated() -> None:
+    def steps() -> Iterator[str]:
+        yield chosen()
+
+    async def task() -> str:
+        return chosen()
+
+    for function in (steps, task):
+        with pytest.raises(TypeError, match=f"{function.__name__} only runs after the call, .* use a `with` block"):
+            polysoftmax.engine("portable")(function)
+
+
+def test_an_engine_that_is_not_used_warns() -> None:
+    before = chosen()
+    with pytest.warns(
+        RuntimeWarning, match=r'engine\("portable"\) chooses nothing by itself: use it in a `with`'
+    ) as seen:
+        polysoftmax.engine("portable")
+    assert chosen() == before
+    assert [one.filename for one in seen] == [__file__]
 
 
 def test_threads_do_not_see_the_choice() -> None:

@@ -84,7 +84,7 @@ def test_axis(axis: Any, error: type[Exception], message: str) -> None:
         ({"temperature": -0.5}, ValueError, "temperature must be 0 or greater, got -0.5"),
         ({"temperature": float("nan")}, ValueError, "temperature must be 0 or greater, got nan"),
         ({"temperature": np.float32(-1)}, ValueError, "got -1.0"),
-        ({"temperature": [1.0]}, TypeError, "temperature must be a real number or an array .*got list"),
+        ({"temperature": [1.0]}, TypeError, "temperature must be an int, a float or an array .*got list"),
         ({"temperature": True}, TypeError, "got bool"),
         ({"temperature": 1j}, TypeError, "got complex"),
         ({"temperature": np.ones(4)}, ValueError, r"shape \(4,\); .*\(3, 4\).* \(\), \(3,\) or \(3, 1\)"),

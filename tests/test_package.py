@@ -82,6 +82,19 @@ def test_import_brings_no_backend_and_no_warning() -> None:
     assert shown.stdout.strip() == "[]"
 
 
+def test_the_conformance_kit_is_imported_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, polysoftmax\n"
+        "print('polysoftmax.testing' in sys.modules, 'testing' in dir(polysoftmax), 'softmax' in dir(polysoftmax))\n"
+        "print(polysoftmax.testing.Backend.__name__, polysoftmax.testing is sys.modules['polysoftmax.testing'])\n"
+        "from polysoftmax import testing\n"
+    )
+    shown = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == ["False", "True", "True", "Backend", "True"]
+    with pytest.raises(AttributeError, match="module 'polysoftmax' has no attribute 'softmin'"):
+        polysoftmax.softmin  # noqa: B018
+
+
 def test_types_are_shipped() -> None:
     assert (SOURCE / "py.typed").is_file()
 

@@ -300,7 +300,7 @@ def test_dask_orders_nothing(lib: Adapter) -> None:
         ({"top_p": NAN}, ValueError, "top_p must lie in .* got nan"),
         ({"min_p": 2}, ValueError, r"min_p must lie in \[0, 1\], got 2.0"),
         ({"min_p": np.float32(-1)}, ValueError, "min_p must lie in"),
-        ({"min_p": [0.1]}, TypeError, "min_p must be a real number or an array"),
+        ({"min_p": [0.1]}, TypeError, "min_p must be an int, a float or an array"),
         ({"temperature": -1}, ValueError, "temperature must be 0 or greater, got -1.0"),
         ({"temperature": NAN}, ValueError, "temperature must be 0 or greater, got nan"),
         ({"top_p": np.ones(5)}, ValueError, r"top_p has shape \(5,\); for an input of shape \(2, 3\)"),

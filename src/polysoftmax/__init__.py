@@ -1,5 +1,10 @@
 """The softmax family, written once in the array API standard, for NumPy, JAX, PyTorch and CuPy."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from polysoftmax import random
 from polysoftmax.engines import engine, explain, set_num_threads
 from polysoftmax.functions.jacobian import (
@@ -14,6 +19,22 @@ from polysoftmax.functions.losses import cross_entropy, entropy, kl_divergence
 from polysoftmax.functions.sampling import sample
 from polysoftmax.functions.softmax import log_softmax, logsumexp, softmax
 from polysoftmax.functions.truncation import truncate
+
+if TYPE_CHECKING:
+    from polysoftmax import testing as testing
+else:
+
+    def __getattr__(name: str) -> object:
+        # The conformance kit takes as long to import as all the rest.
+        if name == "testing":
+            return importlib.import_module("polysoftmax.testing")
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "testing"})
+
 
 __version__ = "0.1.0"
 

@@ -5,6 +5,7 @@ This file and ``engines/`` are the only places where a library's name may stand.
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -147,6 +148,14 @@ def is_number(value: object) -> bool:
     return numpy is not None and isinstance(value, (numpy.integer, numpy.floating))
 
 
+def as_float(value: float) -> float:
+    """Return a number as a float, inf where it is an int too large to be one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def is_array(value: object) -> bool:
     """Whether ``value`` is an array of some library."""
     return type(value) in _LIBRARIES or array_api_compat.is_array_api_obj(value)
@@ -190,6 +199,18 @@ def in_native_order(x: Array) -> Array:
 
 _SWAPPED = frozenset({"numpy", "dask"})
 """Libraries whose dtypes may have the other order of bytes."""
+
+
+_LEAST_NORMAL: dict[tuple[str, DType], float] = {}
+
+
+def least_normal(x: Array) -> float:
+    """Return the smallest normal number of a floating array's dtype."""
+    xp = namespace(x)
+    least = _LEAST_NORMAL.get((xp.__name__, x.dtype))
+    if least is None:
+        least = _LEAST_NORMAL[xp.__name__, x.dtype] = float(xp.finfo(x.dtype).smallest_normal)
+    return least
 
 
 def default_float(xp: Any) -> DType:

@@ -152,10 +152,6 @@ class Ops:
         """Whether ``x`` holds floating numbers."""
         return float_bits(self.xp, x.dtype) > 0
 
-    def least_normal(self, x: Array) -> float:
-        """Return the least positive number of the dtype of ``x`` that has all its digits."""
-        return float(self.xp.finfo(x.dtype).smallest_normal)
-
     @property
     def index_dtype(self) -> DType:
         """The library's default dtype for indices."""
@@ -175,6 +171,11 @@ class Ops:
     def divide(self, x: Array, t: Array) -> Array:
         """Return ``x / t`` for a positive ``t``, whose derivative overflows only where it is itself infinite."""
         return x / t
+
+    def steady(self, x: Array, answered: Array) -> Array:
+        """Return ``x``, which is not differentiated in rows without an answer: there it may be any number."""
+        del answered
+        return x
 
     def with_slope_of(self, y: Array, smooth: Callable[[], Array]) -> Array:
         """Return ``y``, which is differentiated as ``smooth()`` is, its equal but for rounding."""

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from polysoftmax._arrays import (
     Array,
     DType,
+    as_float,
     cast,
     device_for,
     float_bits,
@@ -138,9 +139,9 @@ class Rows:
         reduced axes, and 1 or the input's length elsewhere. A number is rounded to what an array of it would hold.
         """
         if is_number(value):
-            return self._rounded(float(value))
+            return self._rounded(as_float(value))
         if isinstance(value, bool | complex) or not is_array(value):
-            msg = f"{name} must be a real number or an array of the logits' library, got {type(value).__name__}"
+            msg = f"{name} must be an int, a float or an array of the logits' library, got {type(value).__name__}"
             raise TypeError(msg)
         require_same_library(self.x, value, name)
         value = self.real(value, name)

@@ -81,7 +81,19 @@ def masses(ops: Ops, x: Array, t: Temperature, where: Maybe) -> tuple[Array, Arr
     """The maximum of every row, and Σ exp((x - max) / T) over each of its blocks."""
     x = ops.where(where, x, -INF)
     top = ops.max(x)
-    return top, ops.block_sums(ops.exp(scores_below(ops, x, top, t)), block_length(x.shape[-1]))
+    return top, ops.block_sums(ops.exp(steady_scores(ops, x, top, t)), block_length(x.shape[-1]))
+
+
+def steady_scores(ops: Ops, x: Array, top: Array, t: Temperature) -> Array:
+    """(x - top) / T. Nothing moves in a row without a token, so a loss that leaves it out has a gradient of 0 there."""
+    answered = has_token(top, t)
+    return scores_below(ops, ops.steady(x, answered), ops.steady(top, answered), t)
+
+
+def has_token(top: Array, t: Temperature) -> Array:
+    """Whether there is a token to draw: a bad logit or filter shows in the maximum of what is left of the row."""
+    good = (top > -INF) & (top < INF)
+    return good if t is None or isinstance(t, float) else good & (t >= 0)
 
 
 def draw(
@@ -104,7 +116,7 @@ def draw(
     exists = index < x.shape[-1]
     if where is not None:
         exists = exists & ops.block_of(ops.broadcast_to(where, x.shape), block, size)[0]
-    z = scores_below(ops, ops.where(exists, inside, -INF), top, t)
+    z = steady_scores(ops, ops.where(exists, inside, -INF), top, t)
     position = gumbel_argmax(ops, ops.exp(z), z, keys, index, TOKENS, t)
     return read_out(ops, top, t, ops.sum(mass), z, index, position, logprobs)
 
@@ -134,7 +146,8 @@ def draw_leading(
     filters = Filters(None, p, min_p)
     if has_mass(filters):
         x, *_ = filtered_few(ops, x, index, t, filters)
-    z = scores_below(ops, x, top, t)
+        top = ops.max(x)
+    z = steady_scores(ops, x, top, t)
     terms = ops.exp(z)
     block = index // size
     same = block[..., :, None] == block[..., None, :]
@@ -150,7 +163,7 @@ def gumbel_argmax(ops: Ops, mass: Array, score: Array, keys: Array, index: Array
     noise = gumbel_of(words(keys[..., 0:1], keys[..., 1:2], index, domain))
     noisy = score + ops.astype(noise, score.dtype)
     if t is not None and not isinstance(t, float):
-        noisy = ops.where(is_zero(ops, t), ops.where(mass > 0, ops.zeros_like(score), -INF), noisy)
+        noisy = ops.where(is_zero(t), ops.where(mass > 0, ops.zeros_like(score), -INF), noisy)
     return ops.argmax(noisy)
 
 
@@ -160,10 +173,7 @@ def read_out(
     """The token at a position, -1 for a row without an answer, and its log-probability if asked for."""
     won = ops.indices(z) == position
     token = ops.max(ops.where(won, index, -1))
-    # A bad logit, filter or temperature makes the total NaN, but XLA loses NaN in some sums of exponentials.
-    drawn = (top > -INF) & (top < INF) & (total > 0)
-    if t is not None and not isinstance(t, float):
-        drawn = drawn & (t >= 0)
+    drawn = has_token(top, t)
     tokens = ops.where(drawn, ops.astype(token, ops.index_dtype), -1)
     if not logprobs:
         return (tokens,)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from polysoftmax._arrays import least_normal
 from polysoftmax._formula import RowFormula
 from polysoftmax._ops import replaceable
 
@@ -54,12 +55,13 @@ def scores_below(ops: Ops, x: Array, top: Array, t: Temperature) -> Array:
         return ops.below(0.5 * x, 0.5 * top) / (0.5 * t) if t > 1.0 else ops.below(x, top) / t
     half = ops.where(t > 1.0, 0.5 * ops.ones_like(t), 1.0)
     d = ops.below(half * x, half * top)
-    limit, impossible = is_limit(ops, t), d == -INF
-    divisor = ops.where(limit, 1.0, half * t)
+    regular, impossible = is_regular(t), d == -INF
+    divisor = ops.where(regular, half * t, 1.0)
     z = ops.divide(ops.where(impossible, 0.0, d), divisor)
-    z = ops.where(limit, ops.where(is_zero(ops, t) & (d < 0), -INF, 0.0 * z), z)  # 0·NaN is NaN
+    limit = ops.where(is_zero(t) & (d < 0), -INF, 0.0 * z)  # 0·NaN is NaN
+    z = ops.where(regular, z, limit)
     # -inf / T moves with its logit alone: the derivative in T would be 0·inf.
-    z = ops.where(impossible, ops.where(limit, -INF, d / ops.constant(divisor)), z)
+    z = ops.where(impossible, ops.where(regular, d / ops.constant(divisor), -INF), z)
     return ops.nan_unless(t >= 0, z, t)
 
 
@@ -67,19 +69,19 @@ def over_temperature(ops: Ops, tangent: Array, t: Temperature) -> Array:
     """tangent / T, and 0 at T = 0 and inf, where nothing moves but NaN stays."""
     if t is None or isinstance(t, float):
         return tangent if t is None else tangent / t
-    limit = is_limit(ops, t)
+    limit = (t >= 0) & ~is_regular(t)
     divisor = ops.nan_unless(t >= 0, ops.where(limit, 1.0, t), t)
     return ops.where(limit, 0.0 * tangent, ops.divide(tangent, divisor))
 
 
-def is_limit(ops: Ops, t: Array) -> Array:
-    """Whether a temperature is one of the limits, by which nothing is divided."""
-    return is_zero(ops, t) | (t == INF)
+def is_regular(t: Array) -> Array:
+    """Whether a temperature divides, and is not one of the limits."""
+    return (t >= least_normal(t)) & (t < INF)
 
 
-def is_zero(ops: Ops, t: Array) -> Array:
-    """Whether a temperature is 0, or so close to 0 that some libraries take it for 0."""
-    return (t >= 0) & (t < ops.least_normal(t))
+def is_zero(t: Array) -> Array:
+    """Whether a temperature counts as 0: below the normal numbers, which compilers and processors may flush to 0."""
+    return t < least_normal(t)
 
 
 def push_scores(ops: Ops, x: Array, t: Temperature, where: Maybe, dx: Maybe, dt: Maybe) -> Array:

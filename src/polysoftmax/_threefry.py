@@ -15,8 +15,11 @@ from polysoftmax._arrays import cast, device_for, namespace
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
 
-BITS, BLOCKS, TOKENS, KEYS = range(4)
-"""The domains: public bits, block variates, token variates, and new keys. They are frozen, as all of this is."""
+BITS, BLOCKS, TOKENS, KEYS, HIGH = range(5)
+"""The domains: public bits, block variates, token variates, new keys, and the high words that are folded into one.
+
+They are frozen, as all of this is.
+"""
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
@@ -59,9 +62,17 @@ def gumbel_of(word: Array) -> Array:
 
 def fold(k: Array, index: Array) -> Array:
     """Return new keys from keys and int32 indices of shape (..., 1)."""
+    return _fold(k, index, KEYS)
+
+
+def fold_high(k: Array, high: Array) -> Array:
+    """Return the keys that indices of more than one word are then folded into, from their high words (..., 1)."""
+    return _fold(k, high, HIGH)
+
+
+def _fold(k: Array, index: Array, domain: int) -> Array:
     xp = namespace(k)
-    k0, k1, index = xp.broadcast_arrays(k[..., 0:1], k[..., 1:2], index)
-    return xp.concat(threefry(k0, k1, index, xp.full_like(index, KEYS)), axis=-1)
+    return xp.concat(threefry(k[..., 0:1], k[..., 1:2], index, xp.full_like(index, domain)), axis=-1)
 
 
 def fold_rows(k: Array, batch: tuple[int, ...]) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from polysoftmax import _formula
 from polysoftmax._arrays import (
     cast,
     device_for,
@@ -21,11 +22,12 @@ from polysoftmax._arrays import (
     namespace,
     standard_numpy,
 )
-from polysoftmax._threefry import BITS, KEYS, fold, gumbel_of, threefry, uniform_of, words
+from polysoftmax._threefry import BITS, KEYS, fold, fold_high, gumbel_of, threefry, uniform_of, words
 from polysoftmax.engines._keys import drawn_words, jitted, key_data, to_library_of
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
+    from polysoftmax._ops import Ops
 
 __all__ = ["bits", "fold_in", "gumbel", "key", "split", "threefry2x32", "uniform"]
 
@@ -104,8 +106,9 @@ def key(seed: int | Array, *, xp: Any = None, device: Any = None) -> Array:
 
     Notes
     -----
-    The words are those of ``jax.random.key(seed)``. Keys are plain arrays: stack them, index them, pass them
-    through ``jax.jit``.
+    The words are those of ``jax.random.key(seed)`` for every seed from 0 to 2**32 - 1; for negative and greater ones
+    too if JAX has its 64-bit types, without which it sets the high word to 0. Keys are plain arrays: stack them, index
+    them, pass them through ``jax.jit``.
 
     Examples
     --------
@@ -132,15 +135,18 @@ def _key_of_array(seed: Array, xp: Any, device: Any) -> Array:
     if not is_kind(own, seed.dtype, "integral"):
         msg = f"seeds must be ints, got dtype {seed.dtype}"
         raise TypeError(msg)
-    if own.iinfo(seed.dtype).bits == 64:
-        seed = cast(seed, own.int64)  # the same bits; PyTorch cannot shift uint64
-        high = cast(seed >> 32, own.int32)
-    elif own.isdtype(seed.dtype, "signed integer"):
-        high = own.where(seed < 0, own.full(seed.shape, -1, dtype=own.int32), 0)
-    else:
-        high = own.zeros(seed.shape, dtype=own.int32)
-    made = own.stack([high, cast(seed, own.int32)], axis=-1)
+    made = own.stack(_high_and_low(seed), axis=-1)
     return made if xp is None else to_library_of(made, _standard(xp).empty(0, device=device))
+
+
+def _high_and_low(whole: Array) -> tuple[Array, Array]:
+    """Return the words of integers of any width, of which the high one continues the sign."""
+    xp = namespace(whole)
+    if xp.iinfo(whole.dtype).bits == 64:
+        whole = cast(whole, xp.int64)  # the same bits; PyTorch cannot shift uint64
+        return cast(whole >> 32, xp.int32), cast(whole, xp.int32)
+    low = cast(whole, xp.int32)
+    return low >> 31 if xp.isdtype(whole.dtype, "signed integer") else xp.zeros_like(low), low
 
 
 def _standard(xp: Any) -> Any:
@@ -202,7 +208,8 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
     key : array, int or generator
         A key, or keys of shape (..., 2), or whatever `sample` takes as one.
     data : int or array of ints
-        It counts modulo 2**32. An array broadcasts against the keys' leading dimensions.
+        It counts modulo 2**64; from -2**32 to -1, modulo 2**32. An array broadcasts against the keys' leading
+        dimensions.
 
     Returns
     -------
@@ -216,7 +223,8 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
 
     Notes
     -----
-    ``fold_in(key, i)`` is entry i of ``split(key, n)`` for every n above i.
+    ``fold_in(key, i)`` is entry i of ``split(key, n)`` for every n above i. From 2**32 on the high word of the data is
+    folded in as well, so no bit of a 64-bit hash is lost.
 
     Examples
     --------
@@ -226,19 +234,52 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
     True
     """
     k = as_key(key)
-    xp = namespace(k)
     if not is_number(data) and is_array(data):
-        index = to_library_of(data, k)
-        if not is_kind(xp, index.dtype, "integral"):
-            msg = f"data must be ints, got dtype {index.dtype}"
-            raise TypeError(msg)
-        index = cast(index, xp.int32)
-    elif isinstance(data, bool) or not hasattr(data, "__index__"):
+        return _fold_in_array(k, to_library_of(data, k))
+    if isinstance(data, bool) or not hasattr(data, "__index__"):
         msg = f"data must be an int or an array of ints, got {type(data).__name__}"
         raise TypeError(msg)
-    else:
-        index = xp.asarray(_signed(data.__index__() & 0xFFFFFFFF), dtype=xp.int32, device=device_for(k))
-    return jitted(fold, k, xp.expand_dims(index, axis=-1))
+    whole = data.__index__()
+    high = _counted(whole >> 32)
+    if high:
+        k = jitted(fold_high, k, _word(high, k))
+    return jitted(fold, k, _word(whole & 0xFFFFFFFF, k))
+
+
+def _counted(high: int) -> int:
+    """Return the high word that is folded in; -1, the sign of a small negative number, is not."""
+    return 0 if high == -1 else high & 0xFFFFFFFF
+
+
+def _word(word: int, k: Array) -> Array:
+    xp = namespace(k)
+    return xp.asarray([_signed(word)], dtype=xp.int32, device=device_for(k))
+
+
+def _fold_in_array(k: Array, data: Array) -> Array:
+    xp = namespace(k)
+    if not xp.isdtype(data.dtype, "integral"):
+        msg = f"data must be ints, got dtype {data.dtype}"
+        raise TypeError(msg)
+    data = xp.expand_dims(data, axis=-1)
+    if xp.iinfo(data.dtype).bits < 64:
+        return jitted(fold, k, cast(data, xp.int32))
+    return jitted(_fold_64_bits, k, data)
+
+
+def _fold_64_bits(k: Array, data: Array) -> Array:
+    xp = namespace(k)
+    high, low = _high_and_low(data)
+    counts = high != 0
+    if xp.isdtype(data.dtype, "signed integer"):
+        counts = counts & (high != -1)
+    k = xp.broadcast_arrays(k, low)[0]
+    return fold(_formula.words(k).apply_where(counts, _fold_high, (k, high), k), low)
+
+
+def _fold_high(ops: Ops, k: Array, high: Array) -> Array:
+    del ops
+    return fold_high(k, high)
 
 
 def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, device: Any = None) -> Array:
@@ -356,13 +397,17 @@ def as_key(value: Any, like: Array | None = None) -> Array:
     found = drawn_words(value)
     if found is None:
         if not is_array(value):
-            msg = (
-                "a key must be an int seed, a polysoftmax.random.key, a jax.random.key, or a generator of NumPy, "
-                f"PyTorch or CuPy, got {type(value).__name__}"
-            )
-            raise TypeError(msg)
+            raise _no_key(type(value).__name__)
         found = jitted(_words_of, value)
     return found if like is None else to_library_of(found, like)
+
+
+def _no_key(got: str) -> TypeError:
+    msg = (
+        "a key must be an int seed, a polysoftmax.random.key, a jax.random.key, a generator of NumPy, PyTorch or CuPy, "
+        f"or keys of two 32-bit words along the last axis, got {got}; for one key a seed, polysoftmax.random.key(seeds)"
+    )
+    return TypeError(msg)
 
 
 def _is_key(value: Array) -> bool:
@@ -371,10 +416,17 @@ def _is_key(value: Array) -> bool:
 
 
 def _words_of(keys: Array) -> Array:
+    """Return the words of a seed without axes, or of keys, which are told from seeds by dtype and last axis alone."""
     found = key_data(keys)
-    if found.ndim >= 1 and found.shape[-1] == 4:
-        found = two_words_of_four(found)
-    return _int32(found, "a key")
+    xp = namespace(found)
+    if found.ndim == 0 and xp.isdtype(found.dtype, "integral"):
+        return _key_of_array(found, None, None)
+    kind, count = str(found.dtype).rpartition(".")[2], found.shape[-1] if found.ndim else 0
+    if kind == "uint32" and count == 4:  # JAX's, raw; int32 are what seeds may be
+        return two_words_of_four(found)
+    if kind not in ("int32", "uint32") or count != 2:
+        raise _no_key(f"an array of dtype {found.dtype} and shape {tuple(found.shape)}")
+    return cast(found, xp.int32)
 
 
 def two_words_of_four(four: Array) -> Array:

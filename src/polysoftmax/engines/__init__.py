@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
+import warnings
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from polysoftmax import _formula
 from polysoftmax._arrays import Array, library
@@ -25,6 +27,8 @@ from polysoftmax.engines import _library
 from polysoftmax.engines._library import set_num_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polysoftmax._formula import Call, RowFormula, Runner
 
 __all__ = ["Explanation", "engine", "explain", "portable", "set_num_threads"]
@@ -124,16 +128,13 @@ def portable() -> bool:
     return chosen() == "portable"
 
 
-class using(ContextDecorator):  # noqa: N801  # it stands in a ``with`` as a function would
-    """Set the engine inside a ``with`` block, without a look at whether there is one of that name."""
+class using:  # noqa: N801  # it stands in a ``with`` as a function would
+    """Set the engine inside a ``with`` block of this package's own, which ends before any that it stands in."""
 
     __slots__ = ("name", "token")  # a generator would take twice as long, in every backward pass
 
     def __init__(self, name: str) -> None:
         self.name = name
-
-    def _recreate_cm(self) -> using:
-        return using(self.name)  # a function that is decorated may call itself
 
     def __enter__(self) -> None:
         self.token = _CHOICE.set(self.name)
@@ -142,7 +143,56 @@ class using(ContextDecorator):  # noqa: N801  # it stands in a ``with`` as a fun
         _CHOICE.reset(self.token)
 
 
-def engine(name: str) -> using:
+_OPEN: ContextVar[tuple[_Block, ...]] = ContextVar("polysoftmax.engines", default=())
+"""The blocks of callers that have not ended, the innermost last."""
+
+Function = TypeVar("Function", bound="Callable[..., Any]")
+
+_GENERATOR_OR_COROUTINE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+class _Block(ContextDecorator):
+    """A choice of the caller's, for a ``with`` block or for the calls of a function.
+
+    Blocks in generators and exit stacks may end in any order: the last to begin of those that are left decides.
+    """
+
+    __slots__ = ("is_used", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_used = False
+
+    def __call__(self, function: Function) -> Function:
+        self.is_used = True
+        if getattr(getattr(function, "__code__", None), "co_flags", 0) & _GENERATOR_OR_COROUTINE:
+            msg = f"{function.__name__} only runs after the call, outside the engine: use a `with` block inside it"
+            raise TypeError(msg)
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> _Block:
+        return _Block(self.name)  # a function that is decorated may call itself
+
+    def __enter__(self) -> None:
+        self.is_used = True
+        _OPEN.set((*_OPEN.get(), self))
+        _CHOICE.set(self.name)
+
+    def __exit__(self, *_: object) -> None:
+        blocks = _OPEN.get()
+        if self in blocks:  # another context, such as that of a thread, has blocks of its own
+            at = len(blocks) - 1 - blocks[::-1].index(self)
+            left = blocks[:at] + blocks[at + 1 :]
+            _OPEN.set(left)
+            _CHOICE.set(left[-1].name if left else _FROM_ENVIRONMENT)
+
+    def __del__(self) -> None:
+        if not self.is_used:
+            msg = f'engine("{self.name}") chooses nothing by itself: use it in a `with` statement, or as a decorator'
+            warnings.warn(msg, RuntimeWarning, stacklevel=2)
+
+
+def engine(name: str) -> _Block:
     """Choose the engine for the calls inside a ``with`` block.
 
     Parameters
@@ -163,8 +213,11 @@ def engine(name: str) -> using:
 
     Notes
     -----
-    The choice is a context variable: threads and asynchronous tasks do not see each other's. An engine is
-    an optimisation and nothing else; answers agree to the bounds of the numerics page.
+    The choice is a context variable: threads and asynchronous tasks do not see each other's. Blocks may end in any
+    order. A generator has no context of its own: while it waits inside a block, its caller has the same choice, so let
+    the block end before each ``yield``. `engine` is also a decorator of functions, and chooses nothing by itself, which
+    is a ``RuntimeWarning``. An engine is an optimisation and nothing else; answers agree to the bounds of the numerics
+    page.
 
     Examples
     --------
@@ -174,7 +227,7 @@ def engine(name: str) -> using:
     ...     polysoftmax.softmax(np.zeros(4))
     array([0.25, 0.25, 0.25, 0.25])
     """
-    return using(_known(name))
+    return _Block(_known(name))
 
 
 @dataclass(frozen=True)

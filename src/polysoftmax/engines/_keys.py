@@ -28,12 +28,44 @@ def drawn_words(source: object) -> Array | None:
     """Draw two words from a NumPy, PyTorch or CuPy generator, as int32; None for anything else."""
     numpy, torch, cupy = (sys.modules.get(name) for name in ("numpy", "torch", "cupy"))
     if numpy is not None and isinstance(source, numpy.random.Generator):
+        _require_no_trace(_trace_of_torch() or _trace_of_jax())
         return source.integers(0, 1 << 32, size=2, dtype=numpy.uint32).view(numpy.int32)
     if torch is not None and isinstance(source, torch.Generator):
+        _require_no_trace(_trace_of_jax())  # PyTorch records the draws from its own
         return torch.randint(-(1 << 31), 1 << 31, (2,), generator=source, dtype=torch.int32, device=source.device)
     if cupy is not None and isinstance(source, cupy.random.Generator):
+        _require_no_trace(_trace_of_torch() or _trace_of_jax())
         return source.integers(0, 1 << 32, size=2, dtype=cupy.uint32).view(cupy.int32)
     return None
+
+
+def _require_no_trace(where: str) -> None:
+    if where:
+        msg = f"a generator would be drawn from once and for all inside {where}: pass polysoftmax.random.key(seed)"
+        raise TypeError(msg)
+
+
+def _trace_of_torch() -> str:
+    """Return what PyTorch traces, or runs for a whole batch; an empty string where Python runs at every call."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return ""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "torch.compile, torch.export or torch.jit.trace"
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return "torch.func.vmap" if torch._C._functorch.TransformType.Vmap in [one.key() for one in levels] else ""
+
+
+def _trace_of_jax() -> str:
+    """Return what JAX traces, or runs for a whole batch; an empty string where Python runs at every call."""
+    if "jax" not in sys.modules:
+        return ""
+    from jax._src.core import eval_trace, trace_ctx  # JAX has no public question that vmap answers, too
+
+    trace = trace_ctx.trace
+    while type(trace).__name__ in ("JVPTrace", "LinearizeTrace"):  # derivatives run Python at every call
+        trace = trace.parent_trace
+    return "" if trace is eval_trace else "jax.jit, jax.vmap or another of JAX's transformations"
 
 
 def key_data(key: Array) -> Array:

@@ -41,14 +41,16 @@ class NumpyOps(Ops):
         return x.astype(dtype)  # NumPy's function refuses the scalars that its operators make of arrays without axes
 
     def descending(self, x: Array) -> Array:
-        return np.sort(x, axis=-1)[..., ::-1]
+        # NumPy sorts arrays of 32 dimensions at most.
+        return np.sort(x.reshape(-1, x.shape[-1]), axis=-1)[:, ::-1].reshape(x.shape)
 
     def sum_of_blocks(self, blocks: Array) -> Array:
         return np.einsum("...j->...", blocks)  # a sum has a cost of its own for each of many short blocks
 
     def kth_greatest(self, x: Array, k: int) -> Array:
         last = x.shape[-1] - k
-        return np.partition(x, last, axis=-1)[..., last : last + 1]
+        ordered = np.partition(x.reshape(-1, x.shape[-1]), last, axis=-1)
+        return ordered[:, last].reshape(*x.shape[:-1], 1)
 
     def top_k_indices(self, x: Array, k: int) -> Array:
         batch, n = x.shape[:-1], x.shape[-1]

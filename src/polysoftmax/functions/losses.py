@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from polysoftmax._arrays import (
+    as_float,
     cast,
     default_index,
     float_bits,
@@ -136,7 +137,7 @@ def cross_entropy(
         z_loss=_number(z_loss, "z_loss", math.inf),
     )
     if is_index and values_are_free(losses) and _has_nan(losses):
-        _require_known(r, targets, ignore_index)  # the loss of a target that is no class is NaN
+        _require_known(r, targets, q, ignore_index)  # the loss of a target that is no class is NaN
     if reduction == "mean" and is_weighted:
         with quietly(losses):
             losses = mean_or_zero(losses, _total_weight(words(r.x, r.axis), r, q, w, ignore_index))
@@ -167,7 +168,7 @@ def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Arr
         )
         raise ValueError(msg)
     if not is_int64:
-        targets = cast(targets, default_index(r.xp))
+        targets = _as_index(targets, r, ignore_index)
     return r.from_reduced(targets), True
 
 
@@ -178,13 +179,24 @@ def _has_nan(losses: Array) -> bool:
     return math.isnan(losses.item())
 
 
-def _require_known(r: Rows, targets: Array, ignore_index: int | None) -> None:
-    known = (targets >= 0) & (targets < r.length)
+def _as_index(targets: Array, r: Rows, ignore_index: int | None) -> Array:
+    """Return classes in the library's dtype for indices; what is too large for it is no class, and not ignored."""
+    xp, index = r.xp, default_index(r.xp)
+    if targets.dtype == index:
+        return targets
+    fits = xp.isdtype(targets.dtype, "signed integer") or xp.iinfo(targets.dtype).bits < xp.iinfo(index).bits
+    targets = cast(targets, index)
+    return targets if fits else xp.where(targets < 0, r.length + (ignore_index == r.length), targets)
+
+
+def _require_known(r: Rows, targets: Array, classes: Array, ignore_index: int | None) -> None:
+    """Raise ``IndexError`` for the first of the targets that is neither ignored nor, as an index, a class."""
+    known = (classes >= 0) & (classes < r.length)
     if ignore_index is not None:
-        known = known | (targets == ignore_index)
+        known = known | (classes == ignore_index)
     if not bool(r.xp.all(known)):
         worst = r.xp.reshape(targets, (-1,))[int(r.xp.argmin(r.xp.astype(r.xp.reshape(known, (-1,)), r.xp.int8)))]
-        msg = f"target {int(worst)} is out of range for {r.length} classes and is not ignore_index={ignore_index}"
+        msg = f"target {worst.item()} is out of range for {r.length} classes and is not ignore_index={ignore_index}"
         raise IndexError(msg)
 
 
@@ -213,9 +225,9 @@ def _number(value: float, name: str, upper: float) -> float:
         msg = f"{name} must be a number, got {type(value).__name__}"
         raise TypeError(msg)
     if not 0.0 <= value <= upper:
-        msg = f"{name} must lie in [0, {upper:g}], got {value}"
+        msg = f"{name} must lie in [0, {upper:g}], got {as_float(value)}"
         raise ValueError(msg)
-    return float(value)
+    return as_float(value)
 
 
 def _total_weight(ops: Ops, r: Rows, targets: Array, weight: Array | None, ignore_index: int | None) -> Array:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from polysoftmax._rows import Axis, Number
 
 
+_MOST_DIMENSIONS = 63
+"""One fewer than NumPy's and PyTorch's arrays may have: the draw cuts the last into blocks."""
+
+
 @overload
 def sample(
     logits: Array,
@@ -69,9 +73,9 @@ def sample(
     logits : array
         Real, of any shape.
     key : int, key or generator
-        An int seed; a `polysoftmax.random.key`; a ``jax.random.key``; a generator of NumPy, PyTorch or CuPy, from
-        which two words are drawn; or an array of one key a row, of shape (..., 2), whose leading dimensions broadcast
-        against the rows. A key may come from another library or device than the logits.
+        An int seed, or an array of ints without axes; a `polysoftmax.random.key`; a ``jax.random.key``; a generator of
+        NumPy, PyTorch or CuPy, from which two words are drawn; or an array of one key a row, of shape (..., 2), whose
+        leading dimensions broadcast against the rows. A key may come from another library or device than the logits.
     axis : int, tuple of ints, or None
         The axes of the tokens; several are flattened in increasing order.
     temperature : number or array
@@ -93,9 +97,11 @@ def sample(
     Raises
     ------
     TypeError
-        If ``logits`` is not an array, ``key`` is none of the above, or arrays of two libraries or devices are mixed.
+        If ``logits`` is not an array, ``key`` is none of the above, arrays of two libraries or devices are mixed, or a
+        generator is given inside ``jax.jit``, ``vmap`` and the like, where it would be drawn from once and for all.
     ValueError
-        If the axis is empty, the keys do not match the rows, or a parameter given as a number is out of range.
+        If the axis is empty, there are 64 dimensions or more, the keys do not match the rows, or a parameter given as a
+        number is out of range.
     AxisError
         A ValueError and IndexError, if ``axis`` is out of bounds.
     NotImplementedError
@@ -129,6 +135,9 @@ def sample(
     """
     r = last_rows(logits, axis)
     r.require_entries("sample", "token")
+    if r.x.ndim > _MOST_DIMENSIONS:
+        msg = f"sample takes at most {_MOST_DIMENSIONS} dimensions, got {r.x.ndim}: reshape the logits"
+        raise ValueError(msg)
     keys = as_key(key, like=r.x)
     t, mask = r.temperature(temperature), r.mask(where)
     kept, top_k = filters(r, top_k, top_p, min_p)
@@ -169,6 +178,9 @@ class _Draws(NamedTuple):
         pairs = list(zip((1,) * (ndim - len(keys)) + keys, (1,) * (ndim - len(batch)) + batch, strict=True))
         shape = tuple(n if m == 1 else m for m, n in pairs)
         if any(one not in (1, n) for pair, n in zip(pairs, shape, strict=True) for one in pair):
+            if (*keys, 2) == batch:
+                msg = f"got one seed a row, of shape {batch}, where keys belong: polysoftmax.random.key(seeds)"
+                raise TypeError(msg)
             msg = f"keys of shape {(*keys, 2)} do not match rows of shape {batch}: leading dimensions must broadcast"
             raise ValueError(msg)
         apart = [d for d in range(ndim) if d < ndim - len(batch) or shape[d] != pairs[d][1]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import cast, float_bits, is_number, quietly
+from polysoftmax._arrays import as_float, cast, float_bits, is_number, quietly
 from polysoftmax._formula import words
 from polysoftmax._rows import rows
 from polysoftmax._truncation import TRUNCATE, Filters, has_axes
@@ -44,8 +44,8 @@ def _share(r: Rows, value: Array | Number | None, name: str, off: float) -> Arra
     given = r.parameter(value, name)
     if not isinstance(given, float):
         return given
-    if not 0.0 <= float(value) <= 1.0:  # as it was given: 1 + 1e-9 is out of range
-        msg = f"{name} must lie in [0, 1], got {float(value)}"
+    if not 0.0 <= value <= 1.0:  # as it was given: 1 + 1e-9 is out of range
+        msg = f"{name} must lie in [0, 1], got {as_float(value)}"
         raise ValueError(msg)
     return None if given == off else given
 
