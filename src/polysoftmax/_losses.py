@@ -45,7 +45,7 @@ def loss_of_rows(
 ) -> Array:
     counts, x, targets = counting(ops, x, targets, ignore_index)
     top = ops.max(x)
-    if ops.is_floating(targets) or label_smoothing:
+    if ops.is_floating(targets) or is_on(label_smoothing):
         x = ops.cast(x, top.dtype)  # the target probabilities take its dtype
         log_total = log_of_sum(ops, x, top, None)
         c = smoothed(ops, x, targets, label_smoothing)
@@ -57,9 +57,14 @@ def loss_of_rows(
         nll = log_total + distance
         y = nll if weight is None else weighted(ops, weight_of(ops, x, weight, index), nll)
         y = ops.nan_unless(known, y, log_total)
-    if z_loss:
+    if is_on(z_loss):
         y = y + z_loss * (top + log_total) ** 2
     return ops.where(counts, y, 0.0)
+
+
+def is_on(option: float | Array) -> bool:
+    """Whether an option is not 0; one whose value is left open is not."""
+    return not isinstance(option, float) or option != 0.0
 
 
 def counting(ops: Ops, x: Array, targets: Array, ignore_index: int | None) -> tuple[Maybe, Array, Array]:
@@ -93,7 +98,7 @@ def smoothed(ops: Ops, x: Array, targets: Array, label_smoothing: float) -> Arra
     else:
         q = ops.where(ops.indices(x, targets.dtype) == targets, ones, 0.0)
         q = ops.nan_unless(classes(ops, x, targets)[0], q, ops.max(x))
-    if label_smoothing:
+    if is_on(label_smoothing):
         possible = ops.where(x == -INF, 0.0, ones)
         q = (1.0 - label_smoothing) * q + label_smoothing * possible / ops.sum(possible)
     return q
@@ -125,13 +130,13 @@ def slopes_of_loss(
     terms = ops.exp(distance)
     total = ops.sum(terms)
     p = terms / total
-    if ops.is_floating(targets) or label_smoothing or wanted[2]:
+    if ops.is_floating(targets) or is_on(label_smoothing) or wanted[2]:
         q = smoothed(ops, x, targets, label_smoothing)
         c = q if weight is None else q * weight
         slope = p * ops.sum(c) - c
     else:
         slope = slope_of_class(ops, p, total, targets, weight)
-    if z_loss:
+    if is_on(z_loss):
         slope = slope + 2.0 * z_loss * (top + ops.log(total)) * p
     slopes: list[Maybe] = [slope, None, None]
     if wanted[1] or wanted[2]:
@@ -163,7 +168,9 @@ def pull_loss(
     return tuple(None if one is None else one * g for one in slopes_of_loss(ops, operands, wanted, **options))
 
 
-CROSS_ENTROPY = RowFormula("cross_entropy", loss_of_rows, push_loss, pull_loss)
+CROSS_ENTROPY = RowFormula(
+    "cross_entropy", loss_of_rows, push_loss, pull_loss, numbers=("ignore_index", "label_smoothing", "z_loss")
+)
 
 
 # entropy: y = -Σ p·log p = log Σ exp(z) - Σ p·z;  dy = -Σ p·(log p + y)·dz

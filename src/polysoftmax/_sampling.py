@@ -19,6 +19,7 @@ from polysoftmax._truncation import (
     Filters,
     are_few,
     filtered_few,
+    first_of,
     has_axes,
     has_mass,
     leading_of,
@@ -56,7 +57,7 @@ def sample_of_rows(
     draws = keys.shape[-1] // 2
     if top_k is not None and are_few(top_k, x.shape[-1]):
         top, few, index = ops.call(LEADING, x, where, top_k=top_k)
-        operands = (few, index, top, keys, t, kept.p, kept.min_p)
+        operands = (first_of(ops, few, kept.k), index, top, keys, t, kept.p, kept.min_p)
         return draw_each(ops, DRAW_LEADING, operands, draws, how)
     if top_k is not None or any(one is not None for one in kept):
         x, where = ops.call(TRUNCATE, x, t, where, *kept, top_k=top_k), None

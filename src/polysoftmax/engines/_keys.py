@@ -6,7 +6,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from polysoftmax._arrays import Array, device_for, library
+from polysoftmax._arrays import Array, are_apart, device_for, library
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +53,8 @@ def to_library_of(words: Array, x: Array) -> Array:
         words = there.xp.asarray(_host(words, here.name), device=device_for(x))
     elif there.name == "torch" and words.device != x.device:
         words = words.to(x.device)
+    elif there.name == "jax" and are_apart(words, x):
+        words = there.xp.asarray(_host(words, here.name))
     return words
 
 

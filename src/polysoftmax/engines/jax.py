@@ -16,7 +16,9 @@ from jax.custom_derivatives import SymbolicZero
 from polysoftmax._arrays import cast, float_bits, library
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._ops import Ops, ops_of
+from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX, log_of_sum, nonzero, others
+from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines import portable
 
 if TYPE_CHECKING:
@@ -79,15 +81,15 @@ class JaxOps(Ops):
 
     def argmax(self, x: Array) -> Array:
         # XLA computes the entries for its argmax one by one, and for these two reductions many at once.
-        at_top = x == jnp.max(x, axis=self.axis, keepdims=True)
-        index = jnp.where(at_top, self.indices(x, self.index_dtype), x.shape[self.axis])
+        is_less = x < jnp.max(x, axis=self.axis, keepdims=True)  # False for NaN, whose index is one of the row's, too
+        index = jnp.where(is_less, x.shape[self.axis], self.indices(x, self.index_dtype))
         return jnp.min(index, axis=self.axis, keepdims=True)
 
     def _is_by_columns(self, x: Array) -> bool:
         axis = self.axis % x.ndim
-        is_wide = math.prod(x.shape[axis + 1 :]) >= _WIDE
-        n: int = x.shape[axis]
-        return 0 < n <= (_SHORT_IF_WIDE if is_wide else _SHORT)
+        width = math.prod(x.shape[axis + 1 :])
+        is_wide = _is_known(width) and width >= _WIDE
+        return _is_up_to(x.shape[axis], _SHORT_IF_WIDE if is_wide else _SHORT)
 
     def _over_columns(self, function: Callable[[Array, Array], Array], x: Array) -> Array:
         """Reduce rows in a tree of whole columns."""
@@ -104,7 +106,7 @@ class JaxOps(Ops):
 
     def below(self, x: Array, top: Array) -> Array:
         # 16 bits are rounded already, behind a barrier.
-        return x - top if float_bits(self.xp, x.dtype) == 16 else _below(x, top)
+        return x.astype(top.dtype) - top if float_bits(self.xp, x.dtype) == 16 else _below(x, top)
 
     def divide(self, x: Array, t: Array) -> Array:
         # The second factor is 1. Its derivative multiplies by the quotient and then divides by t, as the rules do;
@@ -123,11 +125,15 @@ class JaxOps(Ops):
         return _over_blocks(terms, 0, lax.add, size)
 
     def kth_greatest(self, x: Array, k: int) -> Array:
-        candidates, _ = _candidates(x, k)
-        if candidates is x:  # k is no small part of the row, so XLA's search would take twice as long as this one
-            return _search(lax.stop_gradient(x), jnp.ones_like(x), jnp.full((*x.shape[:-1], 1), k, x.dtype))
-        # Not the last of them: XLA would sort the rows for that.
-        return jnp.min(lax.top_k(candidates, k)[0], axis=-1, keepdims=True)
+        return self.ranked(x, jnp.full((*x.shape[:-1], 1), k, self.index_dtype), k)
+
+    def ranked(self, x: Array, rank: Array, greatest: int | None) -> Array:
+        candidates = x if greatest is None else _candidates(x, greatest)[0]
+        if candidates is x:  # it is no small part of the row, so XLA's search would take twice as long as this one
+            return _search(lax.stop_gradient(x), jnp.ones_like(x, rank.dtype), rank)
+        leading = lax.top_k(candidates, greatest)[0]
+        # Not one of them by its index: XLA would sort the rows for that.
+        return jnp.min(jnp.where(self.indices(leading, rank.dtype) < rank, leading, jnp.inf), axis=-1, keepdims=True)
 
     def top_k_indices(self, x: Array, k: int) -> Array:
         entries, index = _candidates(x, k)
@@ -152,7 +158,17 @@ class InMemoryOps(JaxOps):
         return x.astype(dtype)
 
     def below(self, x: Array, top: Array) -> Array:
-        return x - top
+        return x.astype(top.dtype) - top
+
+
+def _is_known(length: int) -> bool:
+    """Whether a length is a number, and no symbol of jax.export."""
+    return isinstance(length, int)
+
+
+def _is_up_to(length: int, bound: int) -> bool:
+    """Whether a length is known, and neither 0 nor above a bound."""
+    return _is_known(length) and 0 < length <= bound
 
 
 @jax.custom_jvp  # type: ignore[untyped-decorator]
@@ -190,7 +206,7 @@ def _apply_where(
 @InMemoryOps.replace(log_of_sum)
 def _log_of_short_sum(ops: JaxOps, x: Array, top: Array, close: Array | None) -> Array:
     """Both sums in one pass, without a derivative of its own: formulas have rules."""
-    if not 0 < x.shape[ops.axis] <= _ONE_BY_ONE:
+    if not _is_up_to(x.shape[ops.axis], _ONE_BY_ONE):
         return NotImplemented
     terms = ops.exp(ops.below(x, top))
     arrays = terms, others(ops, terms)
@@ -248,8 +264,8 @@ def _search_bits(x: Array, mass: Array, target: Array) -> Array:
     order = flipped(lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), whole))  # -0 is no less than 0
 
     def set_bit(i: Array, end: Array) -> Array:
-        more = end + lax.shift_left(jnp.ones_like(end), (bits - 1 - i).astype(whole))
-        reached = jnp.sum(jnp.where(order >= more, mass, 0.0), axis=-1, keepdims=True)
+        more = end + lax.shift_left(jnp.ones_like(end), jnp.asarray(bits - 1 - i, whole))
+        reached = jnp.sum(jnp.where(order >= more, mass, 0), axis=-1, keepdims=True, dtype=mass.dtype)
         return jnp.where((reached >= target) & (reached > 0), more, end)
 
     end = lax.fori_loop(0, bits, set_bit, jnp.full(target.shape, least, whole))
@@ -259,7 +275,7 @@ def _search_bits(x: Array, mass: Array, target: Array) -> Array:
 def _search_in_cache(x: Array, mass: Array, target: Array) -> Array:
     batch, n = x.shape[:-1], x.shape[-1]
     lines = math.prod(batch)
-    parts = -(-lines // max(1, _CACHED // n))
+    parts = -(-lines // max(1, _CACHED // n)) if _is_known(lines) and _is_known(n) else 1
     if parts < 2:
         return _search_bits(x, mass, target)
     each = -(-lines // parts)
@@ -272,10 +288,20 @@ def _search_in_cache(x: Array, mass: Array, target: Array) -> Array:
     return end.reshape(-1)[:lines].reshape(*batch, 1)
 
 
-_ARRAY = object()
-"""Stands in a template for an operand that is an array; anything else in it is the operand itself."""
+_OPEN = object()
+"""Stands in a template for an operand, and in a call for an option, whose value is an argument of the program.
+
+Anything else in a template is the operand itself.
+"""
 
 _Template = tuple[Any, ...]
+
+_KEPT = 256
+"""Programs that are kept, each for one formula, its options, shapes and dtypes.
+
+A program takes a megabyte or two, so a server whose batches are of ever new sizes needs a bound that it has memory for;
+one that pads its batches needs a few dozen.
+"""
 
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -286,6 +312,9 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     for one in operands:
         if isinstance(one, Tracer):
             eager = False
+    options = call.options
+    if eager and call.formula in _RANKED:
+        options, operands = _with_open_rank(call, operands)
     template: list[Any] = []
     arrays: list[Array] = []
     for one in operands:
@@ -294,12 +323,32 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
             continue
         # A number that is traced as an array does not make jit compile anew for each of its values.
         arrays.append(np.dtype(call.compute).type(one) if isinstance(one, float) else one)
-        template.append(_ARRAY)
-    options = tuple(call.options.items())
-    hashable = call._replace(options=options)  # type: ignore[arg-type]
-    if eager:
-        return _compiled(hashable, tuple(template))(*arrays)
-    return _differentiable(hashable, tuple(template), JaxOps)(*arrays)
+        template.append(_OPEN)
+    if not eager:
+        return _differentiable(_hashable(call, options), tuple(template), JaxOps)(*arrays)
+    shapes = tuple([(one.shape, one.dtype) for one in arrays])
+    for name in call.formula.numbers:
+        if options[name]:
+            arrays.append(options[name])
+            options = {**options, name: _OPEN}
+    return _compiled(_hashable(call, options), tuple(template), shapes)(*arrays)
+
+
+def _hashable(call: Call, options: dict[str, Any]) -> Call:
+    return call._replace(options=tuple(options.items()))  # type: ignore[arg-type]
+
+
+_RANKED = frozenset({TRUNCATE, SAMPLE})
+"""Formulas whose last operands are filters, and that take a number ``top_k`` as an option."""
+
+
+def _with_open_rank(call: Call, operands: tuple[Array, ...]) -> tuple[dict[str, Any], tuple[Array, ...]]:
+    """Return options and operands where ``top_k`` is an operand, and the option only the power of two above it."""
+    top_k = call.options["top_k"]
+    if top_k is None:
+        return call.options, operands
+    bound = min(1 << (top_k - 1).bit_length(), operands[0].shape[call.axis])
+    return {**call.options, "top_k": bound}, (*operands[:-3], np.int32(top_k), *operands[-2:])
 
 
 def words(x: Array, axis: int) -> Ops:
@@ -321,26 +370,30 @@ def _is_narrow(x: Array) -> bool:
 
 def _fill(template: _Template, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     left = iter(arrays)
-    return tuple(next(left) if one is _ARRAY else one for one in template)
+    return tuple(next(left) if one is _OPEN else one for one in template)
 
 
 def _tangents(template: _Template, arrays: tuple[Array, ...], dtype: DType) -> tuple[Array | None, ...]:
     """Return the tangent of each operand, None where it is zero or there is nothing to move."""
     given = iter(arrays)
-    each = (next(given) if one is _ARRAY else None for one in template)
+    each = (next(given) if one is _OPEN else None for one in template)
     return tuple(None if one is None or isinstance(one, SymbolicZero) else cast(one, dtype) for one in each)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=_KEPT)
 def _differentiable(key: Call, template: _Template, kind: type[JaxOps]) -> Callable[..., Array]:
-    call = key._replace(options=dict(key.options))
-    formula = call.formula
+    """Return a call as a function of its open operands and then its open options."""
+    formula, fixed = key.formula, dict(key.options)
+    names, first = [name for name, one in fixed.items() if one is _OPEN], template.count(_OPEN)
+
+    def options(values: tuple[Array, ...]) -> dict[str, Any]:
+        return {**fixed, **dict(zip(names, values, strict=True))}
 
     def ops_for(x: Array) -> Ops:
-        return ops_of(kind, library(x).xp, call.axis)
+        return ops_of(kind, library(x).xp, key.axis)
 
     def evaluate(*arrays: Array) -> Array:
-        operands = _fill(template, arrays)
+        call, operands = key._replace(options=options(arrays[first:])), _fill(template, arrays)
         x, *others = operands
         ops = ops_for(arrays[0])
         if not (formula in _WIDENS_LATE and _is_narrow(x) and call.compute == np.float32):
@@ -351,27 +404,31 @@ def _differentiable(key: Call, template: _Template, kind: type[JaxOps]) -> Calla
     if formula.jvp is None:
         return evaluate
 
-    def derivative(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array) -> Array:
+    def derivative(
+        operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, values: tuple[Array, ...]
+    ) -> Array:
         assert formula.jvp is not None
-        return formula.jvp(ops_for(y), operands, tangents, y, **call.options)
+        return formula.jvp(ops_for(y), operands, tangents, y, **options(values))
 
     # Without a checkpoint what the rule computes, masks and zeros among it, would be kept for the backward pass.
     jvp = jax.checkpoint(derivative)
     function = jax.custom_jvp(evaluate)
 
     def rule(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-        moved = _tangents(template, tangents, call.compute)
-        wide = key._replace(result=call.compute, squeeze=False)
+        moved = _tangents(template, tangents, key.compute)
+        wide = key._replace(result=key.compute, squeeze=False)
         y = _differentiable(wide, template, kind)(*primals)  # type: ignore[arg-type]  # classes are hashable
-        dy = jvp(call.widen(ops_for(y), _fill(template, primals)), moved, y)
-        dy = call.answer(dy)
+        dy = jvp(key.widen(ops_for(y), _fill(template, primals)), moved, y, primals[first:])
+        dy = key.answer(dy)
         # Transposed, this rounds the cotangent.
-        return call.answer(y), _round(dy) if _is_narrow(dy) and kind is JaxOps else dy
+        return key.answer(y), _round(dy) if _is_narrow(dy) and kind is JaxOps else dy
 
     function.defjvp(rule, symbolic_zeros=True)
     return function  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(maxsize=4096)
-def _compiled(key: Call, template: _Template) -> Callable[..., Array]:
-    return jax.jit(_differentiable(key, template, InMemoryOps))  # type: ignore[no-any-return]
+@functools.lru_cache(maxsize=_KEPT)
+def _compiled(key: Call, template: _Template, shapes: tuple[Any, ...]) -> Callable[..., Array]:
+    del shapes
+    # JAX keeps what it has compiled for a function as long as that lives, so each program has one of its own.
+    return jax.jit(functools.partial(_differentiable(key, template, InMemoryOps)))  # type: ignore[no-any-return]
