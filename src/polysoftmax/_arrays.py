@@ -125,6 +125,18 @@ def float_bits(xp: Any, dtype: DType) -> int:
     return bits
 
 
+_LEAST_NORMAL: dict[tuple[str, DType], float] = {}
+
+
+def least_normal(x: Array) -> float:
+    """Return the smallest normal number of a floating array's dtype."""
+    xp = namespace(x)
+    least = _LEAST_NORMAL.get((xp.__name__, x.dtype))
+    if least is None:
+        least = _LEAST_NORMAL[xp.__name__, x.dtype] = float(xp.finfo(x.dtype).smallest_normal)
+    return least
+
+
 def default_float(xp: Any) -> DType:
     """Return the library's default real floating dtype."""
     return xp.__array_namespace_info__().default_dtypes()["real floating"]

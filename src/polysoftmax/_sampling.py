@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from polysoftmax._formula import RowFormula
-from polysoftmax._softmax import over_temperature
+from polysoftmax._softmax import is_zero, over_temperature
 from polysoftmax._threefry import BLOCKS, TOKENS, fold_rows, gumbel_of, words
 from polysoftmax._truncation import (
     TRUNCATE,
@@ -140,7 +140,7 @@ def draw_leading(
     block = index // size
     same = block[..., :, None] == block[..., None, :]
     mass = ops.squeeze(ops.sum(ops.where(same, terms[..., None, :], 0.0)), axis=-1)
-    won = ops.indices(x) == gumbel_argmax(ops, mass, ops.log(mass), keys, block, BLOCKS, t)
+    won = ops.indices(x, ops.index_dtype) == gumbel_argmax(ops, mass, ops.log(mass), keys, block, BLOCKS, t)
     z = ops.where(block == ops.max(ops.where(won, block, -1)), z, -INF)
     position = gumbel_argmax(ops, ops.exp(z), z, keys, index, TOKENS, t)
     return read_out(ops, top, t, ops.sum(terms), z, index, position, logprobs)
@@ -151,7 +151,7 @@ def gumbel_argmax(ops: Ops, mass: Array, score: Array, keys: Array, index: Array
     noise = gumbel_of(words(keys[..., 0:1], keys[..., 1:2], index, domain))
     noisy = score + ops.astype(noise, score.dtype)
     if t is not None and not isinstance(t, float):
-        noisy = ops.where(t == 0, ops.where(mass > 0, ops.zeros_like(score), -INF), noisy)
+        noisy = ops.where(is_zero(t), ops.where(mass > 0, ops.zeros_like(score), -INF), noisy)
     return ops.argmax(noisy)
 
 
@@ -159,7 +159,7 @@ def read_out(
     ops: Ops, top: Array, t: Temperature, total: Array, z: Array, index: Array, position: Array, logprobs: bool
 ) -> tuple[Array, ...]:
     """The token at a position, -1 for a row without an answer, and its log-probability if asked for."""
-    won = ops.indices(z) == position
+    won = ops.indices(z, ops.index_dtype) == position
     token = ops.max(ops.where(won, index, -1))
     # A bad logit, filter or temperature makes the total NaN, but XLA loses NaN in some sums of exponentials.
     drawn = (top > -INF) & (top < INF) & (total > 0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from polysoftmax._arrays import least_normal
 from polysoftmax._formula import RowFormula
 from polysoftmax._ops import replaceable
 
@@ -46,7 +47,7 @@ def over_temperature(ops: Ops, d: Array, t: Temperature) -> Array:
     regular, impossible = is_regular(t), d == -INF
     divisor = ops.where(regular, t, 1.0)
     z = ops.divide(ops.where(impossible, 0.0, d), divisor)
-    limit = ops.where((t == 0) & (d < 0), -INF, 0.0 * z)  # 0·NaN is NaN
+    limit = ops.where(is_zero(t) & (d < 0), -INF, 0.0 * z)  # 0·NaN is NaN
     z = ops.where(regular, z, limit)
     # -inf / T moves with its logit alone: the derivative in T would be 0·inf.
     z = ops.where(impossible, ops.where(regular, d / ops.constant(divisor), -INF), z)
@@ -63,7 +64,12 @@ def over_regular(ops: Ops, tangent: Array, t: Temperature) -> Array:
 
 def is_regular(t: Array) -> Array:
     """Whether a temperature divides, and is not one of the limits."""
-    return (t > 0) & (t < INF)
+    return (t >= least_normal(t)) & (t < INF)
+
+
+def is_zero(t: Array) -> Array:
+    """Whether a temperature counts as 0: below the normal numbers, which compilers and processors may flush to 0."""
+    return t < least_normal(t)
 
 
 def push_scores(ops: Ops, x: Array, t: Temperature, where: Maybe, dx: Maybe, dt: Maybe) -> Array:

@@ -237,11 +237,12 @@ def _candidates(x: Array, k: int) -> tuple[Array, Array]:
     n = x.shape[-1]
     size = 1 << ((n // k).bit_length() // 2)
     if -(-n // size) <= 8 * k:
-        return x, jnp.broadcast_to(jnp.arange(n), x.shape)
+        return x, jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), x.shape)
     # XLA's search is slow. The k greatest entries are in the k groups with the greatest maxima: whatever stands in
     # another group is less than each of those, or equal to it and of a higher index.
     chosen = jnp.sort(lax.top_k(_over_blocks(x, -jnp.inf, lax.max, size), k)[1], axis=-1)
-    index = (chosen[..., None] * size + jnp.arange(size)).reshape(*x.shape[:-1], k * size)
+    within = lax.broadcasted_iota(chosen.dtype, (*chosen.shape, size), chosen.ndim)
+    index = (chosen[..., None] * size + within).reshape(*x.shape[:-1], k * size)
     return jnp.where(index < n, jnp.take_along_axis(x, jnp.minimum(index, n - 1), axis=-1), -jnp.inf), index
 
 

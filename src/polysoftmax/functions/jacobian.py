@@ -343,7 +343,8 @@ def _probabilities(r: Rows, temperature: Array | float | None) -> Array:
 
 
 def _identity(r: Rows) -> Array:
-    return r.xp.eye(r.length, dtype=r.compute, device=device_for(r.x))
+    one = r.xp.eye(r.length, dtype=r.compute, device=device_for(r.x))
+    return r.xp.reshape(one, (1,) * (r.x.ndim - 1) + one.shape)
 
 
 def _per_matrix(r: Rows, temperature: Array | float | None) -> Array | float | None:
