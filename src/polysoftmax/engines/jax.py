@@ -137,7 +137,7 @@ class JaxOps(Ops):
 
     def top_k_indices(self, x: Array, k: int) -> Array:
         entries, index = _candidates(x, k)
-        return jnp.take_along_axis(index, jnp.sort(lax.top_k(entries, k)[1], axis=-1), axis=-1)
+        return jnp.take_along_axis(index, jnp.sort(_top_k(entries, k), axis=-1), axis=-1)
 
     def end_of_prefix(
         self, x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]
@@ -232,6 +232,16 @@ def _over_blocks(x: Array, start: float, combine: Callable[..., Array], size: in
     return lax.optimization_barrier(lax.reduce_window(x, x.dtype.type(start), combine, window, window, padding))
 
 
+def _top_k(x: Array, k: int) -> Array:
+    """Return the indices of the k greatest entries, the lowest among those that XLA compares as equal."""
+    # Its top_k puts 0 before -0, and tells subnormal numbers apart, which its comparisons on the CPU do not.
+    return lax.top_k(_one_zero(x), k)[1]
+
+
+def _one_zero(x: Array) -> Array:
+    return jnp.where(x == 0, 0.0, x)
+
+
 def _candidates(x: Array, k: int) -> tuple[Array, Array]:
     """Return few entries that the k greatest are among, and their indices in increasing order."""
     n = x.shape[-1]
@@ -240,7 +250,7 @@ def _candidates(x: Array, k: int) -> tuple[Array, Array]:
         return x, jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), x.shape)
     # XLA's search is slow. The k greatest entries are in the k groups with the greatest maxima: whatever stands in
     # another group is less than each of those, or equal to it and of a higher index.
-    chosen = jnp.sort(lax.top_k(_over_blocks(x, -jnp.inf, lax.max, size), k)[1], axis=-1)
+    chosen = jnp.sort(_top_k(_over_blocks(x, -jnp.inf, lax.max, size), k), axis=-1)
     within = lax.broadcasted_iota(chosen.dtype, (*chosen.shape, size), chosen.ndim)
     index = (chosen[..., None] * size + within).reshape(*x.shape[:-1], k * size)
     return jnp.where(index < n, jnp.take_along_axis(x, jnp.minimum(index, n - 1), axis=-1), -jnp.inf), index
@@ -262,7 +272,7 @@ def _search_bits(x: Array, mass: Array, target: Array) -> Array:
         """Give integers the order of the numbers whose bits they are, or the other way round."""
         return number ^ ((number >> (bits - 1)) & greatest)
 
-    order = flipped(lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), whole))  # -0 is no less than 0
+    order = flipped(lax.bitcast_convert_type(_one_zero(x), whole))  # -0 is no less than 0
 
     def set_bit(i: Array, end: Array) -> Array:
         more = end + lax.shift_left(jnp.ones_like(end), jnp.asarray(bits - 1 - i, whole))
