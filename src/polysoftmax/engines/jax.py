@@ -307,11 +307,11 @@ Anything else in a template is the operand itself.
 
 _Template = tuple[Any, ...]
 
-_KEPT = 256
+_KEPT = 128
 """Programs that are kept, each for one formula, its options, shapes and dtypes.
 
-A program takes a megabyte or two, so a server whose batches are of ever new sizes needs a bound that it has memory for;
-one that pads its batches needs a few dozen.
+A program takes a tenth of a megabyte (a softmax) to nine (a draw with filters), so this many fit into one gigabyte even
+on a server whose batches are of ever new sizes; one that pads its batches needs a few dozen.
 """
 
 
@@ -336,7 +336,9 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
         arrays.append(np.dtype(call.compute).type(one) if isinstance(one, float) else one)
         template.append(_OPEN)
     if not eager:
-        return _differentiable(_hashable(call, options), tuple(template), JaxOps)(*arrays)
+        function = _differentiable(_hashable(call, options), tuple(template), JaxOps)
+        # Step by step, as in an eager gradient, JAX would find the -inf that stands for what does not exist.
+        return (jax.jit(function) if jax.config.jax_debug_infs else function)(*arrays)
     shapes = tuple([(one.shape, one.dtype) for one in arrays])
     for name in call.formula.numbers:
         if options[name]:
