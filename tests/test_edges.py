@@ -214,3 +214,17 @@ def test_a_number_is_what_an_array_of_it_holds(dtype: type) -> None:
             polysoftmax.truncate(x, **{name: 1 + 1e-9})
     with pytest.raises(ValueError, match=r"temperature must be 0 or greater, got -1e-50"):
         polysoftmax.truncate(x, temperature=-1e-50)
+
+
+@pytest.mark.parametrize("is_array", [False, True], ids=["number", "array"])
+@pytest.mark.parametrize(
+    ("name", "engine"), [("numpy", "auto"), ("numpy", "portable"), ("torch", "auto"), ("jax.numpy", "auto")]
+)
+def test_top_k_counts_past_what_float32_counts(name: str, engine: str, *, is_array: bool) -> None:
+    """Exactly k survive of more ties than 2^24."""
+    xp = pytest.importorskip(name)
+    n, k = 2**24 + 512, 2**24 + 101
+    with polysoftmax.engine(engine):
+        y = polysoftmax.truncate(xp.zeros((1, n), dtype=xp.float32), top_k=xp.asarray([k]) if is_array else k)
+    survives = np.asarray(y)[0] == 0
+    assert (survives[:k].all(), survives[k:].any()) == (True, False)

@@ -178,14 +178,14 @@ def test_nothing_is_promoted_silently(dtype: str) -> None:
                 jax.eval_shape(slopes(name), given)
 
 
-@pytest.mark.parametrize("name", ["softmax_jacobian", "logsumexp", "truncate", "truncate to few", "sample by rows"])
+@pytest.mark.parametrize("name", ["softmax_jacobian", "logsumexp", "truncate to few"])
 def test_eager_calls_promote_nothing_silently(name: str) -> None:
     given = arguments("bfloat16")
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         FUNCTIONS[name](given)
 
 
-@pytest.mark.parametrize("name", ["truncate", "truncate by rows", "sample few", "sample by rows", "cross_entropy"])
+@pytest.mark.parametrize("name", ["truncate by rows", "sample few"])
 def test_without_jit(name: str) -> None:
     given = arguments("float32")
     want = FUNCTIONS[name](given)
@@ -194,7 +194,7 @@ def test_without_jit(name: str) -> None:
     jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-6), found, want)
 
 
-@pytest.mark.parametrize("name", ["softmax", "logsumexp", "entropy", "sample"])
+@pytest.mark.parametrize("name", ["softmax", "logsumexp"])
 def test_no_infinity_is_to_be_seen(name: str) -> None:
     """Masked entries and weights of 0 are -inf inside, and no business of jax_debug_infs."""
     given = arguments("float32")
