@@ -214,3 +214,31 @@ def test_a_number_is_what_an_array_of_it_holds(dtype: type) -> None:
             polysoftmax.truncate(x, **{name: 1 + 1e-9})
     with pytest.raises(ValueError, match=r"temperature must be 0 or greater, got -1e-50"):
         polysoftmax.truncate(x, temperature=-1e-50)
+
+
+@pytest.mark.parametrize("is_array", [False, True], ids=["number", "array"])
+@pytest.mark.parametrize(
+    ("name", "engine"), [("numpy", "auto"), ("numpy", "portable"), ("torch", "auto"), ("jax.numpy", "auto")]
+)
+def test_top_k_counts_past_what_float32_counts(name: str, engine: str, *, is_array: bool) -> None:
+    """Exactly k survive of more ties than 2^24."""
+    xp = pytest.importorskip(name)
+    n, k = 2**24 + 512, 2**24 + 101
+    with polysoftmax.engine(engine):
+        y = polysoftmax.truncate(xp.zeros((1, n), dtype=xp.float32), top_k=xp.asarray([k]) if is_array else k)
+    survives = np.asarray(y)[0] == 0
+    assert (survives[:k].all(), survives[k:].any()) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_subnormal_temperature_is_0(name: str) -> None:
+    """In the formulas: an array of it means what the number means, and nothing moves."""
+    xp = pytest.importorskip(name)
+    x = xp.asarray([[1.0, 2.0, 3.0], [3.0, 3.0, 1.0]], dtype=xp.float32)
+    t = xp.asarray([1.17e-38, 1e-39], dtype=xp.float32)
+    with polysoftmax.engine("portable"):
+        assert polysoftmax.softmax(x, temperature=t).tolist() == [[0, 0, 1], [0.5, 0.5, 0]]
+        assert polysoftmax.sample(x, 7, temperature=t).tolist() == [2, 0]
+        for op, way in itertools.product(("softmax", "log_softmax"), ("jvp", "vjp")):
+            y = getattr(polysoftmax, f"{op}_{way}")(x, 10 * x, temperature=t)
+            assert y.tolist() == [[0, 0, 0]] * 2

@@ -324,7 +324,10 @@ ALONG_LAST: dict[str, Callable[[Arrays], Any]] = {
     "kth_greatest": lambda a: tuple(a.ops.kth_greatest(a(LONG), k) for k in (1, 4, 100, 700)),
     "top_k_indices": lambda a: tuple(a.ops.top_k_indices(a(LONG), k) for k in (1, 2, 4, 100, 700)),
     "end_of_prefix": _ends,
-    "keep_first": lambda a: a.ops.keep_first(a(LONG > -1.0), a([[3], [1], [5], [300], [2]], "float32")),
+    "ranked": lambda a: tuple(a.ops.ranked(a(LONG), a([[1], [4], [9], [2], [7]], "int64"), most) for most in (9, None)),
+    "keep_first": lambda a: tuple(
+        a.ops.keep_first(a(LONG > -1.0), a([[3], [1], [5], [300], [2]], dtype)) for dtype in ("float32", "int64")
+    ),
     "find_crossing": _crossing,
     "running_sum": lambda a: a.ops.running_sum(a(POSITIVE), a.ops.xp.float32),
     "block_sums": lambda a: tuple(
@@ -353,7 +356,7 @@ OF_THE_STANDARD: dict[str, Callable[[Arrays], Any]] = {
 
 EVERY = {**ALONG_ANY, **ALONG_LAST, **OF_THE_STANDARD}
 
-UNORDERED = ("descending", "kth_greatest", "top_k_indices", "end_of_prefix")
+UNORDERED = ("descending", "kth_greatest", "ranked", "top_k_indices", "end_of_prefix")
 """Words that Dask cannot answer."""
 
 BEHIND_UNORDERED = ("keep_first", "find_crossing")

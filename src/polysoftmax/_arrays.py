@@ -314,12 +314,22 @@ def require_same_library(x: Array, other: Array, name: str) -> None:
     if theirs.xp is not mine.xp:
         msg = f"the input is an array of {mine.name} and {name} one of {theirs.name}: convert one of them"
         raise TypeError(msg)
-    if mine.name in _ONE_DEVICE or (mine.name == "jax" and (is_tracer(x) or is_tracer(other))):
+    if mine.name in _ONE_DEVICE or (mine.name == "jax" and not are_apart(x, other)):
         return
     here, there = (x.device, other.device) if mine.name == "torch" else (device(x), device(other))
     if here != there:
         msg = f"the input is on device {here} and {name} on {there}: move one of them"
         raise TypeError(msg)
+
+
+def are_apart(x: Array, other: Array) -> bool:
+    """Whether nothing can be computed from two arrays of JAX, which the caller has put on different devices.
+
+    Arrays that are sharded in two ways over the same devices may meet, and what has been put nowhere is moved.
+    """
+    if is_tracer(x) or is_tracer(other) or not (x.committed and other.committed):
+        return False
+    return bool(x.sharding.device_set != other.sharding.device_set)
 
 
 _ONE_DEVICE = frozenset({"numpy", "dask"})

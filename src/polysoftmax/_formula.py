@@ -32,9 +32,12 @@ class RowFormula:
     zero. ``vjp(ops, operands, y, cotangent, wanted, **options)`` returns a gradient for each floating operand, None
     where it is not wanted. ``keeps="answer"`` says that the gradient for the rows follows from y, so that reverse mode
     need not keep the rows.
+
+    ``numbers`` names the options that are numbers in its arithmetic and nothing else, once they are not None or 0: an
+    engine that compiles may leave their values open.
     """
 
-    __slots__ = ("_derived", "function", "jvp", "keeps", "name", "vjp")
+    __slots__ = ("_derived", "function", "jvp", "keeps", "name", "numbers", "vjp")
 
     def __init__(
         self,
@@ -44,12 +47,14 @@ class RowFormula:
         vjp: Callable[..., tuple[Array | None, ...]] | None = None,
         *,
         keeps: Literal["answer", "operands"] = "operands",
+        numbers: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.function = function
         self.jvp = jvp
         self.vjp = vjp
         self.keeps = keeps
+        self.numbers = numbers
         self._derived: dict[tuple[str, tuple[bool, ...]], RowFormula] = {}
 
     def __call__(

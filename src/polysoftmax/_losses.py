@@ -46,7 +46,7 @@ def loss_of_rows(
 ) -> Array:
     counts, x, targets = counting(ops, x, targets, ignore_index)
     top, terms, total = terms_of(ops, x)
-    if ops.is_floating(targets) or label_smoothing:
+    if ops.is_floating(targets) or is_on(label_smoothing):
         log_total = log_of_sum(ops, terms, total, (x, None, None))
         x = ops.cast(x, top.dtype)  # the target probabilities take its dtype
         c = smoothed(ops, x, targets, label_smoothing)
@@ -59,9 +59,14 @@ def loss_of_rows(
         nll = log_total + distance
         y = nll if weight is None else weighted(ops, weight_of(ops, x, weight, index), nll)
         y = ops.nan_unless(known, y, log_total)
-    if z_loss:
+    if is_on(z_loss):
         y = y + z_loss * (top + log_total) ** 2
     return ops.where(counts, y, 0.0)
+
+
+def is_on(option: float | Array) -> bool:
+    """Whether an option is not 0; one whose value is left open is not."""
+    return not isinstance(option, float) or option != 0.0
 
 
 def terms_of(ops: Ops, x: Array) -> tuple[Array, Array, Array]:
@@ -102,7 +107,7 @@ def smoothed(ops: Ops, x: Array, targets: Array, label_smoothing: float) -> Arra
     else:
         q = ops.where(ops.indices(x, targets.dtype) == targets, ones, 0.0)
         q = ops.nan_unless(classes(ops, x, targets)[0], q, ops.max(x))
-    if label_smoothing:
+    if is_on(label_smoothing):
         possible = ops.where(x == -INF, 0.0, ones)
         q = (1.0 - label_smoothing) * q + label_smoothing * possible / ops.sum(possible)
     return q
@@ -141,13 +146,13 @@ def slopes_of_loss(
     p, outweighs = terms / total, total < OUTWEIGHED
     sure = outweighs & (terms == 1.0)
     q = ops.where(sure, ops.apply_where(outweighs, sum_of_others, rows, total) / total, 1.0 - p)
-    log_total = log_of_sum(ops, terms, total, rows) if z_loss or wanted[1] or wanted[2] else None
-    if ops.is_floating(targets) or label_smoothing or wanted[2]:
+    log_total = log_of_sum(ops, terms, total, rows) if is_on(z_loss) or wanted[1] or wanted[2] else None
+    if ops.is_floating(targets) or is_on(label_smoothing) or wanted[2]:
         target = smoothed(ops, x, targets, label_smoothing)
         slope = slope_of_classes(ops, p, q, sure, target if weight is None else target * weight)
     else:
         slope = slope_of_class(ops, p, q, total, targets, weight)
-    if z_loss:
+    if is_on(z_loss):
         slope = slope + 2.0 * z_loss * (top + log_total) * p
     slopes: list[Maybe] = [slope, None, None]
     if wanted[1] or wanted[2]:
@@ -179,7 +184,9 @@ def pull_loss(
     return tuple(None if one is None else one * g for one in slopes_of_loss(ops, operands, wanted, **options))
 
 
-CROSS_ENTROPY = RowFormula("cross_entropy", loss_of_rows, push_loss, pull_loss)
+CROSS_ENTROPY = RowFormula(
+    "cross_entropy", loss_of_rows, push_loss, pull_loss, numbers=("ignore_index", "label_smoothing", "z_loss")
+)
 
 
 # entropy: y = -Σ p·log p = log Σ exp(z) - Σ p·z;  dy = -Σ p·(log p + y)·dz

@@ -201,7 +201,7 @@ class Ops:
     def block_of(self, x: Array, block: Array, size: int) -> tuple[Array, Array]:
         """Return a block of ``size`` entries of every row, and their indices as int32; the last entry is repeated."""
         within = self.xp.arange(size, dtype=self.xp.int32, device=device_for(x))
-        index = self.astype(block, self.xp.int32) * size + within
+        index = self.astype(block, self.xp.int32) * size + self.xp.reshape(within, (1,) * (x.ndim - 1) + (-1,))
         inside = self.xp.minimum(index, self.xp.full_like(index, x.shape[-1] - 1))
         return self.xp.take_along_axis(x, self.astype(inside, self.index_dtype), axis=-1), index
 
@@ -216,6 +216,14 @@ class Ops:
         last = x.shape[-1] - k
         return self.xp.sort(x, axis=-1)[..., last : last + 1]
 
+    def ranked(self, x: Array, rank: Array, greatest: int | None) -> Array:
+        """Return the entry of every row that has a rank of its own, an index; 1 is that of the greatest entry.
+
+        Where no rank is above ``greatest``, few entries need to be ordered.
+        """
+        del greatest
+        return self.take(self.descending(x), rank - 1)
+
     def top_k_indices(self, x: Array, k: int) -> Array:
         """Return the indices of the k greatest entries, the lowest ones among equals, in increasing order."""
         return self.xp.sort(self.xp.argsort(x, axis=-1, descending=True, stable=True)[..., :k], axis=-1)
@@ -224,9 +232,7 @@ class Ops:
         """Keep the first ``room``, 1 or more, of the True entries of every row."""
         numbers = self.astype(flags, room.dtype)
         reached = self.running_sum(self.block_sums(numbers, _BLOCK), room.dtype)
-        block, _, inside = self.find_crossing(
-            numbers, reached, lambda entries: self.astype(entries > 0, room.dtype), room
-        )
+        block, _, inside = self.find_crossing(numbers, reached, lambda entries: entries, room)
         last = block * _BLOCK + inside
         return flags & (self.indices(flags, last.dtype) <= last)
 
@@ -255,8 +261,8 @@ class Ops:
         block = self.count(reached[..., :-1] < target)
         before = self.take(reached, self.xp.maximum(block, self.xp.ones_like(block)) - 1)
         entries, index = self.block_of(x, block, _BLOCK)
-        entries = self.xp.where(index < x.shape[-1], entries, -math.inf)
-        inside = self.xp.where(block > 0, before, 0.0) + self.running_sum(mass_of(entries), reached.dtype)
+        mass = self.xp.where(index < x.shape[-1], mass_of(entries), 0)
+        inside = self.xp.where(block > 0, before, 0) + self.running_sum(mass, reached.dtype)
         return block, entries, self.count(inside[..., :-1] < target)
 
     def running_sum(self, x: Array, dtype: DType) -> Array:

@@ -132,7 +132,7 @@ class Rows:
         missing = len(self.shape) - where.ndim
         return self.xp.reshape(where, (1,) * missing + where.shape) if missing else where
 
-    def parameter(self, value: Array | Number, name: str) -> Array | float:
+    def parameter(self, value: Array | Number, name: str, *, counts: bool = False) -> Array | float:
         """Bring a parameter, a number or an array with one entry a row, into the rows' layout.
 
         Tried in this order: 0-d; the reduced shape; the input's number of dimensions with length 1 on the
@@ -144,7 +144,7 @@ class Rows:
             msg = f"{name} must be an int, a float or an array of the logits' library, got {type(value).__name__}"
             raise TypeError(msg)
         require_same_library(self.x, value, name)
-        value = self.real(value, name)
+        value = self.real(value, name, counts=counts)
         if value.ndim == 0:
             return value
         if value.shape == self.reduced_shape or may_be_equal(value.shape, self.reduced_shape):
@@ -193,8 +193,11 @@ class Rows:
         # Not asarray, which copies from the host: a CUDA graph that is being captured takes no such copy.
         return self.xp.full((), limit, dtype=self.compute, device=device_for(self.x))
 
-    def real(self, value: Array, name: str) -> Array:
-        """Return an array of real numbers in a floating dtype; the formula's call brings it to the compute dtype."""
+    def real(self, value: Array, name: str, *, counts: bool = False) -> Array:
+        """Return an array of real numbers in a floating dtype; the formula's call brings it to the compute dtype.
+
+        Integers that are ``counts`` of a row's entries stay integers where float32 could not tell them apart.
+        """
         if float_bits(self.xp, value.dtype):
             return value
         value = in_native_order(value)
@@ -203,8 +206,11 @@ class Rows:
         if not is_kind(self.xp, value.dtype, "integral"):
             msg = f"{name} must hold real numbers, integers or floats of 16 bits or more, got dtype {value.dtype}"
             raise TypeError(msg)
-        return cast(value, self.compute)
+        return value if counts and self.length > _COUNTABLE else cast(value, self.compute)
 
+
+_COUNTABLE = 1 << 24
+"""Numbers up to which float32 has every integer."""
 
 _TOO_LARGE, _LEAST_NORMAL, _LEAST_SHIFT = 2.0**128, 2.0**-126, 1.5 * 2.0**-97
 """Where float32 ends, where its numbers have 24 bits, and a double whose last bit is that of the smaller ones."""

@@ -19,6 +19,7 @@ from polysoftmax._truncation import (
     Filters,
     are_few,
     filtered_few,
+    first_of,
     has_axes,
     has_mass,
     leading_of,
@@ -56,7 +57,7 @@ def sample_of_rows(
     draws = keys.shape[-1] // 2
     if top_k is not None and are_few(top_k, x.shape[-1]):
         top, few, index = ops.call(LEADING, x, where, top_k=top_k)
-        operands = (few, index, top, keys, t, kept.p, kept.min_p)
+        operands = (first_of(ops, few, kept.k), index, top, keys, t, kept.p, kept.min_p)
         return draw_each(ops, DRAW_LEADING, operands, draws, how)
     if top_k is not None or any(one is not None for one in kept):
         x, where = ops.call(TRUNCATE, x, t, where, *kept, top_k=top_k), None
@@ -152,7 +153,7 @@ def draw_leading(
     block = index // size
     same = block[..., :, None] == block[..., None, :]
     mass = ops.squeeze(ops.sum(ops.where(same, terms[..., None, :], 0.0)), axis=-1)
-    won = ops.indices(x) == gumbel_argmax(ops, mass, ops.log(mass), keys, block, BLOCKS, t)
+    won = ops.indices(x, ops.index_dtype) == gumbel_argmax(ops, mass, ops.log(mass), keys, block, BLOCKS, t)
     z = ops.where(block == ops.max(ops.where(won, block, -1)), z, -INF)
     position = gumbel_argmax(ops, ops.exp(z), z, keys, index, TOKENS, t)
     return read_out(ops, top, t, ops.sum(terms), z, index, position, logprobs)
@@ -171,7 +172,7 @@ def read_out(
     ops: Ops, top: Array, t: Temperature, total: Array, z: Array, index: Array, position: Array, logprobs: bool
 ) -> tuple[Array, ...]:
     """The token at a position, -1 for a row without an answer, and its log-probability if asked for."""
-    won = ops.indices(z) == position
+    won = ops.indices(z, ops.index_dtype) == position
     token = ops.max(ops.where(won, index, -1))
     drawn = has_token(top, t)
     tokens = ops.where(drawn, ops.astype(token, ops.index_dtype), -1)

@@ -233,6 +233,7 @@ def others(ops: Ops, terms: Array) -> Array:
 
 def log_of_weighted_sum(ops: Ops, x: Array, w: Array, top: Array) -> Array:
     """log Σ w·exp(x - top). The terms at the maximum are 1 and stay out, so that what lies far below them is kept."""
+    x = ops.cast(x, top.dtype)
     at_top = x == top
     most = ops.sum(ops.where(at_top, w, 0.0))
     rest = ops.sum(ops.where(at_top, 0.0, w * ops.exp(ops.below(x, top))))

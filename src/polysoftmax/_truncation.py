@@ -27,7 +27,7 @@ class Filters(NamedTuple):
     """The filters of a call, the last operands of its formula; None where one is off."""
 
     k: Array | None
-    """The number of tokens of each row; a number for all rows is the option ``top_k``."""
+    """The number of tokens of each row; a number for all rows is the option ``top_k``, which else bounds it."""
     p: Array | float | None
     min_p: Array | float | None
 
@@ -40,25 +40,26 @@ def truncated(
     top = ops.max(x)
     k, p, min_p = kept = Filters(*filters)
     if has_mass(kept) and top_k is not None and are_few(top_k, x.shape[-1]):
-        _, end, last = filtered_few(ops, *leading_of(ops, ops.constant(x), top_k), t, kept)
+        few, index = leading_of(ops, ops.constant(x), top_k)
+        _, end, last = filtered_few(ops, first_of(ops, few, k), index, t, kept)
         left = ops.where(is_up_to(x, ops.indices(x), end, last), x, -INF)
     else:
         left = filtered(ops, x, top, t, kept, top_k)
     answered = top < INF
     for bound, upper in ((k, INF), (p, 1.0), (min_p, 1.0), (t, INF)):
         if bound is not None and not isinstance(bound, float):
-            answered = answered & (bound >= 0) & (bound <= upper)  # False for NaN
+            answered = answered & (bound >= 0)  # False for NaN
+            answered = answered if upper == INF else answered & (bound <= upper)
     return ops.nan_unless(answered, left, top)
 
 
 def filtered(ops: Ops, x: Array, top: Array, t: Temperature, filters: Filters, top_k: int | None) -> Array:
     """x with -inf for what the filters remove, each from what the one before left."""
     k, p, min_p = filters
-    if top_k is not None:
+    if k is not None:
+        x = ops.where((k == 0) | is_up_to_rank(ops, x, rank_of(ops, k, x), top_k), x, -INF)
+    elif top_k is not None:
         x = ops.where(is_among_greatest(ops, x, top_k), x, -INF)
-    elif k is not None:
-        inside = is_in_prefix(ops, x, ops.ones_like, lambda _: ops.where(k > 0, k, 1.0))
-        x = ops.where((k == 0) | inside, x, -INF)
 
     def mass_of(entries: Array) -> Array:
         return ops.exp(scores_below(ops, entries, top, t))
@@ -110,9 +111,32 @@ def is_up_to(x: Array, index: Array, end: Array, last: Array) -> Array:
 
 def is_among_greatest(ops: Ops, x: Array, k: int) -> Array:
     """Which entries are the k greatest, the lowest indices among equals."""
-    least = ops.kth_greatest(x, k)
+    return is_among_first(ops, x, ops.kth_greatest(x, k), k)
+
+
+def is_up_to_rank(ops: Ops, x: Array, rank: Array, greatest: int | None) -> Array:
+    """Which entries have a rank up to that of their row, where no row's is above ``greatest``."""
+    return is_among_first(ops, x, ops.ranked(x, rank, greatest), rank)
+
+
+def is_among_first(ops: Ops, x: Array, least: Array, count: Array | int) -> Array:
+    """Which entries are the first ``count`` in order, of which ``least`` is the last value."""
     above = x > least
-    return above | ops.keep_first(x == least, k - ops.astype(ops.count(above), x.dtype))
+    return above | ops.keep_first(x == least, count - ops.count(above))
+
+
+def rank_of(ops: Ops, k: Array, x: Array) -> Array:
+    """The rank of the last of the k greatest entries of every row: an index, from 1 to the length of the row."""
+    n = x.shape[-1]
+    inside = ops.where((k >= 1) & (k < n), k, 1)
+    whole = -ops.floor(-inside) if ops.is_floating(k) else inside
+    rank = ops.where(k < n, ops.astype(whole, ops.index_dtype), n)
+    return ops.broadcast_to(rank, (*x.shape[:-1], 1))
+
+
+def first_of(ops: Ops, few: Array, k: Maybe) -> Array:
+    """The k greatest of a few logits, with -inf in place of the others."""
+    return few if k is None else ops.where(is_up_to_rank(ops, few, rank_of(ops, k, few), None), few, -INF)
 
 
 def is_in_prefix(ops: Ops, x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]) -> Array:

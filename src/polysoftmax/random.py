@@ -196,8 +196,13 @@ def split(key: Array | int, num: int = 2) -> Array:
     num = _count(num, "num")
     k = as_key(key)
     xp = namespace(k)
-    index = xp.arange(num, dtype=xp.int32, device=device_for(k))
+    index = _along_last(k, xp.arange(num, dtype=xp.int32, device=device_for(k)))
     return xp.stack(jitted(threefry, k[..., 0:1], k[..., 1:2], index, xp.full_like(index, KEYS)), axis=-1)
+
+
+def _along_last(k: Array, index: Array) -> Array:
+    """Give indices as many dimensions as keys have: JAX may be set to raise where a rank is promoted."""
+    return namespace(k).reshape(index, (1,) * (k.ndim - 1) + (-1,))
 
 
 def fold_in(key: Array | int, data: int | Array) -> Array:
@@ -322,7 +327,7 @@ def bits(key: Array | int, shape: int | tuple[int, ...], *, xp: Any = None, devi
     lengths = shape if isinstance(shape, tuple | list) else (shape,)
     shape = tuple(_count(one, "each length of shape") for one in lengths)
     count = math.prod(shape)
-    index = own.arange(count, dtype=own.int32, device=device_for(k))
+    index = _along_last(k, own.arange(count, dtype=own.int32, device=device_for(k)))
     word = jitted(_public_words, k[..., 0:1], k[..., 1:2], index)
     return own.reshape(word, (*k.shape[:-1], *shape))
 

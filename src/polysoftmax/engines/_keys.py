@@ -6,7 +6,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from polysoftmax._arrays import Array, device_for, library
+from polysoftmax._arrays import Array, are_apart, device_for, library
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +87,8 @@ def to_library_of(words: Array, x: Array) -> Array:
         words = words.to(x.device)
     elif there.name == "array_api_strict":
         words = words.to_device(x.device)
+    elif there.name == "jax" and are_apart(words, x):
+        words = there.xp.asarray(_host(words, here.name))
     return words
 
 

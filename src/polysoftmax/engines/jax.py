@@ -17,7 +17,9 @@ from polysoftmax._arrays import cast, float_bits, library
 from polysoftmax._formula import Call
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._ops import Ops, ops_of
+from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, OUTWEIGHED, SOFTMAX, log_of_sum, nonzero, others
+from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines import portable
 
 if TYPE_CHECKING:
@@ -80,15 +82,15 @@ class JaxOps(Ops):
 
     def argmax(self, x: Array) -> Array:
         # XLA computes the entries for its argmax one by one, and for these two reductions many at once.
-        at_top = x == jnp.max(x, axis=self.axis, keepdims=True)
-        index = jnp.where(at_top, self.indices(x, self.index_dtype), x.shape[self.axis])
+        is_less = x < jnp.max(x, axis=self.axis, keepdims=True)  # False for NaN, whose index is one of the row's, too
+        index = jnp.where(is_less, x.shape[self.axis], self.indices(x, self.index_dtype))
         return jnp.min(index, axis=self.axis, keepdims=True)
 
     def _is_by_columns(self, x: Array) -> bool:
         axis = self.axis % x.ndim
-        is_wide = math.prod(x.shape[axis + 1 :]) >= _WIDE
-        n: int = x.shape[axis]
-        return 0 < n <= (_SHORT_IF_WIDE if is_wide else _SHORT)
+        width = math.prod(x.shape[axis + 1 :])
+        is_wide = _is_known(width) and width >= _WIDE
+        return _is_up_to(x.shape[axis], _SHORT_IF_WIDE if is_wide else _SHORT)
 
     def _over_columns(self, function: Callable[[Array, Array], Array], x: Array) -> Array:
         """Reduce rows in a tree of whole columns."""
@@ -111,7 +113,7 @@ class JaxOps(Ops):
 
     def below(self, x: Array, top: Array) -> Array:
         # 16 bits are rounded already, behind a barrier.
-        return x - top if float_bits(self.xp, x.dtype) == 16 else _below(x, top)
+        return x.astype(top.dtype) - top if float_bits(self.xp, x.dtype) == 16 else _below(x, top)
 
     def divide(self, x: Array, t: Array) -> Array:
         # The second factor is 1. Its derivative multiplies by the quotient and then divides by t, as the rules do;
@@ -133,15 +135,19 @@ class JaxOps(Ops):
         return _over_blocks(terms, 0, lax.add, size)
 
     def kth_greatest(self, x: Array, k: int) -> Array:
-        candidates, _ = _candidates(x, k)
-        if candidates is x:  # k is no small part of the row, so XLA's search would take twice as long as this one
-            return _search(lax.stop_gradient(x), jnp.ones_like(x), jnp.full((*x.shape[:-1], 1), k, x.dtype))
-        # Not the last of them: XLA would sort the rows for that.
-        return jnp.min(lax.top_k(candidates, k)[0], axis=-1, keepdims=True)
+        return self.ranked(x, jnp.full((*x.shape[:-1], 1), k, self.index_dtype), k)
+
+    def ranked(self, x: Array, rank: Array, greatest: int | None) -> Array:
+        candidates = x if greatest is None else _candidates(x, greatest)[0]
+        if candidates is x:  # it is no small part of the row, so XLA's search would take twice as long as this one
+            return _search(lax.stop_gradient(x), jnp.ones_like(x, rank.dtype), rank)
+        leading = lax.top_k(candidates, greatest)[0]
+        # Not one of them by its index: XLA would sort the rows for that.
+        return jnp.min(jnp.where(self.indices(leading, rank.dtype) < rank, leading, jnp.inf), axis=-1, keepdims=True)
 
     def top_k_indices(self, x: Array, k: int) -> Array:
         entries, index = _candidates(x, k)
-        return jnp.take_along_axis(index, jnp.sort(lax.top_k(entries, k)[1], axis=-1), axis=-1)
+        return jnp.take_along_axis(index, jnp.sort(_top_k(entries, k), axis=-1), axis=-1)
 
     def end_of_prefix(
         self, x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]
@@ -162,7 +168,17 @@ class InMemoryOps(JaxOps):
         return x.astype(dtype)
 
     def below(self, x: Array, top: Array) -> Array:
-        return x - top
+        return x.astype(top.dtype) - top
+
+
+def _is_known(length: int) -> bool:
+    """Whether a length is a number, and no symbol of jax.export."""
+    return isinstance(length, int)
+
+
+def _is_up_to(length: int, bound: int) -> bool:
+    """Whether a length is known, and neither 0 nor above a bound."""
+    return _is_known(length) and 0 < length <= bound
 
 
 @jax.custom_jvp  # type: ignore[untyped-decorator]
@@ -213,7 +229,7 @@ def _log_of_short_sum(
 ) -> Array:
     """Both sums in one pass, without a derivative of its own: formulas have rules."""
     del total, rows
-    if not 0 < terms.shape[ops.axis] <= _ONE_BY_ONE:
+    if not _is_up_to(terms.shape[ops.axis], _ONE_BY_ONE):
         return NotImplemented
     arrays = terms, others(ops, terms)
     zeros = tuple(one.dtype.type(0) for one in arrays)
@@ -239,16 +255,27 @@ def _over_blocks(x: Array, start: float, combine: Callable[..., Array], size: in
     return lax.optimization_barrier(lax.reduce_window(x, x.dtype.type(start), combine, window, window, padding))
 
 
+def _top_k(x: Array, k: int) -> Array:
+    """Return the indices of the k greatest entries, the lowest among those that XLA compares as equal."""
+    # Its top_k puts 0 before -0, and tells subnormal numbers apart, which its comparisons on the CPU do not.
+    return lax.top_k(_one_zero(x), k)[1]
+
+
+def _one_zero(x: Array) -> Array:
+    return jnp.where(x == 0, 0.0, x)
+
+
 def _candidates(x: Array, k: int) -> tuple[Array, Array]:
     """Return few entries that the k greatest are among, and their indices in increasing order."""
     n = x.shape[-1]
     size = 1 << ((n // k).bit_length() // 2)
     if -(-n // size) <= 8 * k:
-        return x, jnp.broadcast_to(jnp.arange(n), x.shape)
+        return x, jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), x.shape)
     # XLA's search is slow. The k greatest entries are in the k groups with the greatest maxima: whatever stands in
     # another group is less than each of those, or equal to it and of a higher index.
-    chosen = jnp.sort(lax.top_k(_over_blocks(x, -jnp.inf, lax.max, size), k)[1], axis=-1)
-    index = (chosen[..., None] * size + jnp.arange(size)).reshape(*x.shape[:-1], k * size)
+    chosen = jnp.sort(_top_k(_over_blocks(x, -jnp.inf, lax.max, size), k), axis=-1)
+    within = lax.broadcasted_iota(chosen.dtype, (*chosen.shape, size), chosen.ndim)
+    index = (chosen[..., None] * size + within).reshape(*x.shape[:-1], k * size)
     return jnp.where(index < n, jnp.take_along_axis(x, jnp.minimum(index, n - 1), axis=-1), -jnp.inf), index
 
 
@@ -268,11 +295,11 @@ def _search_bits(x: Array, mass: Array, target: Array) -> Array:
         """Give integers the order of the numbers whose bits they are, or the other way round."""
         return number ^ ((number >> (bits - 1)) & greatest)
 
-    order = flipped(lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), whole))  # -0 is no less than 0
+    order = flipped(lax.bitcast_convert_type(_one_zero(x), whole))  # -0 is no less than 0
 
     def set_bit(i: Array, end: Array) -> Array:
-        more = end + lax.shift_left(jnp.ones_like(end), (bits - 1 - i).astype(whole))
-        reached = jnp.sum(jnp.where(order >= more, mass, 0.0), axis=-1, keepdims=True)
+        more = end + lax.shift_left(jnp.ones_like(end), jnp.asarray(bits - 1 - i, whole))
+        reached = jnp.sum(jnp.where(order >= more, mass, 0), axis=-1, keepdims=True, dtype=mass.dtype)
         return jnp.where((reached >= target) & (reached > 0), more, end)
 
     end = lax.fori_loop(0, bits, set_bit, jnp.full(target.shape, least, whole))
@@ -282,7 +309,7 @@ def _search_bits(x: Array, mass: Array, target: Array) -> Array:
 def _search_in_cache(x: Array, mass: Array, target: Array) -> Array:
     batch, n = x.shape[:-1], x.shape[-1]
     lines = math.prod(batch)
-    parts = -(-lines // max(1, _CACHED // n))
+    parts = -(-lines // max(1, _CACHED // n)) if _is_known(lines) and _is_known(n) else 1
     if parts < 2:
         return _search_bits(x, mass, target)
     each = -(-lines // parts)
@@ -295,10 +322,20 @@ def _search_in_cache(x: Array, mass: Array, target: Array) -> Array:
     return end.reshape(-1)[:lines].reshape(*batch, 1)
 
 
-_ARRAY = object()
-"""Stands in a template for an operand that is an array; anything else in it is the operand itself."""
+_OPEN = object()
+"""Stands in a template for an operand, and in a call for an option, whose value is an argument of the program.
+
+Anything else in a template is the operand itself.
+"""
 
 _Template = tuple[Any, ...]
+
+_KEPT = 128
+"""Programs that are kept, each for one formula, its options, shapes and dtypes.
+
+A program takes a tenth of a megabyte (a softmax) to nine (a draw with filters), so this many fit into one gigabyte even
+on a server whose batches are of ever new sizes; one that pads its batches needs a few dozen.
+"""
 
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -310,11 +347,21 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
         if isinstance(one, Tracer):
             eager = False
     if not eager:
-        return _with_rules(call, operands, JaxOps)
+        key, template, arrays = _split(call, operands)
+        function = _differentiable(key, template, JaxOps)
+        # Step by step, as in an eager gradient, JAX would find the -inf that stands for what does not exist.
+        return (jax.jit(function) if jax.config.jax_debug_infs else function)(*arrays)
+    if call.formula in _RANKED:
+        call, operands = _with_open_rank(call, operands)
     # A number that is traced as an array does not make jit compile anew for each of its values.
-    arrays = (np.dtype(call.compute).type(one) if type(one) is float else one for one in operands)
-    key, template, given = _split(call, tuple(arrays))
-    return _compiled(key, template)(*given)
+    number = np.dtype(call.compute).type
+    operands = tuple([number(one) if type(one) is float else one for one in operands])
+    options = call.options
+    open_options = {name: options[name] for name in call.formula.numbers if options[name]}
+    call = call._replace(options={**options, **dict.fromkeys(open_options, _OPEN)})
+    key, template, arrays = _split(call, operands)
+    shapes = tuple([(one.shape, one.dtype) for one in arrays])
+    return _compiled(key, template, shapes)(*arrays, *open_options.values())
 
 
 def _with_rules(call: Call, operands: tuple[Any, ...], kind: type[JaxOps]) -> Any:
@@ -325,9 +372,23 @@ def _with_rules(call: Call, operands: tuple[Any, ...], kind: type[JaxOps]) -> An
 
 def _split(call: Call, operands: tuple[Any, ...]) -> tuple[Call, _Template, list[Array]]:
     """Return what a call can be found by, and its arrays."""
-    template = tuple(one if one is None or type(one) is float else _ARRAY for one in operands)
+    template = tuple([one if one is None or type(one) is float else _OPEN for one in operands])
     arrays = [one for one in operands if one is not None and type(one) is not float]
     return call._replace(options=tuple(call.options.items())), template, arrays  # type: ignore[arg-type]
+
+
+_RANKED = frozenset({TRUNCATE, SAMPLE})
+"""Formulas whose last operands are filters, and that take a number ``top_k`` as an option."""
+
+
+def _with_open_rank(call: Call, operands: tuple[Array, ...]) -> tuple[Call, tuple[Array, ...]]:
+    """Return a call where ``top_k`` is an operand, and the option only the power of two above it."""
+    top_k = call.options["top_k"]
+    if top_k is None:
+        return call, operands
+    bound = min(1 << (top_k - 1).bit_length(), operands[0].shape[call.axis])
+    call = call._replace(options={**call.options, "top_k": bound})
+    return call, (*operands[:-3], np.int32(top_k), *operands[-2:])
 
 
 def words(x: Array, axis: int) -> Ops:
@@ -349,26 +410,30 @@ def _is_narrow(x: Array) -> bool:
 
 def _fill(template: _Template, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     left = iter(arrays)
-    return tuple(next(left) if one is _ARRAY else one for one in template)
+    return tuple(next(left) if one is _OPEN else one for one in template)
 
 
 def _tangents(template: _Template, arrays: tuple[Array, ...], dtype: DType) -> tuple[Array | None, ...]:
     """Return the tangent of each operand, None where it is zero or there is nothing to move."""
     given = iter(arrays)
-    each = (next(given) if one is _ARRAY else None for one in template)
+    each = (next(given) if one is _OPEN else None for one in template)
     return tuple(None if one is None or isinstance(one, SymbolicZero) else cast(one, dtype) for one in each)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=_KEPT)
 def _differentiable(key: Call, template: _Template, kind: type[JaxOps]) -> Callable[..., Array]:
-    call = key._replace(options=dict(key.options))
-    formula = call.formula
+    """Return a call as a function of its open operands and then its open options."""
+    formula, fixed = key.formula, dict(key.options)
+    names, first = [name for name, one in fixed.items() if one is _OPEN], template.count(_OPEN)
+
+    def options(values: tuple[Array, ...]) -> dict[str, Any]:
+        return {**fixed, **dict(zip(names, values, strict=True))}
 
     def ops_for(x: Array) -> Ops:
-        return ops_of(kind, library(x).xp, call.axis)
+        return ops_of(kind, library(x).xp, key.axis)
 
     def evaluate(*arrays: Array) -> Array:
-        operands = _fill(template, arrays)
+        call, operands = key._replace(options=options(arrays[first:])), _fill(template, arrays)
         x, *others = operands
         ops = ops_for(arrays[0])
         if not (formula in _WIDENS_LATE and _is_narrow(x) and call.compute == np.float32):
@@ -379,27 +444,31 @@ def _differentiable(key: Call, template: _Template, kind: type[JaxOps]) -> Calla
     if formula.jvp is None:
         return evaluate
 
-    def derivative(operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array) -> Array:
+    def derivative(
+        operands: tuple[Array, ...], tangents: tuple[Array | None, ...], y: Array, values: tuple[Array, ...]
+    ) -> Array:
         assert formula.jvp is not None
-        return formula.jvp(ops_for(y), operands, tangents, y, **call.options)
+        return formula.jvp(ops_for(y), operands, tangents, y, **options(values))
 
     # Without a checkpoint what the rule computes, masks and zeros among it, would be kept for the backward pass.
     jvp = jax.checkpoint(derivative)
     function = jax.custom_jvp(evaluate)
 
     def rule(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-        moved = _tangents(template, tangents, call.compute)
-        wide = key._replace(result=call.compute, squeeze=False)
+        moved = _tangents(template, tangents, key.compute)
+        wide = key._replace(result=key.compute, squeeze=False)
         y = _differentiable(wide, template, kind)(*primals)  # type: ignore[arg-type]  # classes are hashable
-        dy = jvp(call.widen(ops_for(y), _fill(template, primals)), moved, y)
-        dy = call.answer(dy)
+        dy = jvp(key.widen(ops_for(y), _fill(template, primals)), moved, y, primals[first:])
+        dy = key.answer(dy)
         # Transposed, this rounds the cotangent.
-        return call.answer(y), _round(dy) if _is_narrow(dy) and kind is JaxOps else dy
+        return key.answer(y), _round(dy) if _is_narrow(dy) and kind is JaxOps else dy
 
     function.defjvp(rule, symbolic_zeros=True)
     return function  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(maxsize=4096)
-def _compiled(key: Call, template: _Template) -> Callable[..., Array]:
-    return jax.jit(_differentiable(key, template, InMemoryOps))  # type: ignore[no-any-return]
+@functools.lru_cache(maxsize=_KEPT)
+def _compiled(key: Call, template: _Template, shapes: tuple[Any, ...]) -> Callable[..., Array]:
+    del shapes
+    # JAX keeps what it has compiled for a function as long as that lives, so each program has one of its own.
+    return jax.jit(functools.partial(_differentiable(key, template, InMemoryOps)))  # type: ignore[no-any-return]

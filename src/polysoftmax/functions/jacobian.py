@@ -349,6 +349,7 @@ def _identity_less(r: Rows, p: Array) -> Array:
     sure = p > 0.5
     lacking = r.xp.where(sure, ops.sum(r.xp.where(sure, 0.0, p)), 1.0 - p)
     diagonal = r.xp.eye(r.length, dtype=r.xp.bool, device=device_for(r.x))
+    diagonal = r.xp.reshape(diagonal, (1,) * (r.x.ndim - 1) + diagonal.shape)
     return r.xp.where(diagonal, lacking[..., None, :], -p[..., None, :])
 
 
