@@ -159,7 +159,12 @@ def promotion(x: Array, found: Library, dtype: DType | None) -> tuple[DType, DTy
     return widest, result
 
 
+_NAMES = ("float16", "bfloat16", "float32", "float64")
+
+
 def _as_dtype(xp: Any, dtype: DType) -> DType:
+    if isinstance(dtype, str) and dtype in _NAMES:
+        dtype = getattr(xp, dtype, dtype)  # not every library reads names
     try:
         found = xp.empty(0, dtype=dtype).dtype
         known = float_bits(xp, found)

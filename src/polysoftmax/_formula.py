@@ -75,7 +75,8 @@ class RowFormula:
         """
         found = self._derived.get(("pullback", wanted))
         if found is None:
-            found = self._derived["pullback", wanted] = RowFormula(f"pullback of {self.name}", _Pullback(self, wanted))
+            name = f"pullback of {self.name} for {[i for i, one in enumerate(wanted) if one]}"
+            found = self._derived["pullback", wanted] = RowFormula(name, _Pullback(self, wanted))
         return found
 
     def pushforward(self, moving: tuple[bool, ...]) -> RowFormula:
