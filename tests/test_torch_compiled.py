@@ -11,6 +11,7 @@ import polysoftmax as ps
 from polysoftmax._formula import Call
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
 from polysoftmax._sampling import SAMPLE
+from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax._truncation import TRUNCATE
 
 if TYPE_CHECKING:
@@ -225,8 +226,7 @@ def test_second_derivatives_of_the_operator() -> None:
     assert torch.autograd.gradcheck(program, x.clone().requires_grad_())
 
 
-_PULLED = ENTROPY.pullback((True, False, False))
-_BOTH_PULLED = KL_DIVERGENCE.pullback((True, True, False, False))
+_LOGITS = (True, False, False)
 OPERATED: dict[RowFormula, tuple[tuple[Any, ...], dict[str, Any]]] = {
     CROSS_ENTROPY: (
         (torch.tensor([[1], [0], [2], [3]]), None),
@@ -239,21 +239,24 @@ OPERATED: dict[RowFormula, tuple[tuple[Any, ...], dict[str, Any]]] = {
         (torch.zeros(2, dtype=torch.int32), None, None, None, None, None),
         {"top_k": 3, "is_one_key": True, "logprobs": True},
     ),
-    _PULLED: ((None, None, None, torch.ones(4, 1)), {}),
-    _BOTH_PULLED: ((torch.ones(4, 33), None, None, None, torch.ones(4, 1)), {}),
+    SOFTMAX: ((None, None), {}),
+    LOGSUMEXP: ((None, None), {}),
+    LOG_SOFTMAX.pullback(_LOGITS): ((0.5, None, None, torch.ones(4, 33)), {}),
+    ENTROPY.pullback(_LOGITS): ((None, None, None, torch.ones(4, 1)), {}),
+    KL_DIVERGENCE.pullback((True, *_LOGITS)): ((torch.ones(4, 33), None, None, None, torch.ones(4, 1)), {}),
 }
 
 
-@needs_kernels
+@pytest.mark.parametrize("engine", ["native", "cuda"])  # without a GPU the formulas answer in place of CUDA kernels
 @pytest.mark.parametrize("formula", OPERATED, ids=lambda formula: formula.name)
-def test_the_operator_keeps_the_rules_of_operators(formula: RowFormula) -> None:
+def test_the_operator_keeps_the_rules_of_operators(formula: RowFormula, engine: str) -> None:
     """Its schema, its shapes under fake and dynamic tensors, its derivative when traced."""
     from polysoftmax.engines import _operator
 
     x = logits().requires_grad_(formula.vjp is not None)
     others, options = OPERATED[formula]
     call = Call(formula, options, 1, x.dtype, x.dtype)
-    torch.library.opcheck(_operator.formula, _operator.arguments_of("native", call, (x, *others)))
+    torch.library.opcheck(_operator.formula, _operator.arguments_of(engine, call, (x, *others)))
 
 
 @needs_kernels

@@ -163,10 +163,9 @@ _NAMES = ("float16", "bfloat16", "float32", "float64")
 
 
 def _as_dtype(xp: Any, dtype: DType) -> DType:
-    if isinstance(dtype, str) and dtype in _NAMES:
-        dtype = getattr(xp, dtype, dtype)  # not every library reads names
+    named = getattr(xp, dtype, dtype) if isinstance(dtype, str) and dtype in _NAMES else dtype  # PyTorch reads no names
     try:
-        found = xp.empty(0, dtype=dtype).dtype
+        found = xp.empty(0, dtype=named).dtype
         known = float_bits(xp, found)
     except (TypeError, ValueError, AttributeError) as error:
         msg = f"dtype={dtype!r} is not a dtype of {xp.__name__.removeprefix('array_api_compat.')}"
