@@ -23,14 +23,14 @@ DIGITS, STEP = 60, mp.mpf(10) ** -15
 
 X = np.asarray([[0.3, -1.2, 0.8], [1.1, 0.4, -0.6]])
 OTHER = np.asarray([[-0.4, 0.9, 0.2], [0.5, -0.3, 1.3]])
-ROOTS = np.asarray([[0.7], [1.6]])
+HEATS = np.asarray([[0.7], [1.6]])
 """Temperatures."""
 WEIGHTS = np.asarray([[0.5, 2.0, 1.5], [1.0, 3.0, -0.25]])
 CLASS_WEIGHTS = np.asarray([0.5, 2.0, 1.25])
 CLASSES = np.asarray([2, 0])
 Q = np.asarray([[0.2, 0.5, 0.3], [0.0, 0.9, 0.1]])
 MASK = np.asarray([[True, True, False], [True, True, True]])
-TOKENS = ps.sample(X, 7, temperature=ROOTS)
+TOKENS = ps.sample(X, 7, temperature=HEATS)
 SURVIVORS = np.asarray([[0, 2], [0, 1]])
 """What top_k=2 leaves of X."""
 FEW = ps.sample(X, 7, top_k=2)
@@ -100,8 +100,16 @@ def per_row(of: Callable[..., Any], *others: Any) -> list[Callable[[Any], Any]]:
     return [lambda v, i=i: of(v, *[one[i] for one in others]) for i in range(2)]
 
 
-def t(array: Any) -> Any:
-    return torch.from_numpy(np.asarray(array))
+# The same as tensors, which torch.compile takes for constants
+
+LOGITS = torch.from_numpy(X)
+OTHERS = torch.from_numpy(OTHER)
+TEMPERATURES = torch.from_numpy(HEATS)
+SCALES = torch.from_numpy(WEIGHTS)
+SCALES_OF_CLASSES = torch.from_numpy(CLASS_WEIGHTS)
+LABELS = torch.from_numpy(CLASSES)
+SHARES = torch.from_numpy(Q)
+EXISTS = torch.from_numpy(MASK)
 
 
 def survivors(y: Any) -> Any:
@@ -111,19 +119,21 @@ def survivors(y: Any) -> Any:
 CASES: dict[str, SimpleNamespace] = {
     "softmax": case(X, ps.softmax, p),
     "softmax, T": case(X, lambda x: ps.softmax(x, temperature=0.7), lambda v: p(v, mp.mpf(0.7))),
-    "softmax, mask": case(X, lambda x: ps.softmax(x, where=t(MASK)), *per_row(lambda v, m: p(v, 1, m), MASK)),
-    "softmax by T": case(ROOTS, lambda v: ps.softmax(t(X), temperature=v), *per_row(lambda v, x: p(x, v[0]), X)),
+    "softmax, mask": case(X, lambda x: ps.softmax(x, where=EXISTS), *per_row(lambda v, m: p(v, 1, m), MASK)),
+    "softmax by T": case(HEATS, lambda v: ps.softmax(LOGITS, temperature=v), *per_row(lambda v, x: p(x, v[0]), X)),
     "log_softmax": case(X, ps.log_softmax, log_p),
     "log_softmax, T": case(
-        X, lambda x: ps.log_softmax(x, temperature=t(ROOTS)), *per_row(lambda v, r: log_p(v, r[0]), ROOTS)
+        X, lambda x: ps.log_softmax(x, temperature=TEMPERATURES), *per_row(lambda v, r: log_p(v, r[0]), HEATS)
     ),
     "log_softmax by T": case(
-        ROOTS, lambda v: ps.log_softmax(t(X), temperature=v), *per_row(lambda v, x: log_p(x, v[0]), X)
+        HEATS, lambda v: ps.log_softmax(LOGITS, temperature=v), *per_row(lambda v, x: log_p(x, v[0]), X)
     ),
     "logsumexp": case(X, ps.logsumexp, lse),
-    "logsumexp, weights": case(X, lambda x: ps.logsumexp(x, weights=t(WEIGHTS)), *per_row(lse, WEIGHTS)),
-    "logsumexp by weights": case(WEIGHTS, lambda v: ps.logsumexp(t(X), weights=v), *per_row(lambda v, x: lse(x, v), X)),
-    "cross_entropy": case(X, lambda x: ps.cross_entropy(x, t(CLASSES)), *per_row(loss, ONE_HOT), mean=2),
+    "logsumexp, weights": case(X, lambda x: ps.logsumexp(x, weights=SCALES), *per_row(lse, WEIGHTS)),
+    "logsumexp by weights": case(
+        WEIGHTS, lambda v: ps.logsumexp(LOGITS, weights=v), *per_row(lambda v, x: lse(x, v), X)
+    ),
+    "cross_entropy": case(X, lambda x: ps.cross_entropy(x, LABELS), *per_row(loss, ONE_HOT), mean=2),
     "cross_entropy, ignored": case(
         X,
         lambda x: ps.cross_entropy(x, torch.tensor([2, -1]), ignore_index=-1, reduction="none"),
@@ -132,47 +142,51 @@ CASES: dict[str, SimpleNamespace] = {
     "cross_entropy, options": case(
         X,
         lambda x: ps.cross_entropy(
-            x, t(CLASSES), weight=t(CLASS_WEIGHTS), label_smoothing=0.125, z_loss=0.25, reduction="sum"
+            x, LABELS, weight=SCALES_OF_CLASSES, label_smoothing=0.125, z_loss=0.25, reduction="sum"
         ),
         *per_row(lambda v, q: loss(v, q, CLASS_WEIGHTS, 0.125, 0.25), ONE_HOT),
         mean=1,
     ),
     "cross_entropy, weighted mean": case(
         X,
-        lambda x: ps.cross_entropy(x, t(CLASSES), weight=t(CLASS_WEIGHTS)),
+        lambda x: ps.cross_entropy(x, LABELS, weight=SCALES_OF_CLASSES),
         *per_row(lambda v, q: loss(v, q, CLASS_WEIGHTS), ONE_HOT),
         mean=CLASS_WEIGHTS[CLASSES].sum(),
     ),
     "cross_entropy, probabilities": case(
         X,
-        lambda x: ps.cross_entropy(x, t(Q), label_smoothing=0.125),
+        lambda x: ps.cross_entropy(x, SHARES, label_smoothing=0.125),
         *per_row(lambda v, q: loss(v, q, smoothing=0.125), Q),
         mean=2,
     ),
     "cross_entropy by probabilities": case(
-        Q, lambda v: ps.cross_entropy(t(X), v, reduction="none"), *per_row(lambda v, x: loss(x, v), X)
+        Q, lambda v: ps.cross_entropy(LOGITS, v, reduction="none"), *per_row(lambda v, x: loss(x, v), X)
     ),
     "entropy": case(X, ps.entropy, entropy),
-    "entropy by T": case(ROOTS, lambda v: ps.entropy(t(X), temperature=v), *per_row(lambda v, x: entropy(x, v[0]), X)),
-    "kl_divergence by p": case(X, lambda x: ps.kl_divergence(x, t(OTHER)), *per_row(divergence, OTHER)),
-    "kl_divergence by q": case(OTHER, lambda v: ps.kl_divergence(t(X), v), *per_row(lambda v, x: divergence(x, v), X)),
+    "entropy by T": case(
+        HEATS, lambda v: ps.entropy(LOGITS, temperature=v), *per_row(lambda v, x: entropy(x, v[0]), X)
+    ),
+    "kl_divergence by p": case(X, lambda x: ps.kl_divergence(x, OTHERS), *per_row(divergence, OTHER)),
+    "kl_divergence by q": case(
+        OTHER, lambda v: ps.kl_divergence(LOGITS, v), *per_row(lambda v, x: divergence(x, v), X)
+    ),
     "kl_divergence by T": case(
-        ROOTS,
-        lambda v: ps.kl_divergence(t(X), t(OTHER), temperature=v),
+        HEATS,
+        lambda v: ps.kl_divergence(LOGITS, OTHERS, temperature=v),
         *per_row(lambda v, x, other: divergence(x, other, v[0]), X, OTHER),
     ),
-    "softmax_jvp": case(X, lambda x: ps.softmax_jvp(x, t(OTHER)), *per_row(push, OTHER)),
-    "softmax_jvp by tangent": case(OTHER, lambda v: ps.softmax_jvp(t(X), v), *per_row(lambda v, x: push(x, v), X)),
-    "softmax_vjp": case(X, lambda x: ps.softmax_vjp(x, t(OTHER)), *per_row(push, OTHER)),
+    "softmax_jvp": case(X, lambda x: ps.softmax_jvp(x, OTHERS), *per_row(push, OTHER)),
+    "softmax_jvp by tangent": case(OTHER, lambda v: ps.softmax_jvp(LOGITS, v), *per_row(lambda v, x: push(x, v), X)),
+    "softmax_vjp": case(X, lambda x: ps.softmax_vjp(x, OTHERS), *per_row(push, OTHER)),
     "softmax_vjp by T": case(
-        ROOTS,
-        lambda v: ps.softmax_vjp(t(X), t(OTHER), temperature=v),
+        HEATS,
+        lambda v: ps.softmax_vjp(LOGITS, OTHERS, temperature=v),
         *per_row(lambda v, x, g: push(x, g, v[0]), X, OTHER),
     ),
-    "log_softmax_jvp": case(X, lambda x: ps.log_softmax_jvp(x, t(OTHER)), *per_row(push_log, OTHER)),
-    "log_softmax_vjp": case(X, lambda x: ps.log_softmax_vjp(x, t(OTHER)), *per_row(pull_log, OTHER)),
+    "log_softmax_jvp": case(X, lambda x: ps.log_softmax_jvp(x, OTHERS), *per_row(push_log, OTHER)),
+    "log_softmax_vjp": case(X, lambda x: ps.log_softmax_vjp(x, OTHERS), *per_row(pull_log, OTHER)),
     "log_softmax_vjp by cotangent": case(
-        OTHER, lambda v: ps.log_softmax_vjp(t(X), v), *per_row(lambda v, x: pull_log(x, v), X)
+        OTHER, lambda v: ps.log_softmax_vjp(LOGITS, v), *per_row(lambda v, x: pull_log(x, v), X)
     ),
     "softmax_jacobian": case(X, ps.softmax_jacobian, jacobian),
     "truncate": case(
@@ -182,12 +196,12 @@ CASES: dict[str, SimpleNamespace] = {
     ),
     "sample": case(
         X,
-        lambda x: ps.sample(x, 7, temperature=t(ROOTS), return_logprobs=True)[1],
-        *per_row(lambda v, r, token: log_p(v, r[0])[token], ROOTS, TOKENS),
+        lambda x: ps.sample(x, 7, temperature=TEMPERATURES, return_logprobs=True)[1],
+        *per_row(lambda v, r, token: log_p(v, r[0])[token], HEATS, TOKENS),
     ),
     "sample by T": case(
-        ROOTS,
-        lambda v: ps.sample(t(X), 7, temperature=v, return_logprobs=True)[1],
+        HEATS,
+        lambda v: ps.sample(LOGITS, 7, temperature=v, return_logprobs=True)[1],
         *per_row(lambda v, x, token: log_p(x, v[0])[token], X, TOKENS),
     ),
     "sample, top_k": case(

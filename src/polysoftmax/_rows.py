@@ -243,7 +243,9 @@ def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
 
 def _require_broadcast(value: Array, shape: tuple[int, ...], name: str) -> None:
     own = tuple(value.shape)
-    fits = len(own) <= len(shape) and all(m in (1, n) for m, n in zip(reversed(own), reversed(shape), strict=False))
+    pairs = zip(reversed(own), reversed(shape), strict=False)
+    # Not `m in (1, n)`, which torch.compile does not follow where lengths are symbols.
+    fits = len(own) <= len(shape) and all(m == 1 or m == n for m, n in pairs)
     if not fits:
         msg = f"{name} has shape {own}, which does not broadcast to the input's shape {shape}"
         raise ValueError(msg)

@@ -89,7 +89,8 @@ class _Compiled(TorchOps):
         return x.detach()
 
     def below(self, x: Array, top: Array) -> Array:
-        return torch.clamp(x, max=top) - top  # the derivative of a minimum would be 1/2 at the maximum
+        # At the maximum the derivative of a minimum would be 1/2, and in forward mode that of a clamp is 0.
+        return torch.where(x > top, top, x) - top
 
     def cast(self, x: Array, dtype: DType) -> Array:
         return (_round(x) if x.dtype in _NARROW else x).to(dtype)
