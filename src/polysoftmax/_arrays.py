@@ -71,8 +71,18 @@ def _identify(x: Array) -> Library:
         raise TypeError(msg)
     name = xp.__name__.removeprefix("array_api_compat.").split(".")[0]
     found = Library(name, xp, converts=name == "numpy" and kind is not xp.ndarray)
-    _LIBRARIES[kind] = found
+    if may_keep():
+        _LIBRARIES[kind] = found
     return found
+
+
+def may_keep() -> bool:
+    """Whether what was found may be kept for later calls.
+
+    What torch.compile has traced is compiled anew where a dictionary that it has seen is another than before.
+    """
+    torch = sys.modules.get("torch")
+    return torch is None or not torch.compiler.is_compiling()
 
 
 def standard_numpy() -> Any:
@@ -121,7 +131,8 @@ def float_bits(xp: Any, dtype: DType) -> int:
             bits = 16
         else:
             bits = xp.finfo(dtype).bits if xp.isdtype(dtype, "real floating") else 0
-        _FLOAT_BITS[xp.__name__, dtype] = bits
+        if may_keep():
+            _FLOAT_BITS[xp.__name__, dtype] = bits
     return bits
 
 
@@ -154,7 +165,7 @@ def promotion(x: Array, found: Library, dtype: DType | None) -> tuple[DType, DTy
     for candidate in (x.dtype, result):
         if float_bits(xp, candidate) > bits:
             widest, bits = candidate, float_bits(xp, candidate)
-    if dtype is None and own_bits:  # for integers, the library's default may change
+    if dtype is None and own_bits and may_keep():  # for integers, the library's default may change
         found.promoted[x.dtype] = (widest, result)
     return widest, result
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from polysoftmax._arrays import Array, DType, cast, float_bits, namespace
+from polysoftmax._arrays import Array, DType, cast, float_bits, may_keep, namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -198,7 +198,9 @@ def runner(x: Array) -> Runner:
     found = _RUNNERS.get(type(x))
     if found is None:
         assert _load is not None, "polysoftmax.engines is imported with the package"
-        found = _RUNNERS[type(x)] = _load(x)
+        found = _load(x)
+        if may_keep():
+            _RUNNERS[type(x)] = found
     return found
 
 

@@ -85,6 +85,10 @@ class DifferentiatedOps(TorchOps):
 class _Compiled(TorchOps):
     """What Inductor needs: it computes logits anew for each use, and 16 bits in 32."""
 
+    def along(self, axis: int) -> Ops:
+        # Not kept: a program that has seen a dictionary of words is compiled anew as soon as that gets another entry.
+        return type(self)(self.xp, axis)
+
     def constant(self, x: Array) -> Array:
         return x.detach()
 
@@ -118,9 +122,8 @@ def words(x: Array, axis: int) -> Ops:
     """Return PyTorch's words for rows of ``x``, as it is run now."""
     # The second question is for derivatives that are traced for compiled code, which PyTorch 2.11 runs as any others.
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
-        kind: type[Ops] = CompiledDifferentiatedOps if torch.is_grad_enabled() else CompiledOps
-    else:
-        kind = DifferentiatedOps if torch.is_grad_enabled() or is_transformed() else TorchOps
+        return (CompiledDifferentiatedOps if torch.is_grad_enabled() else CompiledOps)(library(x).xp, axis)
+    kind = DifferentiatedOps if torch.is_grad_enabled() or is_transformed() else TorchOps
     return ops_of(kind, library(x).xp, axis)
 
 
