@@ -521,7 +521,9 @@ def tensors(device, monkeypatch):
     """PyTorch, whose tensors are on a GPU as far as the library can see, and compiled code is new."""
     torch = pytest.importorskip("torch")
     monkeypatch.setattr("polysoftmax.engines.torch.is_on_gpu", lambda _: True)
-    monkeypatch.setattr("polysoftmax.engines._operator._is_for", lambda engine, _: engine == "cuda")
+    operator = pytest.importorskip("polysoftmax.engines._operator")
+    engine_for = operator._engine
+    monkeypatch.setattr(operator, "_engine", torch.compiler.assume_constant_result(lambda _: engine_for("cuda")))
     torch._dynamo.reset()
     yield torch
     torch._dynamo.reset()

@@ -46,7 +46,7 @@ def library(x: Array) -> Library:
 
 def _identify(x: Array) -> Library:
     kind = type(x)
-    numpy, masked, torch = (sys.modules.get(name) for name in ("numpy", "numpy.ma", "torch"))
+    numpy, masked = (sys.modules.get(name) for name in ("numpy", "numpy.ma"))
     if masked is not None and isinstance(x, masked.MaskedArray):
         msg = (
             "got a numpy.ma.MaskedArray, whose mask the formulas would ignore: "
@@ -56,8 +56,7 @@ def _identify(x: Array) -> Library:
     if numpy is not None and isinstance(x, numpy.matrix):
         msg = "got a numpy.matrix, which cannot lose a dimension: pass numpy.asarray(x)"
         raise TypeError(msg)
-    if torch is not None and isinstance(x, torch.Tensor):
-        # torch.compile cannot follow array-api-compat's way of telling.
+    if _is_tensor(x):
         import array_api_compat.torch as xp
     elif numpy is not None and isinstance(x, numpy.ndarray | numpy.generic):
         xp = standard_numpy()
@@ -116,7 +115,13 @@ def is_number(value: object) -> bool:
 
 def is_array(value: object) -> bool:
     """Whether ``value`` is an array of some library."""
-    return type(value) in _LIBRARIES or array_api_compat.is_array_api_obj(value)
+    return type(value) in _LIBRARIES or _is_tensor(value) or array_api_compat.is_array_api_obj(value)
+
+
+def _is_tensor(value: object) -> bool:
+    # torch.compile cannot follow array-api-compat's way of telling.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 _FLOAT_BITS: dict[tuple[str, DType], int] = {}

@@ -31,47 +31,41 @@ _BY_NAME = {one.name: one for one in native.KERNELS}
 _FUSED = (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP)
 """What Inductor makes one loop of on the CPU, with the work around it; and its derivatives."""
 
-_FORMULAS = {
-    "native": frozenset(one for one in native.KERNELS if getattr(one.function, "formula", one) not in _FUSED),
-    "cuda": frozenset({*CUDA_KERNELS, SAMPLE}),
+_IN_KERNELS = {
+    "native": {one.name for one in native.KERNELS if getattr(one.function, "formula", one) not in _FUSED},
+    "cuda": {one.name for one in (*CUDA_KERNELS, SAMPLE)},
 }
 """What the operator runs in each engine; the rest is in the graph as it stands."""
 
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Put a call into the graph that is being made: as the operator, or as it stands."""
-    engine = _engine_for(operands)
-    return evaluate(call, operands) if engine is None else _put(engine, call, operands)
+    if is_transformed() or not all([is_plain(one) for one in operands if isinstance(one, Tensor)]):
+        return evaluate(call, operands)
+    return _put(_engine(operands[0].device.type), call, operands)
 
 
-def _engine_for(operands: tuple[Array, ...]) -> str | None:
-    """Return the engine whose kernels can be given the operands; None where the formula stands in the graph itself."""
-    tensors = [one for one in operands if isinstance(one, Tensor)]
-    if is_transformed() or not all(is_plain(one) for one in tensors):
-        return None
-    for engine in _engines():
-        if all(_is_for(engine, one) for one in tensors):
-            return engine
-    return None
+# Both are constants of the graph, and not looked at again before every call as all else is that is traced.
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _engines() -> tuple[str, ...]:
-    """Return the engines whose kernels may be called; what is chosen while torch.compile traces stays in its code."""
+def _engine(device: str) -> str:
+    """Return the engine of compiled code; what is chosen while torch.compile traces stays in it."""
     # An exported program is run without this package. PyTorch 2.6 has no such flag.
     if chosen() == "portable" or getattr(torch.compiler, "_is_exporting_flag", False):
-        return ()
-    on_cpu = () if _library.load() is None else ("native",)
-    return ("cuda", *on_cpu) if chosen() == "cuda" else on_cpu
+        return "portable"
+    if device == "cuda":
+        return "cuda" if chosen() == "cuda" else "portable"
+    return "native" if device == "cpu" and _library.load() is not None else "portable"
 
 
-def _is_for(engine: str, x: Tensor) -> bool:
-    # A negative view is made a plain tensor on its way to an operator.
-    return x.is_cuda if engine == "cuda" else x.is_cpu  # type: ignore[no-any-return]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_in_kernel(engine: str, name: str) -> bool:
+    return engine != "portable" and name in _IN_KERNELS[engine]
 
 
 def _put(engine: str, call: Call, operands: tuple[Array, ...]) -> Any:
-    if call.formula not in _FORMULAS[engine]:
+    if not _is_in_kernel(engine, call.formula.name):
         return evaluate(call, operands)
     if is_recorded(operands):
         if call.formula is SAMPLE:

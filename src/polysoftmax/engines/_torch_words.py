@@ -85,6 +85,12 @@ class DifferentiatedOps(TorchOps):
 class _Compiled(TorchOps):
     """What Inductor needs: it computes logits anew for each use, and 16 bits in 32."""
 
+    def __init__(self, xp: Any, axis: int) -> None:
+        self.xp, self.axis = xp, axis
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.xp, name)  # what is used alone, since compiled code looks at each before every call
+
     def along(self, axis: int) -> Ops:
         # Not kept: a program that has seen a dictionary of words is compiled anew as soon as that gets another entry.
         return type(self)(self.xp, axis)
