@@ -253,6 +253,7 @@ def test_the_operator_keeps_the_rules_of_operators(formula: RowFormula, engine: 
     torch.library.opcheck(_operator.formula, _operator.arguments_of(engine, call, (x, *others)))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 @needs_kernels
 def test_inductor_calls_the_operator() -> None:
     def drawn(x: Any) -> Any:

@@ -40,7 +40,7 @@ _IN_KERNELS = {
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Put a call into the graph that is being made: as the operator, or as it stands."""
-    if is_transformed() or not all([is_plain(one) for one in operands if isinstance(one, Tensor)]):
+    if is_transformed() or not all(is_plain(one) for one in operands if isinstance(one, Tensor)):
         return evaluate(call, operands)
     return _put(_engine(operands[0].device.type), call, operands)
 

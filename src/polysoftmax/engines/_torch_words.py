@@ -102,6 +102,13 @@ class _Compiled(TorchOps):
         # At the maximum the derivative of a minimum would be 1/2, and in forward mode that of a clamp is 0.
         return torch.where(x > top, top, x) - top
 
+    def block_sums(self, terms: Array, size: int) -> Array:
+        # Whether the last block is shorter may not be known: the length of a row may be a symbol.
+        n = terms.shape[-1]
+        count = (n + size - 1) // size
+        whole = torch.nn.functional.pad(terms, (0, count * size - n))
+        return self.sum_of_blocks(whole.reshape(*terms.shape[:-1], count, size))
+
     def cast(self, x: Array, dtype: DType) -> Array:
         return (_round(x) if x.dtype in _NARROW else x).to(dtype)
 
