@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import polysoftmax as ps
+from polysoftmax import _arrays, _formula, _ops
 from polysoftmax._formula import Call
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
 from polysoftmax._sampling import SAMPLE
@@ -107,6 +108,18 @@ def test_few_programs_serve_every_shape(engine: str, name: str) -> None:
             x = logits(4 + i, 40 + i)
             same(program(x), FUNCTIONS[name](x))
     assert count.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", ["softmax", "cross_entropy", "sample, top_k"])
+def test_a_second_call_compiles_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first call of the process is a compiled one: what is kept between calls must not be a guard."""
+    for module, table in ((_arrays, "_LIBRARIES"), (_arrays, "_FLOAT_BITS"), (_formula, "_RUNNERS"), (_ops, "_OPS")):
+        monkeypatch.setattr(module, table, {})
+    count = testing.CompileCounter()
+    program = torch.compile(FUNCTIONS[name], fullgraph=True, backend=count)
+    for _ in range(3):
+        program(logits())
+    assert count.frame_count == 1
 
 
 class Exported(torch.nn.Module):

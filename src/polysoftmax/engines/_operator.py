@@ -175,8 +175,8 @@ def _gradients(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
     answers = gradients(call, operands, y, cotangents[0], wanted, lambda *step: _put(ctx.engine, *step))
     of_tensors = [answer for answer, one in zip(answers, operands, strict=True) if isinstance(one, Tensor)]
     # No list but an empty one may be answered for numbers: PyTorch takes that for one of tensors.
-    floats, integers = [None if one else [] for one in ctx.others[:2]]
-    return None, None, of_tensors, floats, integers, None, None, None, None, None, None, None
+    of_numbers: list[list[None] | None] = [None if one else [] for one in ctx.others[:2]]
+    return None, None, of_tensors, *of_numbers, None, None, None, None, None, None, None
 
 
 _LIBRARY = torch.library.Library("polysoftmax", "DEF")
