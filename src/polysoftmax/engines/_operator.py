@@ -5,6 +5,7 @@ Not in eager mode, where an operator of Python's would cost more than the kernel
 
 from __future__ import annotations
 
+from ctypes import c_float
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,9 @@ def _call(
 def _answer(engine: str, *arguments: Any) -> list[Tensor]:
     """Run a formula in its kernel, or as it stands where no kernel covers what the call has become."""
     call, operands = _call(*arguments)
+    if call.compute == torch.float32:
+        # Once more: torch.compile may have a symbol for a number, with which it simplifies that arithmetic away.
+        operands = tuple([c_float(one).value if isinstance(one, float) else one for one in operands])
     if engine == "cuda":
         answer = cuda.launch(call, operands)
     else:
