@@ -48,9 +48,7 @@ def of_rows(function: Callable[[Row], Any], dtype: str) -> Any:
         return np.asarray([[float(one) for one in function(Row(row))] for row in rounded(LOGITS, dtype)])
 
 
-def require_digits(
-    lib: Adapter, y: Any, want: Any, dtype: str, units: float = 64.0, size: float = 0.0
-) -> None:
+def require_digits(lib: Adapter, y: Any, want: Any, dtype: str, units: float = 64.0, size: float = 0.0) -> None:
     """Compare every entry within ``units`` of its own last place, and d of those for a term at a distance d.
 
     But for the sure class, an entry may be a difference of numbers of a ``size``.
@@ -107,9 +105,12 @@ def test_products_with_the_jacobian(lib: Adapter, dtype: str, vector: tuple[floa
 def test_rows_of_jacobians_add_up_to_0(lib: Adapter, op: str) -> None:
     dtype = lib.can.default_float
     y = lib.values(lib.call(getattr(polysoftmax, f"{op}_jacobian"), lib.asarray(LOGITS, dtype)))
-    own = of_rows(lambda row: [(row.p[SURE] if op == "softmax" else 1) * mpmath.fsum(
-        p for i, p in enumerate(row.p) if i != SURE
-    )], dtype)[:, 0]
+    own = of_rows(
+        lambda row: [
+            (row.p[SURE] if op == "softmax" else 1) * mpmath.fsum(p for i, p in enumerate(row.p) if i != SURE)
+        ],
+        dtype,
+    )[:, 0]
     units = (64 + 2 * np.asarray(GAPS)) * FORMATS[dtype].unit
     assert (np.abs(y[:, SURE, SURE] - own) <= units * own).all()
     assert (np.abs(y[:, SURE].sum(-1)) <= units * own).all()
@@ -147,7 +148,11 @@ SMOOTHED = tuple(0.75 * one + 0.25 / CLASSES for one in ONLY_SURE)
         (SURE, {}, ONLY_SURE),
         (SURE, {"weight": WEIGHT}, tuple(0.5 * one for one in ONLY_SURE)),
         (SURE, {"label_smoothing": 0.25}, SMOOTHED),
-        (SURE, {"label_smoothing": 0.25, "weight": WEIGHT}, tuple(w * s for w, s in zip(WEIGHT, SMOOTHED, strict=True))),
+        (
+            SURE,
+            {"label_smoothing": 0.25, "weight": WEIGHT},
+            tuple(w * s for w, s in zip(WEIGHT, SMOOTHED, strict=True)),
+        ),
         (ONLY_SURE, {}, ONLY_SURE),
         (SHARES, {"weight": WEIGHT}, tuple(w * s for w, s in zip(WEIGHT, SHARES, strict=True))),
         (SURE, {"z_loss": 0.5}, ONLY_SURE),
@@ -169,9 +174,7 @@ def test_gradient_of_cross_entropy(lib: Adapter, dtype: str, targets: Any, optio
 
 @by_rules
 def test_gradient_of_entropy(lib: Adapter, dtype: str) -> None:
-    want = of_rows(
-        lambda row: [-p * (log_p + row.entropy) for p, log_p in zip(row.p, row.log_p, strict=True)], dtype
-    )
+    want = of_rows(lambda row: [-p * (log_p + row.entropy) for p, log_p in zip(row.p, row.log_p, strict=True)], dtype)
     y = gradient(lib, lambda x: polysoftmax.entropy(x).sum(), lib.asarray(LOGITS, dtype))
     require_digits(lib, y, want, dtype, units=256)
 

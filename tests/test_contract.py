@@ -51,6 +51,14 @@ def test_dtype_sets_the_dtype_of_the_answer(lib: Adapter) -> None:
                 np.testing.assert_allclose(lib.values(y), want, rtol=FORMATS[dtype].unit, atol=1e-30)
 
 
+def test_a_dtype_may_be_named(lib: Adapter) -> None:
+    x = lib.asarray([0.0, 1.0], "float32")
+    for name in lib.can.dtypes:
+        y = lib.call(polysoftmax.softmax, x, dtype=name)
+        lib.require(y, (2,), name)
+        np.testing.assert_allclose(lib.values(y)[1], 0.7310585786300049, rtol=2 * FORMATS[name].unit)
+
+
 def test_widening_dtype_is_computed_in(lib: Adapter) -> None:
     if "float64" not in lib.can.dtypes:
         pytest.skip("the backend has no float64")

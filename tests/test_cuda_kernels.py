@@ -18,6 +18,8 @@ import pytest
 import polysoftmax as ps
 from polysoftmax import _formula, engines
 from polysoftmax._formula import Call
+from polysoftmax._sampling import SAMPLE
+from polysoftmax._softmax import SOFTMAX
 from polysoftmax.engines import cuda
 from polysoftmax.engines import numpy as numpy_engine
 from polysoftmax.engines.cuda import _calls, _devices, _source
@@ -542,7 +544,10 @@ def test_one_row_drawn_from_with_many_keys(device):
 def tensors(device, monkeypatch):
     """PyTorch, whose tensors are on a GPU as far as the library can see, and compiled code is new."""
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr("polysoftmax.engines.torch._has_gpu_memory", lambda _: True)
+    monkeypatch.setattr("polysoftmax.engines.torch.is_on_gpu", lambda _: True)
+    operator = pytest.importorskip("polysoftmax.engines._operator")
+    engine_for = operator._engine
+    monkeypatch.setattr(operator, "_engine", torch.compiler.assume_constant_result(lambda _: engine_for("cuda")))
     torch._dynamo.reset()
     yield torch
     torch._dynamo.reset()
@@ -625,45 +630,24 @@ def test_compiled_code_takes_the_operator_where_there_is_a_kernel(tensors):
     assert seen == [["polysoftmax.formula.default"], [], []]
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        ("softmax", "t--", "{}", [], 1),
-        ("logsumexp", "t--", "{}", [], 0),
-        ("pullback of log_softmax", "tn--t", "{}", [0.5], 1),
-        ("truncate", "t---n-", "{'top_k': None}", [0.5], 1),
-        ("sample_masses", "t--", "{}", [], 1),
-        ("sample_leading", "t-", "{'top_k': 3}", [], 1),
-    ],
-    ids=lambda call: call[0],
-)
-def test_the_operator_keeps_the_rules_of_operators(call):
-    """Its schema, its shapes under fake tensors, its derivative when traced; on the CPU, where the formulas answer."""
-    torch = pytest.importorskip("torch")
-    operator = pytest.importorskip("polysoftmax.engines.cuda._operator").formula
-    name, kinds, options, numbers, axis = call
-    x = torch.randn(4, 33, generator=torch.Generator().manual_seed(0)).requires_grad_(name in ("softmax", "logsumexp"))
-    tensors = [x, torch.ones(4, 33)][: kinds.count("t")]
-    torch.library.opcheck(operator, (name, tensors, numbers, kinds, options, axis, torch.float32, torch.float32, False))
-
-
 def test_the_operator_answers_on_the_device_of_fake_tensors():
     torch = pytest.importorskip("torch")
-    operator = pytest.importorskip("polysoftmax.engines.cuda._operator").formula
+    operator = pytest.importorskip("polysoftmax.engines._operator")
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def answer(formula, result, *operands, **options):
+        call = Call(formula, options, 1, torch.float32, result)
+        return operator.formula(*operator.arguments_of("cuda", call, operands))
 
     with FakeTensorMode():
         x = torch.empty(6, 1000, device="cuda:0", dtype=torch.bfloat16)
-        (y,) = operator("softmax", [x], [], "t--", "{}", 1, torch.float32, torch.bfloat16, False)
+        (y,) = answer(SOFTMAX, torch.bfloat16, x, None, None)
         assert (y.device, y.dtype, y.shape) == (x.device, x.dtype, x.shape)
-        slope = ("pullback of softmax", [x, y, y], [], "t--tt", "{}", 1, torch.float32, torch.float32, False)
-        (dx,) = operator(*slope)  # autograd itself cannot run on these in a build without CUDA
+        (dx,) = answer(SOFTMAX.pullback((True, False, False)), torch.float32, x, None, None, y, y)
         assert (dx.device, dx.dtype, dx.shape) == (x.device, torch.float32, x.shape)
         key = torch.empty(6, 2, device="cuda:0", dtype=torch.int32)
-        options = "{'size': 32, 'is_one_key': False, 'logprobs': True}"
-        tensors = [x.float(), x, torch.empty(6, 1, device="cuda:0"), key]
-        tokens, logprobs = operator(
-            "sample_draw", tensors, [], "tttt--", options, 1, torch.float32, torch.float32, False
-        )
+        nothing = (None,) * 5
+        options = {"top_k": None, "is_one_key": False, "logprobs": True}
+        tokens, logprobs = answer(SAMPLE, torch.bfloat16, x, key, *nothing, **options)
     assert (tokens.device, tokens.dtype, tokens.shape) == (x.device, torch.int64, (6, 1))
     assert (logprobs.dtype, logprobs.shape) == (torch.float32, (6, 1))

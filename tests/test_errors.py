@@ -127,6 +127,8 @@ def test_two_libraries() -> None:
             polysoftmax.softmax(torch.zeros(3, 4), **keywords)
     with pytest.raises(TypeError, match="is not a dtype of torch"):
         polysoftmax.softmax(torch.zeros(3), dtype=np.float32)
+    with pytest.raises(TypeError, match="dtype='nonsense' is not a dtype of torch"):
+        polysoftmax.softmax(torch.zeros(3), dtype="nonsense")
     with pytest.raises(TypeError, match=r"torch.float32 is not a dtype of numpy"):
         polysoftmax.softmax(X, dtype=torch.float32)
     for call in (

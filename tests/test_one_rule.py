@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 INF, NAN = math.inf, math.nan
 
-LOGITS = ((1.0, 2.0, 3.0, 0.5, -4.0, 3.0), (0.25, -1.5, 4.0, 0.0, -INF, 3.75), (-2.0,) * 6, (7.0, 0.0, 6.5, 6.0, 5.0, 1.0))
+LOGITS = (
+    (1.0, 2.0, 3.0, 0.5, -4.0, 3.0),
+    (0.25, -1.5, 4.0, 0.0, -INF, 3.75),
+    (-2.0,) * 6,
+    (7.0, 0.0, 6.5, 6.0, 5.0, 1.0),
+)
 OTHER = ((0.0, 1.0, 0.5, 2.0, -1.0, 0.25),) * 4
 VECTORS = ((1.0, -2.0, 0.5, 3.0, 0.25, -1.0),) * 4
 
@@ -43,8 +48,7 @@ TEMPERATURES = (0.7, 0.0, 1.0, 3.0, 1e-30, 1e-39, 1e38, INF)
 
 def call(lib: Adapter, name: str, x: Any, *others: Any, **options: Any) -> Any:
     given = (x, *others) if name in OF_SEVERAL else x
-    y = lib.values(FUNCTIONS[name](given, **options))
-    return y
+    return lib.values(FUNCTIONS[name](given, **options))
 
 
 @pytest.mark.enough(lambda can: not can.compiles)

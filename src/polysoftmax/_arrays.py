@@ -52,7 +52,7 @@ def library(x: Array) -> Library:
 
 def _identify(x: Array) -> Library:
     kind = type(x)
-    numpy, masked, torch = (sys.modules.get(name) for name in ("numpy", "numpy.ma", "torch"))
+    numpy, masked = (sys.modules.get(name) for name in ("numpy", "numpy.ma"))
     if masked is not None and isinstance(x, masked.MaskedArray):
         msg = (
             "got a numpy.ma.MaskedArray, whose mask the formulas would ignore: "
@@ -62,9 +62,8 @@ def _identify(x: Array) -> Library:
     if numpy is not None and isinstance(x, numpy.matrix):
         msg = "got a numpy.matrix, which cannot lose a dimension: pass numpy.asarray(x)"
         raise TypeError(msg)
-    if torch is not None and isinstance(x, torch.Tensor):
+    if _is_tensor(x):
         require_dense(x)
-        # torch.compile cannot follow array-api-compat's way of telling.
         import array_api_compat.torch as xp
     elif numpy is not None and isinstance(x, numpy.ndarray | numpy.generic):
         if isinstance(x, numpy.ndarray) and kind.__array_ufunc__ is not numpy.ndarray.__array_ufunc__:
@@ -91,10 +90,20 @@ def _identify(x: Array) -> Library:
         raise TypeError(msg)
     name = xp.__name__.removeprefix("array_api_compat.").split(".")[0]
     found = Library(name, xp, converts=name == "numpy" and kind is not xp.ndarray)
-    if len(_LIBRARIES) >= MOST_TYPES:
-        _LIBRARIES.clear()
-    _LIBRARIES[kind] = found
+    if may_keep():
+        if len(_LIBRARIES) >= MOST_TYPES:
+            _LIBRARIES.clear()
+        _LIBRARIES[kind] = found
     return found
+
+
+def may_keep() -> bool:
+    """Whether what was found may be kept for later calls.
+
+    What torch.compile has traced is compiled anew where a dictionary that it has seen is another than before.
+    """
+    torch = sys.modules.get("torch")
+    return torch is None or not torch.compiler.is_compiling()
 
 
 def require_dense(x: Array) -> None:
@@ -158,7 +167,13 @@ def as_float(value: float) -> float:
 
 def is_array(value: object) -> bool:
     """Whether ``value`` is an array of some library."""
-    return type(value) in _LIBRARIES or array_api_compat.is_array_api_obj(value)
+    return type(value) in _LIBRARIES or _is_tensor(value) or array_api_compat.is_array_api_obj(value)
+
+
+def _is_tensor(value: object) -> bool:
+    # torch.compile cannot follow array-api-compat's way of telling.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 _FLOAT_BITS: dict[tuple[str, DType], int] = {}
@@ -178,7 +193,8 @@ def float_bits(xp: Any, dtype: DType) -> int:
             bits = xp.finfo(dtype).bits if is_kind(xp, dtype, "real floating") else 0
         if bits < 16 or not getattr(dtype, "isnative", True):
             bits = 0
-        _FLOAT_BITS[xp.__name__, dtype] = bits
+        if may_keep():
+            _FLOAT_BITS[xp.__name__, dtype] = bits
     return bits
 
 
@@ -209,7 +225,9 @@ def least_normal(x: Array) -> float:
     xp = namespace(x)
     least = _LEAST_NORMAL.get((xp.__name__, x.dtype))
     if least is None:
-        least = _LEAST_NORMAL[xp.__name__, x.dtype] = float(xp.finfo(x.dtype).smallest_normal)
+        least = float(xp.finfo(x.dtype).smallest_normal)
+        if may_keep():
+            _LEAST_NORMAL[xp.__name__, x.dtype] = least
     return least
 
 
@@ -243,14 +261,18 @@ def promotion(x: Array, found: Library, dtype: DType | None) -> tuple[DType, DTy
     for candidate in (x.dtype, result):
         if float_bits(xp, candidate) > bits:
             widest, bits = candidate, float_bits(xp, candidate)
-    if dtype is None and own_bits:  # for integers, the library's default may change
+    if dtype is None and own_bits and may_keep():  # for integers, the library's default may change
         found.promoted[x.dtype] = (widest, result)
     return widest, result
 
 
+_NAMES = ("float16", "bfloat16", "float32", "float64")
+
+
 def _as_dtype(xp: Any, dtype: DType) -> DType:
+    named = getattr(xp, dtype, dtype) if isinstance(dtype, str) and dtype in _NAMES else dtype  # PyTorch reads no names
     try:
-        found = in_native_order(xp.empty(0, dtype=dtype)).dtype
+        found = in_native_order(xp.empty(0, dtype=named)).dtype
         known = float_bits(xp, found)
     except (TypeError, ValueError, AttributeError) as error:
         msg = f"dtype={dtype!r} is not a dtype of {xp.__name__.removeprefix('array_api_compat.')}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from polysoftmax._arrays import MOST_TYPES, Array, DType, cast, float_bits, namespace
+from polysoftmax._arrays import MOST_TYPES, Array, DType, cast, float_bits, may_keep, namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -80,7 +80,8 @@ class RowFormula:
         """
         found = self._derived.get(("pullback", wanted))
         if found is None:
-            found = self._derived["pullback", wanted] = RowFormula(f"pullback of {self.name}", _Pullback(self, wanted))
+            name = f"pullback of {self.name} for {[i for i, one in enumerate(wanted) if one]}"
+            found = self._derived["pullback", wanted] = RowFormula(name, _Pullback(self, wanted))
         return found
 
     def pushforward(self, moving: tuple[bool, ...]) -> RowFormula:
@@ -202,9 +203,11 @@ def runner(x: Array) -> Runner:
     found = _RUNNERS.get(type(x))
     if found is None:
         assert _load is not None, "polysoftmax.engines is imported with the package"
-        if len(_RUNNERS) >= MOST_TYPES:
-            _RUNNERS.clear()
-        found = _RUNNERS[type(x)] = _load(x)
+        found = _load(x)
+        if may_keep():
+            if len(_RUNNERS) >= MOST_TYPES:
+                _RUNNERS.clear()
+            _RUNNERS[type(x)] = found
     return found
 
 

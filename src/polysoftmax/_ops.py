@@ -203,7 +203,7 @@ class Ops:
         within = self.xp.arange(size, dtype=self.xp.int32, device=device_for(x))
         index = self.astype(block, self.xp.int32) * size + self.xp.reshape(within, (1,) * (x.ndim - 1) + (-1,))
         inside = self.xp.minimum(index, self.xp.full_like(index, x.shape[-1] - 1))
-        return self.xp.take_along_axis(x, self.astype(inside, self.index_dtype), axis=-1), index
+        return self.take(x, self.astype(inside, self.index_dtype)), index
 
     # Order, along the last axis alone
 

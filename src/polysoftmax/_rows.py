@@ -293,7 +293,8 @@ def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
 def _require_broadcast(value: Array, shape: tuple[int, ...], name: str) -> None:
     own = tuple(value.shape)
     pairs = zip(reversed(own), reversed(shape), strict=False)
-    fits = len(own) <= len(shape) and all(m in (1, n) or is_unknown(m) or is_unknown(n) for m, n in pairs)
+    # Not `m in (1, n)`, which torch.compile does not follow where lengths are symbols.
+    fits = len(own) <= len(shape) and all(m == 1 or m == n or is_unknown(m) or is_unknown(n) for m, n in pairs)
     if not fits:
         msg = f"{name} has shape {own}, which does not broadcast to the input's shape {shape}"
         raise ValueError(msg)

@@ -36,8 +36,10 @@ INF = math.inf
 
 def block_length(n: int) -> int:
     """Return how many tokens a block holds, for rows of n; it is frozen, since the draw depends on it."""
-    last = int(n) - 1  # torch.jit.trace gives lengths as tensors
-    return max(2, min(256, 1 << ((last.bit_length() + 1) // 2)))
+    size = 2
+    while size < 256 and n > size * size:  # no bit_length, which a length that torch.export has a symbol for lacks
+        size *= 2
+    return size
 
 
 def sample_of_rows(

@@ -212,9 +212,7 @@ def log_of_sum(ops: Ops, terms: Array, total: Array, rows: tuple[Any, ...], clos
     """
     del terms
     outweighs = total < OUTWEIGHED
-    return ops.apply_where(
-        outweighs if close is None else outweighs & close, log1p_of_others, rows, ops.log(total)
-    )
+    return ops.apply_where(outweighs if close is None else outweighs & close, log1p_of_others, rows, ops.log(total))
 
 
 def log1p_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:

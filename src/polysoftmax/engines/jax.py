@@ -213,7 +213,7 @@ def _apply_where(
     return lax.while_loop(lambda state: state[0], once, (jnp.any(mask), otherwise))[1]
 
 
-@_apply_where.__wrapped__.defjvp
+@_apply_where.__wrapped__.defjvp  # type: ignore[untyped-decorator]
 def _(function: Callable[..., Array], ops: JaxOps, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     # A loop cannot be differentiated in reverse.
     mask, operands, _ = primals
@@ -236,9 +236,7 @@ def _log_of_short_sum(
     axis = ops.axis % terms.ndim
     total, rest = (lax.expand_dims(one, (axis,)) for one in lax.reduce(arrays, zeros, _add_each, (axis,)))
     outweighs = total < OUTWEIGHED
-    return jnp.where(
-        outweighs if close is None else outweighs & close, jnp.log1p(rest), jnp.log(nonzero(ops, total))
-    )
+    return jnp.where(outweighs if close is None else outweighs & close, jnp.log1p(rest), jnp.log(nonzero(ops, total)))
 
 
 def _add_each(sums: tuple[Array, ...], entries: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -367,7 +365,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
 def _with_rules(call: Call, operands: tuple[Any, ...], kind: type[JaxOps]) -> Any:
     """Run a formula as a part of a program, which differentiates it by its own rules."""
     key, template, arrays = _split(call, operands)
-    return _differentiable(key, template, kind)(*arrays)
+    return _differentiable(key, template, kind)(*arrays)  # type: ignore[arg-type]  # classes are hashable
 
 
 def _split(call: Call, operands: tuple[Any, ...]) -> tuple[Call, _Template, list[Array]]:

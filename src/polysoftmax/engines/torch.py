@@ -2,155 +2,48 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
-from torch.autograd import forward_ad
+from torch._C import _len_torch_dispatch_stack
 
-from polysoftmax._arrays import library, require_dense, values_are_free
-from polysoftmax._formula import Call
-from polysoftmax._ops import Ops, ops_of
 from polysoftmax._sampling import SAMPLE
-from polysoftmax._softmax import LOG_SOFTMAX
-from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines import chosen, native, using
-from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_recorded
+from polysoftmax.engines._gradients import (
+    answer_for_gradient,
+    gradients,
+    is_exact,
+    is_recorded,
+    sample_with_gradient,
+)
+from polysoftmax.engines._torch_memory import MEMORY, is_in_memory, is_on_gpu
+from polysoftmax.engines._torch_words import evaluate, is_transformed, words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from polysoftmax._arrays import Array
+    from polysoftmax._formula import Call, RowFormula
 
-    from polysoftmax._arrays import Array, DType
-    from polysoftmax._formula import RowFormula
-
-_NARROW = (torch.float16, torch.bfloat16)
-
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-"""Types whose memory can be given to a kernel: a subclass may have none."""
-
-_STRIDED = torch.strided
-
-_VANISHED = -1000.0
-"""A score whose exponential is 0 in every dtype that is computed in."""
-
-
-class TorchOps(Ops):
-    """The words of PyTorch, whose sums are accurate along any axis."""
-
-    def constant(self, x: Array) -> Array:
-        return x.detach() if x.requires_grad else x
-
-    def cast(self, x: Array, dtype: DType) -> Array:
-        return x.to(dtype)
-
-    def sum(self, x: Array) -> Array:
-        return x.sum(self.axis, keepdim=True)
-
-    def total(self, x: Array) -> Array:
-        return x.sum()
-
-    def mean(self, x: Array) -> Array:
-        return x.mean() if x.numel() else x.sum()  # one step to differentiate, not two
-
-    def apply_where(
-        self, mask: Array, function: Callable[..., Array], operands: tuple[Array, ...], otherwise: Array
-    ) -> Array:
-        if values_are_free(mask) and not mask.any():
-            return otherwise
-        return super().apply_where(mask, function, operands, otherwise)
-
-    def kth_greatest(self, x: Array, k: int) -> Array:
-        return x.topk(k, dim=-1, sorted=False).values.amin(-1, True)
-
-    def running_sum(self, x: Array, dtype: DType) -> Array:
-        return x.cumsum(-1, dtype=dtype)  # torch.compile cannot follow array-api-compat's
-
-
-class DifferentiatedOps(TorchOps):
-    """The words of PyTorch where it differentiates the formula itself, and cannot be given its rules."""
-
-    def constant(self, x: Array) -> Array:
-        return x.detach() if x.requires_grad or _is_transformed() else x
-
-    def exp(self, z: Array) -> Array:
-        # The derivative of what vanishes is 0: that of z for the temperature may overflow there.
-        gone = z < _VANISHED
-        return torch.where(gone, 0.0, torch.exp(torch.where(gone, 0.0, z)))
-
-    def divide(self, x: Array, t: Array) -> Array:
-        # The second factor is 1. Its derivative multiplies by the quotient and then divides by t, as the rules do;
-        # x / t², which the quotient's own derivative holds, may overflow.
-        fixed = t.detach()
-        return x / fixed * torch.exp(torch.log(fixed) - torch.log(t))
-
-    def steady(self, x: Array, answered: Array) -> Array:
-        return torch.where(answered, x, 0.0)
-
-    def with_slope_of(self, y: Array, smooth: Callable[[], Array]) -> Array:
-        slope = smooth()
-        return y.detach() + (slope - slope.detach())
-
-
-class _Compiled(TorchOps):
-    """What Inductor needs: it computes logits anew for each use, and 16 bits in 32."""
-
-    def constant(self, x: Array) -> Array:
-        return x.detach()
-
-    def below(self, x: Array, top: Array) -> Array:
-        return torch.clamp(x, max=top) - top  # the derivative of a minimum would be 1/2 at the maximum
-
-    def cast(self, x: Array, dtype: DType) -> Array:
-        return (_round(x) if x.dtype in _NARROW else x).to(dtype)
-
-
-class CompiledOps(_Compiled):
-    """The words of PyTorch under torch.compile."""
-
-
-class CompiledDifferentiatedOps(_Compiled, DifferentiatedOps):
-    """The words of PyTorch under torch.compile, where gradients are recorded."""
-
-
-def _round(x: Array) -> Array:
-    """Return 16-bit numbers rounded to their dtype; Inductor leaves roundings out."""
-    rounded = (x.detach().view(torch.int16) & -1).view(x.dtype)  # without the step between, both views go
-    if not torch.is_grad_enabled():
-        return rounded
-    finite = torch.isfinite(x)
-    slope = torch.where(finite, x, 0.0)
-    return torch.where(finite, rounded + (slope - slope.detach()), x)  # the gradient at -inf need not be 0
-
-
-def words(x: Array, axis: int) -> Ops:
-    """Return PyTorch's words for rows of ``x``, as it is run now."""
-    if torch.compiler.is_compiling():
-        kind: type[Ops] = CompiledDifferentiatedOps if torch.is_grad_enabled() else CompiledOps
-    else:
-        require_dense(x)
-        kind = DifferentiatedOps if torch.is_grad_enabled() or _is_transformed() else TorchOps
-    return ops_of(kind, library(x).xp, axis)
+__all__ = ["explain", "run", "words"]
 
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula, with its own derivative rule where PyTorch lets one be given.
 
-    Under ``torch.compile``, ``torch.func`` and forward mode the formula itself is differentiated: a Function
-    with a ``jvp`` breaks the first as soon as gradients flow, and silently returns zeros for forward over
-    forward.
+    Under ``torch.func`` and forward mode the formula itself is differentiated: a Function with a ``jvp`` silently
+    returns zeros for forward over forward, and ``torch.compile`` cannot follow it as soon as gradients flow.
     """
     if torch.compiler.is_compiling():
-        return _run_compiled(call, operands)
-    if _is_transformed():
-        return _evaluate(call, operands)
+        return _operator().run(call, operands)
+    if is_transformed():
+        return evaluate(call, operands)
     if not is_recorded(operands):
         return _run_constant(call, operands)
     if call.formula.vjp is not None:
         return _apply(call, *operands)
     if call.formula is SAMPLE and chosen() != "portable":
-        return _sample_with_gradient(call, operands)
-    return _evaluate(call, operands)
+        return sample_with_gradient(call, operands, run)
+    return evaluate(call, operands)
 
 
 def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
@@ -162,28 +55,11 @@ def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     return native.explain(x, formula)
 
 
-def _evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
-    ops = words(operands[0], call.axis)
-    if not torch.compiler.is_compiling():
-        for one in operands[1:]:
-            require_dense(one)
-    return call.evaluate(ops, operands)
+def _operator() -> Any:
+    """Return what puts formulas into compiled code, which eager mode does without."""
+    from polysoftmax.engines import _operator
 
-
-def _run_compiled(call: Call, operands: tuple[Array, ...]) -> Any:
-    # An operator is given no negative view: PyTorch resolves those, and does not answer the question under a trace.
-    if all(_has_gpu_memory(one) for one in operands if isinstance(one, torch.Tensor)):
-        from polysoftmax.engines.cuda import _operator
-
-        if _operator.is_chosen():
-            return _operator.run_compiled(call, operands)
-    return _evaluate(call, operands)
-
-
-def _is_transformed() -> bool:
-    """Whether PyTorch batches, differentiates forward or by ``torch.func``, or records for ``torch.jit.trace``."""
-    # PyTorch has no public question for the first two, and no cheap one for the last.
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
+    return _operator
 
 
 @cache
@@ -198,46 +74,11 @@ def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula that nothing is differentiated through."""
     engine = chosen()
     if engine == "portable" or _len_torch_dispatch_stack():
-        return _evaluate(call, operands)
+        return evaluate(call, operands)
     if engine == "cuda" and _are_on_gpu(operands):
         return _cuda().run(call, operands)
-    y = native.run(call, operands, _MEMORY)
-    return _evaluate(call, operands) if y is NotImplemented else y
-
-
-def is_in_memory(x: Array) -> bool:
-    """Whether a native kernel can be given the memory of ``x``."""
-    return type(x) in _PLAIN and x.is_cpu and x.layout is _STRIDED and not x.is_neg()
-
-
-class _Memory:
-    address_is = native.DATA
-
-    def kind(self, x: Array) -> Any:
-        return (x.dtype, x.shape, x.stride()) if is_in_memory(x) else NotImplemented
-
-    def strides(self, x: Array) -> tuple[int, ...]:
-        size = x.itemsize
-        return tuple([size * stride for stride in x.stride()])
-
-    address = staticmethod(torch.Tensor.data_ptr)
-
-    def maker(self, shape: tuple[int, ...], dtype: DType | str) -> Callable[[], Array]:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        # Like a tensor of one entry in memory: every other way of making one takes twice as long.
-        return partial(torch.empty_like, torch.empty((), dtype=dtype, device="cpu").expand(shape))
-
-
-_MEMORY = _Memory()
-
-
-def is_on_gpu(x: Array) -> bool:
-    """Whether a CUDA kernel can be given the memory of ``x``."""
-    return _has_gpu_memory(x) and not x.is_neg()
-
-
-def _has_gpu_memory(x: Array) -> bool:
-    return type(x) in _PLAIN and x.is_cuda and x.layout is _STRIDED
+    y = native.run(call, operands, MEMORY)
+    return evaluate(call, operands) if y is NotImplemented else y
 
 
 def _are_on_gpu(operands: tuple[Array, ...]) -> bool:
@@ -247,23 +88,6 @@ def _are_on_gpu(operands: tuple[Array, ...]) -> bool:
         if not is_on_gpu(one):
             return False
     return True
-
-
-def _sample_with_gradient(call: Call, operands: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Draw in a kernel, and take the log-probabilities of what was drawn by formulas that have rules."""
-    x, _, t, where, *filters = operands
-    detached = tuple(one.detach() if isinstance(one, torch.Tensor) else one for one in operands)
-    tokens, *_ = _run_constant(call._replace(options={**call.options, "logprobs": False}, squeeze=False), detached)
-    drawn = tokens >= 0
-    x = torch.where(drawn.any(call.axis, keepdim=True), x, 0.0)  # a row without a token has no slope
-    wide = Call(LOG_SOFTMAX, {}, call.axis, call.compute, call.compute)
-    top_k = call.options["top_k"]
-    if top_k is not None or any(one is not None for one in filters):
-        x = run(wide._replace(formula=TRUNCATE, options={"top_k": top_k}), (x, t, where, *filters))
-        where = None
-    log_p = run(wide, (x, t, where))
-    log_p = torch.where(drawn, log_p.gather(call.axis, tokens.clamp(min=0)), torch.nan)
-    return call.without_axis((tokens, log_p))
 
 
 def _number(operand: Array | float | None) -> float | None:
@@ -299,12 +123,11 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
             operands = [one if number is None else number for one, number in zip(operands, numbers, strict=True)]
         if engine == "cuda":
             y = answer_for_gradient(call, y)
-        elif y.dtype != call.compute:
-            # The answer was rounded to 16 bits; its gradient is to be rounded once, too, and not twice.
-            y = run(call._replace(result=call.compute), tuple(operands))
+        elif not is_exact(call, y):
+            y = None  # the gradient is to be rounded once, too, and not twice
         # With is_grads_batched a cotangent has no memory that a kernel could read, and PyTorch has no public question.
         is_batched = torch._C._functorch.is_legacy_batchedtensor(cotangent)
-        run_formula = _evaluate if is_batched else run
+        run_formula = evaluate if is_batched else run
         return None, *gradients(call, tuple(operands), y, cotangent, ctx.needs_input_grad[1:], run_formula)
 
 

@@ -40,8 +40,8 @@ def softmax(
         all logits above -inf do.
     where : array of bool, optional
         Broadcasts against ``x``. Entries under False do not exist: their probability is 0.
-    dtype : dtype, optional
-        Real floating dtype of the result; by default that of ``x``.
+    dtype : dtype or str, optional
+        Real floating dtype of the result, or its name; by default that of ``x``.
 
     Returns
     -------
@@ -108,8 +108,8 @@ def log_softmax(
         T, in units of the logits, 0 or greater; an array has one entry a row (see `softmax`).
     where : array of bool, optional
         Broadcasts against ``x``. Entries under False do not exist: their log-probability is -inf.
-    dtype : dtype, optional
-        Real floating dtype of the result; by default that of ``x``.
+    dtype : dtype or str, optional
+        Real floating dtype of the result, or its name; by default that of ``x``.
 
     Returns
     -------
@@ -175,8 +175,8 @@ def logsumexp(
     where : array of bool, optional
         Broadcasts against ``x``, or against what ``x`` and ``weights`` broadcast to. Entries under False do not
         exist.
-    dtype : dtype, optional
-        Real floating dtype of the result; by default that of ``x``.
+    dtype : dtype or str, optional
+        Real floating dtype of the result, or its name; by default that of ``x``.
 
     Returns
     -------

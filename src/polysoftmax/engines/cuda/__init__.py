@@ -27,14 +27,17 @@ def words(x: Array, axis: int) -> Ops:
 
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
-    """Run a call in its kernel, on the caller's device and stream, or as it stands where no kernel covers it."""
-    if chosen() == "cuda":
-        if call.reduction is not None:
-            return call.in_steps(run, operands)
-        if call.formula is SAMPLE:
-            return _steps.run(call, operands, launch_or_evaluate)
-        return launch_or_evaluate(call, operands)
-    return evaluate(call, operands)
+    """Run a call in its kernels if they were asked for, and else as it stands."""
+    return launch(call, operands) if chosen() == "cuda" else evaluate(call, operands)
+
+
+def launch(call: Call, operands: tuple[Array, ...]) -> Any:
+    """Run a call in its kernels, on the caller's device and stream, or as it stands where no kernel covers it."""
+    if call.reduction is not None:
+        return call.in_steps(launch, operands)
+    if call.formula is SAMPLE:
+        return _steps.run(call, operands, launch_or_evaluate)
+    return launch_or_evaluate(call, operands)
 
 
 def launch_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:

@@ -1,0 +1,280 @@
+"""Compiled and exported programs of PyTorch: kernels in an operator on the CPU, and any number and length of rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import polysoftmax as ps
+from polysoftmax import _arrays, _formula, _ops
+from polysoftmax._formula import Call
+from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
+from polysoftmax._sampling import SAMPLE
+from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
+from polysoftmax._truncation import TRUNCATE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from polysoftmax._formula import RowFormula
+
+torch = pytest.importorskip("torch")
+testing = pytest.importorskip("torch._dynamo.testing")
+
+OPERATOR = "polysoftmax.formula.default"
+
+
+def has_kernels() -> bool:
+    return ps.explain(np.zeros(3), "softmax").engine == "native"
+
+
+needs_kernels = pytest.mark.skipif(not has_kernels(), reason="the native library is not there")
+
+
+@pytest.fixture(autouse=True)
+def new_programs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def logits(batch: int = 4, n: int = 33, dtype: Any = torch.float32) -> Any:
+    return 3 * torch.randn(batch, n, generator=torch.Generator().manual_seed(batch * n)).to(dtype)
+
+
+def classes(x: Any) -> Any:
+    return torch.arange(x.shape[0]) % 3
+
+
+def temperatures(x: Any) -> Any:
+    return 1 + torch.cos(x[:, 0]) / 2
+
+
+SAMPLES: dict[str, Callable[[Any], Any]] = {
+    "sample": lambda x: ps.sample(x, 7),
+    "sample, top_k": lambda x: ps.sample(x, 7, top_k=2, temperature=0.7),
+    "sample, top_p": lambda x: ps.sample(x, 7, top_p=0.8, temperature=temperatures(x)),
+    "sample, log-probabilities": lambda x: ps.sample(x, 7, return_logprobs=True),
+}
+FUSED: dict[str, Callable[[Any], Any]] = {
+    "softmax": ps.softmax,
+    "softmax, T": lambda x: ps.softmax(x, temperature=temperatures(x), where=x > -2),
+    "log_softmax": ps.log_softmax,
+    "logsumexp": ps.logsumexp,
+    "logsumexp, weights": lambda x: ps.logsumexp(x, weights=torch.cos(x), axis=0),
+    "softmax_jvp": lambda x: ps.softmax_jvp(x, torch.cos(x)),
+    "softmax_vjp": lambda x: ps.softmax_vjp(x, torch.cos(x)),
+    "log_softmax_jvp": lambda x: ps.log_softmax_jvp(x, torch.cos(x)),
+    "log_softmax_vjp": lambda x: ps.log_softmax_vjp(x, torch.cos(x), temperature=temperatures(x)),
+    "softmax_jacobian": ps.softmax_jacobian,
+    "log_softmax_jacobian": ps.log_softmax_jacobian,
+}
+IN_KERNELS: dict[str, Callable[[Any], Any]] = {
+    "cross_entropy": lambda x: ps.cross_entropy(x, classes(x)),
+    "cross_entropy, options": lambda x: ps.cross_entropy(
+        x, classes(x), weight=torch.ones(x.shape[-1]), label_smoothing=0.1, z_loss=1e-3, ignore_index=0
+    ),
+    "cross_entropy, probabilities": lambda x: ps.cross_entropy(x, torch.softmax(x, -1), reduction="none"),
+    "entropy": lambda x: ps.entropy(x, temperature=temperatures(x)),
+    "kl_divergence": lambda x: ps.kl_divergence(x, -x),
+    "truncate, top_k": lambda x: ps.truncate(x, top_k=3),
+    "truncate, top_p": lambda x: ps.truncate(x, top_p=0.7),
+    "truncate, min_p": lambda x: ps.truncate(x, min_p=0.1, temperature=0.5),
+    **SAMPLES,
+}
+FUNCTIONS = {**FUSED, **IN_KERNELS}
+
+
+def same(found: Any, want: Any) -> None:
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+# Any number and length of rows
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [("auto", name) for name in FUNCTIONS]
+    + [("portable", name) for name in ("cross_entropy", "truncate, top_k", "sample")],
+)
+def test_few_programs_serve_every_shape(engine: str, name: str) -> None:
+    """One for the first shape, and one for all others: PyTorch takes a length for dynamic as soon as it changes."""
+    count = testing.CompileCounter()
+    with ps.engine(engine):
+        program = torch.compile(FUNCTIONS[name], fullgraph=True, backend=count)
+        for i in range(10 if engine == "auto" else 4):
+            x = logits(4 + i, 40 + i)
+            same(program(x), FUNCTIONS[name](x))
+    assert count.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", ["softmax", "cross_entropy", "sample, top_k"])
+def test_a_second_call_compiles_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first call of the process is a compiled one: what is kept between calls must not be a guard."""
+    for module, table in ((_arrays, "_LIBRARIES"), (_arrays, "_FLOAT_BITS"), (_formula, "_RUNNERS"), (_ops, "_OPS")):
+        monkeypatch.setattr(module, table, {})
+    count = testing.CompileCounter()
+    program = torch.compile(FUNCTIONS[name], fullgraph=True, backend=count)
+    for _ in range(3):
+        program(logits())
+    assert count.frame_count == 1
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_exported_programs_take_any_number_and_length_of_rows(name: str) -> None:
+    # The draw is cut into blocks whose length follows from that of the rows: 8 from 17 to 64.
+    least = 17 if name in SAMPLES else 4
+    shapes = {0: torch.export.Dim("rows", min=2), 1: torch.export.Dim("n", min=least, max=64)}
+    program = torch.export.export(Exported(FUNCTIONS[name]), (logits(),), dynamic_shapes={"x": shapes})
+    assert OPERATOR not in str(program.graph)
+    for batch, n in ((4, 33), (9, 20), (2, 64)):
+        x = logits(batch, n)
+        same(program.module()(x), FUNCTIONS[name](x))
+
+
+# The operator
+
+
+def operators(function: Callable[[Any], Any], x: Any) -> list[str]:
+    """The operators of this package in the graph of a function."""
+    seen: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if "polysoftmax" in str(node.target))
+        return graph.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(x)
+    return seen
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_inductor_does_not_fuse_calls_kernels(name: str) -> None:
+    assert operators(FUNCTIONS[name], logits()) == [OPERATOR] * (name in IN_KERNELS)
+
+
+def test_the_portable_engine_stays_without_kernels_in_compiled_code() -> None:
+    with ps.engine("portable"):
+        assert operators(IN_KERNELS["sample"], logits()) == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", IN_KERNELS)
+def test_compiled_code_has_the_bits_of_eager_code(name: str, dtype: str) -> None:
+    x = logits(dtype=getattr(torch, dtype))
+    program = torch.compile(IN_KERNELS[name], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(program(x), IN_KERNELS[name](x), rtol=0, atol=0)
+
+
+DIFFERENTIABLE = [name for name in IN_KERNELS if "sample" not in name] + ["sample, log-probabilities"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_compiled_gradients_are_those_of_eager_code(name: str, dtype: str) -> None:
+    def moment(x: Any) -> Any:
+        y = IN_KERNELS[name](x)
+        y = y[1] if isinstance(y, tuple) else torch.where(y > -torch.inf, y, 0.0)
+        return (y.double() * torch.cos(torch.arange(y.numel())).reshape(y.shape)).sum()
+
+    slopes = []
+    for function in (moment, torch.compile(moment, fullgraph=True, backend="aot_eager")):
+        x = logits(dtype=getattr(torch, dtype)).requires_grad_()
+        function(x).backward()
+        slopes.append(x.grad)
+    unit = torch.finfo(slopes[0].dtype).eps
+    torch.testing.assert_close(*slopes, rtol=4 * unit, atol=1e-6)
+
+
+@needs_kernels
+def test_transformed_values_in_compiled_code_take_the_formula() -> None:
+    vmapped = torch.func.vmap(ps.entropy)
+    sloped = torch.func.grad(lambda x: ps.entropy(x).sum())
+    for function in (vmapped, sloped):
+        assert operators(function, logits()) == []
+
+
+@needs_kernels
+def test_a_learned_temperature_in_compiled_code() -> None:
+    found = []
+    for compiled in (False, True):
+        t = torch.tensor(0.8, requires_grad=True)
+        x = logits().requires_grad_()
+
+        def objective(x: Any, t: Any) -> Any:
+            _, log_p = ps.sample(x, 7, temperature=t, top_k=5, return_logprobs=True)
+            return log_p.sum() + ps.entropy(x, temperature=t).mean()
+
+        run = torch.compile(objective, fullgraph=True, backend="aot_eager") if compiled else objective
+        run(x, t).backward()
+        found.append((x.grad, t.grad))
+    torch.testing.assert_close(*found)
+
+
+@needs_kernels
+def test_second_derivatives_of_the_operator() -> None:
+    """In code that PyTorch captures and runs as it is; what it compiles in two directions has no second ones."""
+    x = logits(2, 5, torch.float64)
+    program = torch.compile(ps.entropy, fullgraph=True, backend="eager")
+    assert torch.autograd.gradgradcheck(program, x.clone().requires_grad_())
+    assert torch.autograd.gradcheck(program, x.clone().requires_grad_())
+
+
+_LOGITS = (True, False, False)
+OPERATED: dict[RowFormula, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    CROSS_ENTROPY: (
+        (torch.tensor([[1], [0], [2], [3]]), None),
+        {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.25},
+    ),
+    ENTROPY: ((None, None), {}),
+    KL_DIVERGENCE: ((torch.ones(4, 33), 0.5, None), {}),
+    TRUNCATE: ((None, None, None, 0.5, None), {"top_k": None}),
+    SAMPLE: (
+        (torch.zeros(2, dtype=torch.int32), None, None, None, None, None),
+        {"top_k": 3, "is_one_key": True, "logprobs": True},
+    ),
+    SOFTMAX: ((None, None), {}),
+    LOGSUMEXP: ((None, None), {}),
+    LOG_SOFTMAX.pullback(_LOGITS): ((0.5, None, None, torch.ones(4, 33)), {}),
+    ENTROPY.pullback(_LOGITS): ((None, None, None, torch.ones(4, 1)), {}),
+    KL_DIVERGENCE.pullback((True, *_LOGITS)): ((torch.ones(4, 33), None, None, None, torch.ones(4, 1)), {}),
+}
+
+
+@pytest.mark.parametrize("engine", ["native", "cuda"])  # without a GPU the formulas answer in place of CUDA kernels
+@pytest.mark.parametrize("formula", OPERATED, ids=lambda formula: formula.name)
+def test_the_operator_keeps_the_rules_of_operators(formula: RowFormula, engine: str) -> None:
+    """Its schema, its shapes under fake and dynamic tensors, its derivative when traced."""
+    from polysoftmax.engines import _operator
+
+    x = logits().requires_grad_(formula.vjp is not None)
+    others, options = OPERATED[formula]
+    call = Call(formula, options, 1, x.dtype, x.dtype)
+    torch.library.opcheck(_operator.formula, _operator.arguments_of(engine, call, (x, *others)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+@needs_kernels
+def test_inductor_calls_the_operator() -> None:
+    def drawn(x: Any) -> Any:
+        return ps.sample(x * 0.73, 7, top_k=5), ps.cross_entropy(x * 0.73, classes(x))
+
+    x = logits(8, 1000).requires_grad_()
+    found = torch.compile(drawn, fullgraph=True)(x)
+    tokens, loss = drawn(x)
+    assert torch.equal(found[0], tokens)
+    torch.testing.assert_close(found[1], loss)
+    torch.testing.assert_close(torch.autograd.grad(found[1], x), torch.autograd.grad(loss, x))
