@@ -1,4 +1,4 @@
-"""Rows that are all but certain of one class: what 1 - p of it is comes from the other classes, and keeps its digits."""
+"""Rows that are all but certain of one class: 1 - p of it comes from the other classes, and keeps its digits."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ def softmax(
     its own row NaN. Derivatives, forward and reverse, are y·(dx - Σ y·dx) / T and nothing else.
 
     The error is at most (16 + log2 n + d + Σ y·d) units in the last place of float32 (float64 for float64)
-    for an entry at a distance d·T from the maximum; with a temperature d counts twice. Source: Blanchard, Higham and Higham, IMA J. Numer. Anal.
-    41(4), 2021.
+    for an entry at a distance d·T from the maximum; with a temperature d counts twice. Source: Blanchard, Higham and
+    Higham, IMA J. Numer. Anal. 41(4), 2021.
 
     Examples
     --------
