@@ -185,10 +185,10 @@ KINDS = {
     "numpy.NumpyOps": "numpy",
     "jax.JaxOps": "jax.numpy",
     "jax.InMemoryOps": "jax.numpy",
-    "torch.TorchOps": "torch",
-    "torch.DifferentiatedOps": "torch",
-    "torch.CompiledOps": "torch",
-    "torch.CompiledDifferentiatedOps": "torch",
+    "_torch_words.TorchOps": "torch",
+    "_torch_words.DifferentiatedOps": "torch",
+    "_torch_words.CompiledOps": "torch",
+    "_torch_words.CompiledDifferentiatedOps": "torch",
     "dask.DaskOps": "dask.array",
 }
 
@@ -341,6 +341,7 @@ OF_THE_STANDARD: dict[str, Callable[[Arrays], Any]] = {
     "abs": lambda a: a.ops.abs(a(ROWS)),
     "astype": lambda a: a.ops.astype(a(ROWS > 0.5), a.ops.xp.float32),
     "broadcast_to": lambda a: a.ops.broadcast_to(a(ENTRIES), ROWS.shape),
+    "expm1": lambda a: (a.ops.expm1(a(ROWS)), a.ops.expm1(a([-1e-6, -80.0, -math.inf], "float32"))),
     "exp": lambda a: (a.ops.exp(a(ROWS)), a.ops.exp(a([-80.0, -1e4, -1e30], "float32"))),
     "expand_dims": lambda a: a.ops.expand_dims(a(ROWS), axis=-2),
     "floor": lambda a: a.ops.floor(a(ROWS)),

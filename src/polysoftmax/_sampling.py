@@ -149,7 +149,7 @@ def draw_leading(
     filters = Filters(None, p, min_p)
     if has_mass(filters):
         x, *_ = filtered_few(ops, x, index, t, filters)
-        top = ops.max(x)
+        top = ops.nan_unless(ops.isfinite(top), ops.max(x), top)
     z = steady_scores(ops, x, top, t)
     terms = ops.exp(z)
     block = index // size

@@ -53,6 +53,7 @@ def scores_below(ops: Ops, x: Array, top: Array, t: Temperature) -> Array:
         return ops.below(x, top)
     if isinstance(t, float):
         return ops.below(0.5 * x, 0.5 * top) / (0.5 * t) if t > 1.0 else ops.below(x, top) / t
+    x = ops.cast(x, top.dtype)
     half = ops.where(t > 1.0, 0.5 * ops.ones_like(t), 1.0)
     d = ops.below(half * x, half * top)
     regular, impossible = is_regular(t), d == -INF
@@ -211,17 +212,25 @@ def log_of_sum(ops: Ops, terms: Array, total: Array, rows: tuple[Any, ...], clos
     Where one term outweighs the others, and this is ``close`` to the answer (None: always), it stays out of the sum.
     """
     del terms
-    outweighs = total < OUTWEIGHED
-    return ops.apply_where(outweighs if close is None else outweighs & close, log1p_of_others, rows, ops.log(total))
+    matters = total < OUTWEIGHED
+    matters = matters if close is None else matters & close
+    return ops.apply_where(matters, log1p_of_others, (*rows, matters), ops.log(total))
 
 
-def log1p_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
-    return ops.log1p(sum_of_others(ops, x, t, where))
+def log1p_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe, outweighs: Array) -> Array:
+    """log Σ exp(z) in rows where one term outweighs the others. It moves with that one, too."""
+    return ops.log1p(ops.sum(others(ops, terms_of_some(ops, x, t, where, outweighs))))
 
 
-def sum_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
-    """Σ exp(z) where one term is 1 and the others add up to less than 1/4, without that one."""
-    return ops.sum(others(ops, ops.exp(scores(ops, x, t, where))))
+def sum_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe, outweighs: Array) -> Array:
+    """Σ exp(z) in rows where one term outweighs the others, without that one."""
+    terms = terms_of_some(ops, x, t, where, outweighs)
+    return ops.sum(ops.where(terms < 1.0, terms, 0.0))
+
+
+def terms_of_some(ops: Ops, x: Array, t: Temperature, where: Maybe, some: Array) -> Array:
+    """exp(z) of some rows, and of 0 for the others, whose maximum may be infinite, and its slopes NaN."""
+    return ops.exp(scores(ops, ops.where(some, x, 0.0), t, where))
 
 
 def others(ops: Ops, terms: Array) -> Array:

@@ -72,7 +72,8 @@ def fold_high(k: Array, high: Array) -> Array:
 
 def _fold(k: Array, index: Array, domain: int) -> Array:
     xp = namespace(k)
-    return xp.concat(threefry(k[..., 0:1], k[..., 1:2], index, xp.full_like(index, domain)), axis=-1)
+    k0, k1, index = xp.broadcast_arrays(k[..., 0:1], k[..., 1:2], index)
+    return xp.concat(threefry(k0, k1, index, xp.full_like(index, domain)), axis=-1)
 
 
 def fold_rows(k: Array, batch: tuple[int, ...]) -> Array:

@@ -131,7 +131,7 @@ def _signed(word: int) -> int:
 
 
 def _key_of_array(seed: Array, xp: Any, device: Any) -> Array:
-    own = namespace(seed)
+    own, seed = namespace(seed), in_native_order(seed)
     if not is_kind(own, seed.dtype, "integral"):
         msg = f"seeds must be ints, got dtype {seed.dtype}"
         raise TypeError(msg)
@@ -240,7 +240,7 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
     """
     k = as_key(key)
     if not is_number(data) and is_array(data):
-        return _fold_in_array(k, to_library_of(data, k))
+        return _fold_in_array(k, to_library_of(in_native_order(data), k))
     if isinstance(data, bool) or not hasattr(data, "__index__"):
         msg = f"data must be an int or an array of ints, got {type(data).__name__}"
         raise TypeError(msg)
@@ -422,7 +422,7 @@ def _is_key(value: Array) -> bool:
 
 def _words_of(keys: Array) -> Array:
     """Return the words of a seed without axes, or of keys, which are told from seeds by dtype and last axis alone."""
-    found = key_data(keys)
+    found = in_native_order(key_data(keys))
     xp = namespace(found)
     if found.ndim == 0 and xp.isdtype(found.dtype, "integral"):
         return _key_of_array(found, None, None)

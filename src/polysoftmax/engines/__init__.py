@@ -157,11 +157,12 @@ class _Block(ContextDecorator):
     Blocks in generators and exit stacks may end in any order: the last to begin of those that are left decides.
     """
 
-    __slots__ = ("is_used", "name")
+    __slots__ = ("before", "is_used", "name")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.is_used = False
+        self.before = ""  # the choice without this block, of the one that began first
 
     def __call__(self, function: Function) -> Function:
         self.is_used = True
@@ -175,7 +176,10 @@ class _Block(ContextDecorator):
 
     def __enter__(self) -> None:
         self.is_used = True
-        _OPEN.set((*_OPEN.get(), self))
+        blocks = _OPEN.get()
+        if not blocks:
+            self.before = chosen()
+        _OPEN.set((*blocks, self))
         _CHOICE.set(self.name)
 
     def __exit__(self, *_: object) -> None:
@@ -183,8 +187,10 @@ class _Block(ContextDecorator):
         if self in blocks:  # another context, such as that of a thread, has blocks of its own
             at = len(blocks) - 1 - blocks[::-1].index(self)
             left = blocks[:at] + blocks[at + 1 :]
+            if left and at == 0:
+                left[0].before = self.before
             _OPEN.set(left)
-            _CHOICE.set(left[-1].name if left else _FROM_ENVIRONMENT)
+            _CHOICE.set(left[-1].name if left else self.before)
 
     def __del__(self) -> None:
         if not self.is_used:

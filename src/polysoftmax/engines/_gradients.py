@@ -80,7 +80,9 @@ def sample_with_gradient(
     if not call.options["logprobs"]:
         return call.without_axis((tokens,))
     drawn = tokens >= 0
-    x = torch.where(drawn.any(call.axis, keepdim=True), x, 0.0)  # a row without a token has no slope
+    has_token = drawn.any(call.axis, keepdim=True)
+    x = torch.where(has_token, x, 0.0)  # a row without a token has no slope
+    t = torch.where(has_token, t, 1.0) if isinstance(t, torch.Tensor) else t
     wide = Call(LOG_SOFTMAX, {}, call.axis, call.compute, call.compute)
     top_k = call.options["top_k"]
     if top_k is not None or any(one is not None for one in filters):

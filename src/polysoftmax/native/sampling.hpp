@@ -293,7 +293,7 @@ class Sampler {
     // The masses of the blocks from start to end, which is the end of a block or of the row.
     APART void write_masses(const Slot<C>& slot, int64_t start, int64_t end) const {
         const int64_t whole = start + (end - start) / cut.size * cut.size;
-        const bool divided = slot.divisor != 1;
+        const bool divided = slot.half != 1 || slot.divisor != 1;
         for (int64_t j = start; j < whole; j += cut.size) {
             const C* x = slot.row + j;
             slot.scores[j / cut.size] = divided ? mass_of<true>(slot, x, cut.size) : mass_of<false>(slot, x, cut.size);
