@@ -145,7 +145,7 @@ def slopes_of_loss(
     rows = (x, None, None)
     p, outweighs = terms / total, total < OUTWEIGHED
     sure = outweighs & (terms == 1.0)
-    q = ops.where(sure, ops.apply_where(outweighs, sum_of_others, (*rows, outweighs), total) / total, 1.0 - p)
+    q = ops.where(sure, ops.apply_where(outweighs, sum_of_others, rows, total) / total, 1.0 - p)
     log_total = log_of_sum(ops, terms, total, rows) if is_on(z_loss) or wanted[1] or wanted[2] else None
     if ops.is_floating(targets) or is_on(label_smoothing) or wanted[2]:
         target = smoothed(ops, x, targets, label_smoothing)

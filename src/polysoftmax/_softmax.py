@@ -214,23 +214,18 @@ def log_of_sum(ops: Ops, terms: Array, total: Array, rows: tuple[Any, ...], clos
     del terms
     matters = total < OUTWEIGHED
     matters = matters if close is None else matters & close
-    return ops.apply_where(matters, log1p_of_others, (*rows, matters), ops.log(total))
+    return ops.apply_where(matters, log1p_of_others, rows, ops.log(total))
 
 
-def log1p_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe, outweighs: Array) -> Array:
+def log1p_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
     """log Σ exp(z) in rows where one term outweighs the others. It moves with that one, too."""
-    return ops.log1p(ops.sum(others(ops, terms_of_some(ops, x, t, where, outweighs))))
+    return ops.log1p(ops.sum(others(ops, ops.exp(scores(ops, x, t, where)))))
 
 
-def sum_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe, outweighs: Array) -> Array:
+def sum_of_others(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
     """Σ exp(z) in rows where one term outweighs the others, without that one."""
-    terms = terms_of_some(ops, x, t, where, outweighs)
-    return ops.sum(ops.where(terms < 1.0, terms, 0.0))
-
-
-def terms_of_some(ops: Ops, x: Array, t: Temperature, where: Maybe, some: Array) -> Array:
-    """exp(z) of some rows, and of 0 for the others, whose maximum may be infinite, and its slopes NaN."""
-    return ops.exp(scores(ops, ops.where(some, x, 0.0), t, where))
+    terms = ops.exp(scores(ops, x, t, where))
+    return ops.sum(terms * (1.0 - ops.floor(terms)))  # which does not move with that one
 
 
 def others(ops: Ops, terms: Array) -> Array:

@@ -72,8 +72,10 @@ def fold_high(k: Array, high: Array) -> Array:
 
 def _fold(k: Array, index: Array, domain: int) -> Array:
     xp = namespace(k)
-    k0, k1, index = xp.broadcast_arrays(k[..., 0:1], k[..., 1:2], index)
-    return xp.concat(threefry(k0, k1, index, xp.full_like(index, domain)), axis=-1)
+    # Not broadcast_arrays, which NumPy has for 32 dimensions alone; JAX may be set to raise where a rank is promoted.
+    ndim = max(k.ndim, index.ndim)
+    k, index = (xp.reshape(one, (1,) * (ndim - one.ndim) + tuple(one.shape)) for one in (k, index))
+    return xp.concat(threefry(k[..., 0:1], k[..., 1:2], index, xp.full_like(index, domain)), axis=-1)
 
 
 def fold_rows(k: Array, batch: tuple[int, ...]) -> Array:

@@ -66,6 +66,13 @@ class DifferentiatedOps(TorchOps):
     def constant(self, x: Array) -> Array:
         return x.detach() if x.requires_grad or is_transformed() else x
 
+    def apply_where(
+        self, mask: Array, function: Callable[..., Array], operands: tuple[Array, ...], otherwise: Array
+    ) -> Array:
+        # The slopes of rows that are not looked at may be NaN, and so would be 0 times those.
+        x, *others = operands
+        return super().apply_where(mask, function, (torch.where(mask, x, torch.zeros_like(x)), *others), otherwise)
+
     def exp(self, z: Array) -> Array:
         # The derivative of what vanishes is 0: that of z for the temperature may overflow there.
         gone = z < _VANISHED
