@@ -16,6 +16,7 @@ from polysoftmax.functions.jacobian import (
     softmax_vjp,
 )
 from polysoftmax.functions.losses import cross_entropy, entropy, kl_divergence
+from polysoftmax.functions.probability import log_prob, top_log_probs
 from polysoftmax.functions.sampling import sample
 from polysoftmax.functions.softmax import log_softmax, logsumexp, softmax
 from polysoftmax.functions.truncation import truncate
@@ -45,6 +46,7 @@ __all__ = [
     "entropy",
     "explain",
     "kl_divergence",
+    "log_prob",
     "log_softmax",
     "log_softmax_jacobian",
     "log_softmax_jvp",
@@ -57,5 +59,6 @@ __all__ = [
     "softmax_jacobian",
     "softmax_jvp",
     "softmax_vjp",
+    "top_log_probs",
     "truncate",
 ]

@@ -95,7 +95,11 @@ class Ops:
 
     def any(self, mask: Array | None) -> Array | None:
         """Return whether a row has an entry; None where all exist."""
-        return None if mask is None else self.xp.any(mask, axis=self.axis, keepdims=True)
+        return None if mask is None else self.any_of(mask)
+
+    def any_of(self, flags: Array) -> Array:
+        """Return whether a row has an entry that is True."""
+        return self.xp.any(flags, axis=self.axis, keepdims=True)
 
     def count(self, flags: Array) -> Array:
         """Return how many entries of every row are True."""
@@ -172,11 +176,6 @@ class Ops:
         """Return ``x / t`` for a positive ``t``, whose derivative overflows only where it is itself infinite."""
         return x / t
 
-    def steady(self, x: Array, answered: Array) -> Array:
-        """Return ``x``, which is not differentiated in rows without an answer: there it may be any number."""
-        del answered
-        return x
-
     def with_slope_of(self, y: Array, smooth: Callable[[], Array]) -> Array:
         """Return ``y``, which is differentiated as ``smooth()`` is, its equal but for rounding."""
         del smooth
@@ -198,6 +197,10 @@ class Ops:
         """Return the entries of every row that ``index`` points at."""
         return self.xp.take_along_axis(x, index, axis=self.axis)
 
+    def side_by_side(self, parts: list[Array]) -> Array:
+        """Return arrays one after another along the rows."""
+        return parts[0] if len(parts) == 1 else self.xp.concat(parts, axis=self.axis)
+
     def block_of(self, x: Array, block: Array, size: int) -> tuple[Array, Array]:
         """Return a block of ``size`` entries of every row, and their indices as int32; the last entry is repeated."""
         within = self.xp.arange(size, dtype=self.xp.int32, device=device_for(x))
@@ -210,6 +213,10 @@ class Ops:
     def descending(self, x: Array) -> Array:
         """Return the entries of every row, the greatest first; any order if it has NaN."""
         return self.xp.sort(x, axis=-1, descending=True, stable=False)
+
+    def descending_indices(self, x: Array) -> Array:
+        """Return the indices of a few entries in descending order, the lowest first among equals."""
+        return self.xp.argsort(x, axis=-1, descending=True, stable=True)
 
     def kth_greatest(self, x: Array, k: int) -> Array:
         """Return the k-th greatest entry of every row."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from polysoftmax._formula import RowFormula
 from polysoftmax._softmax import is_zero, scores_below
-from polysoftmax._threefry import BLOCKS, TOKENS, fold_rows, gumbel_of, words
+from polysoftmax._threefry import BLOCKS, TOKENS, fold_draws, fold_rows, gumbel_of, words
 from polysoftmax._truncation import (
     TRUNCATE,
     Filters,
@@ -51,46 +51,66 @@ def sample_of_rows(
     *filters: Array | float | None,
     top_k: int | None,
     is_one_key: bool,
-    logprobs: bool,
-) -> tuple[Array, ...]:
-    """Draw from every row with each of its keys, which stand side by side; one key is folded with the row's number."""
+    draws: int,
+    replace: bool,
+) -> Array:
+    """Draw from every row with each of its keys, which stand side by side, that many times.
+
+    A single key is folded with the row's number.
+    """
     size, kept = block_length(x.shape[-1]), Filters(*filters)
-    how = {"size": size, "is_one_key": is_one_key, "logprobs": logprobs}
-    draws = keys.shape[-1] // 2
-    if top_k is not None and are_few(top_k, x.shape[-1]):
+    if draws > 1:
+        keys = fold_rows(keys, x.shape[:-1]) if is_one_key else keys
+        keys, is_one_key = fold_draws(keys, draws), False
+    count = keys.shape[-1] // 2
+    how = {"size": size, "is_one_key": is_one_key}
+    is_distinct = draws > 1 and not replace
+    if top_k is not None and are_few(top_k, x.shape[-1]) and not is_distinct:
         top, few, index = ops.call(LEADING, x, where, top_k=top_k)
         operands = (first_of(ops, few, kept.k), index, top, keys, t, kept.p, kept.min_p)
-        return draw_each(ops, DRAW_LEADING, operands, draws, how)
+        return draw_each(ops, DRAW_LEADING, operands, count, how)
     if top_k is not None or any(one is not None for one in kept):
         x, where = ops.call(TRUNCATE, x, t, where, *kept, top_k=top_k), None
+    if is_distinct:
+        return draw_distinct(ops, x, keys, t, where, draws)
     top, mass = ops.call(MASSES, x, t, where)
-    return draw_each(ops, DRAW, (mass, x, top, keys, t, where), draws, how)
+    return draw_each(ops, DRAW, (mass, x, top, keys, t, where), count, how)
 
 
-def draw_each(
-    ops: Ops, draw: RowFormula, operands: tuple[Any, ...], draws: int, how: dict[str, Any]
-) -> tuple[Array, ...]:
+def draw_each(ops: Ops, draw: RowFormula, operands: tuple[Any, ...], count: int, how: dict[str, Any]) -> Array:
     """Draw once from every row, or with each of several keys from what is known of the row."""
-    if draws == 1:
+    if count == 1:
         return ops.call(draw, *operands, **how)  # type: ignore[no-any-return]
     first, second, top, keys, *more = (ops.expand_dims(one, axis=-2) if has_axes(one) else one for one in operands)
-    keys = ops.reshape(keys, (*keys.shape[:-2], draws, 2))
+    keys = ops.reshape(keys, (*keys.shape[:-2], count, 2))
     first = ops.broadcast_to(first, (*keys.shape[:-1], first.shape[-1]))
-    answers = ops.call(draw, first, second, top, keys, *more, **how)
-    return tuple(ops.squeeze(one, axis=-1) for one in answers)
+    return ops.squeeze(ops.call(draw, first, second, top, keys, *more, **how), axis=-1)
+
+
+def draw_distinct(ops: Ops, x: Array, keys: Array, t: Temperature, where: Maybe, draws: int) -> Array:
+    """Draw one token after another, each from what the ones before have left."""
+    x = ops.where(where, x, -INF)
+    if t is not None and not isinstance(t, float):
+        x = ops.where(is_zero(t) & (x < ops.max(x)), -INF, x)  # at T = 0 what is below the maximum does not exist
+    each = keys.shape[-1] // (2 * draws)
+    x, t = (ops.expand_dims(one, axis=-2) if has_axes(one) else one for one in (x, t))
+    x = ops.broadcast_to(x, (*x.shape[:-2], each, x.shape[-1]))
+    keys = ops.reshape(ops.broadcast_to(keys, (*x.shape[:-2], keys.shape[-1])), (*x.shape[:-1], 2 * draws))
+    how = {"size": block_length(x.shape[-1]), "is_one_key": False}
+    tokens = []
+    for j in range(draws):
+        top, mass = ops.call(MASSES, x, t, None)
+        token = ops.call(DRAW, mass, x, top, ops.part(keys, 2 * j, 2 * j + 2), t, None, **how)
+        x = ops.where(ops.indices(x, token.dtype) == token, -INF, x)
+        tokens.append(token)
+    return ops.reshape(ops.side_by_side(tokens), (*x.shape[:-2], each * draws))
 
 
 def masses(ops: Ops, x: Array, t: Temperature, where: Maybe) -> tuple[Array, Array]:
     """The maximum of every row, and Σ exp((x - max) / T) over each of its blocks."""
     x = ops.where(where, x, -INF)
     top = ops.max(x)
-    return top, ops.block_sums(ops.exp(steady_scores(ops, x, top, t)), block_length(x.shape[-1]))
-
-
-def steady_scores(ops: Ops, x: Array, top: Array, t: Temperature) -> Array:
-    """(x - top) / T. Nothing moves in a row without a token, so a loss that leaves it out has a gradient of 0 there."""
-    answered = has_token(top, t)
-    return scores_below(ops, ops.steady(x, answered), ops.steady(top, answered), t)
+    return top, ops.block_sums(ops.exp(scores_below(ops, x, top, t)), block_length(x.shape[-1]))
 
 
 def has_token(top: Array, t: Temperature) -> Array:
@@ -110,8 +130,7 @@ def draw(
     *,
     size: int,
     is_one_key: bool,
-    logprobs: bool,
-) -> tuple[Array, ...]:
+) -> Array:
     """Draw a block by the masses, and a token inside it."""
     keys = fold_rows(keys, mass.shape[:-1]) if is_one_key else keys
     block = gumbel_argmax(ops, mass, ops.log(mass), keys, ops.indices(mass), BLOCKS, t)
@@ -119,9 +138,9 @@ def draw(
     exists = index < x.shape[-1]
     if where is not None:
         exists = exists & ops.block_of(ops.broadcast_to(where, x.shape), block, size)[0]
-    z = steady_scores(ops, ops.where(exists, inside, -INF), top, t)
+    z = scores_below(ops, ops.where(exists, inside, -INF), top, t)
     position = gumbel_argmax(ops, ops.exp(z), z, keys, index, TOKENS, t)
-    return read_out(ops, top, t, ops.sum(mass), z, index, position, logprobs)
+    return read_out(ops, top, t, index, position)
 
 
 def leading(ops: Ops, x: Array, where: Maybe, *, top_k: int) -> tuple[Array, Array, Array]:
@@ -142,15 +161,14 @@ def draw_leading(
     *,
     size: int,
     is_one_key: bool,
-    logprobs: bool,
-) -> tuple[Array, ...]:
+) -> Array:
     """Draw what `draw` would from the few tokens that top_k left, given with their indices in increasing order."""
     keys = fold_rows(keys, x.shape[:-1]) if is_one_key else keys
     filters = Filters(None, p, min_p)
     if has_mass(filters):
         x, *_ = filtered_few(ops, x, index, t, filters)
         top = ops.nan_unless(ops.isfinite(top), ops.max(x), top)
-    z = steady_scores(ops, x, top, t)
+    z = scores_below(ops, x, top, t)
     terms = ops.exp(z)
     block = index // size
     same = block[..., :, None] == block[..., None, :]
@@ -158,7 +176,7 @@ def draw_leading(
     won = ops.indices(x, ops.index_dtype) == gumbel_argmax(ops, mass, ops.log(mass), keys, block, BLOCKS, t)
     z = ops.where(block == ops.max(ops.where(won, block, -1)), z, -INF)
     position = gumbel_argmax(ops, ops.exp(z), z, keys, index, TOKENS, t)
-    return read_out(ops, top, t, ops.sum(terms), z, index, position, logprobs)
+    return read_out(ops, top, t, index, position)
 
 
 def gumbel_argmax(ops: Ops, mass: Array, score: Array, keys: Array, index: Array, domain: int, t: Temperature) -> Array:
@@ -170,18 +188,11 @@ def gumbel_argmax(ops: Ops, mass: Array, score: Array, keys: Array, index: Array
     return ops.argmax(noisy)
 
 
-def read_out(
-    ops: Ops, top: Array, t: Temperature, total: Array, z: Array, index: Array, position: Array, logprobs: bool
-) -> tuple[Array, ...]:
-    """The token at a position, -1 for a row without an answer, and its log-probability if asked for."""
-    won = ops.indices(z, ops.index_dtype) == position
+def read_out(ops: Ops, top: Array, t: Temperature, index: Array, position: Array) -> Array:
+    """The token at a position, and -1 for a row without an answer."""
+    won = ops.indices(index, ops.index_dtype) == position
     token = ops.max(ops.where(won, index, -1))
-    drawn = has_token(top, t)
-    tokens = ops.where(drawn, ops.astype(token, ops.index_dtype), -1)
-    if not logprobs:
-        return (tokens,)
-    score = ops.sum(ops.where(won, z, 0.0))
-    return tokens, ops.nan_unless(drawn, score - ops.log(total), top)
+    return ops.where(has_token(top, t), ops.astype(token, ops.index_dtype), -1)
 
 
 # Each is a formula of its own because an engine may have a kernel for it.

@@ -82,3 +82,11 @@ def fold_rows(k: Array, batch: tuple[int, ...]) -> Array:
     """Return one key a row: a single one folded with the row's number."""
     xp = namespace(k)
     return fold(k, xp.reshape(xp.arange(math.prod(batch), dtype=xp.int32, device=device_for(k)), (*batch, 1)))
+
+
+def fold_draws(k: Array, draws: int) -> Array:
+    """Return the keys of several draws with each key, all side by side: the key itself, then folded with 1, 2 and so on."""
+    xp = namespace(k)
+    each = xp.reshape(k, (*k.shape[:-1], -1, 1, 2))
+    further = fold(each, xp.reshape(xp.arange(1, draws, dtype=xp.int32, device=device_for(k)), (-1, 1)))
+    return xp.reshape(xp.concat([each, further], axis=-2), (*k.shape[:-1], -1))

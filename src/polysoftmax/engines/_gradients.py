@@ -6,9 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polysoftmax._formula import Call
-from polysoftmax._sampling import SAMPLE
-from polysoftmax._softmax import LOG_SOFTMAX
 from polysoftmax._truncation import TRUNCATE
 
 if TYPE_CHECKING:
@@ -67,27 +64,3 @@ def answer_for_gradient(call: Call, y: Array) -> Array | None:
 def is_exact(call: Call, y: Array) -> bool:
     """Whether an answer has the digits that a gradient needs, and was not rounded to 16 bits."""
     return y.dtype == call.compute or call.formula is TRUNCATE  # what survives keeps every bit
-
-
-def sample_with_gradient(
-    call: Call, operands: tuple[Array, ...], run: Callable[[Call, tuple[Array, ...]], Any]
-) -> tuple[Array, ...]:
-    """Draw in a kernel, and take the log-probabilities of what was drawn by formulas that have rules."""
-    assert call.formula is SAMPLE
-    x, _, t, where, *filters = operands
-    detached = tuple(one.detach() if isinstance(one, torch.Tensor) else one for one in operands)
-    tokens, *_ = run(call._replace(options={**call.options, "logprobs": False}, squeeze=False), detached)
-    if not call.options["logprobs"]:
-        return call.without_axis((tokens,))
-    drawn = tokens >= 0
-    has_token = drawn.any(call.axis, keepdim=True)
-    x = torch.where(has_token, x, 0.0)  # a row without a token has no slope
-    t = torch.where(has_token, t, 1.0) if isinstance(t, torch.Tensor) else t
-    wide = Call(LOG_SOFTMAX, {}, call.axis, call.compute, call.compute)
-    top_k = call.options["top_k"]
-    if top_k is not None or any(one is not None for one in filters):
-        x = run(wide._replace(formula=TRUNCATE, options={"top_k": top_k}), (x, t, where, *filters))
-        where = None
-    log_p = run(wide, (x, t, where))
-    log_p = torch.where(drawn, log_p.gather(call.axis, tokens.clamp(min=0)), torch.nan)
-    return call.without_axis((tokens, log_p))

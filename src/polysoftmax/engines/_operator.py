@@ -16,7 +16,7 @@ from polysoftmax._formula import Call
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax.engines import _library, chosen, cuda, native
-from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_recorded, sample_with_gradient
+from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_recorded
 from polysoftmax.engines._torch_memory import MEMORY, is_plain
 from polysoftmax.engines._torch_words import evaluate, is_transformed
 from polysoftmax.engines.cuda._calls import KERNELS as CUDA_KERNELS
@@ -69,12 +69,10 @@ def _put(engine: str, call: Call, operands: tuple[Array, ...]) -> Any:
     if not _is_in_kernel(engine, call.formula.name):
         return evaluate(call, operands)
     if is_recorded(operands):
-        if call.formula is SAMPLE:
-            return sample_with_gradient(call, operands, lambda *step: _put(engine, *step))
         if call.formula.vjp is None:
             return evaluate(call, operands)
     answers = formula(*arguments_of(engine, call, operands))
-    return tuple(answers) if call.formula is SAMPLE or len(answers) > 1 else answers[0]
+    return tuple(answers) if len(answers) > 1 else answers[0]
 
 
 def arguments_of(engine: str, call: Call, operands: tuple[Array, ...]) -> tuple[Any, ...]:

@@ -121,9 +121,6 @@ class JaxOps(Ops):
         fixed = lax.stop_gradient(t)
         return x / fixed * jnp.exp(jnp.log(fixed) - jnp.log(t))
 
-    def steady(self, x: Array, answered: Array) -> Array:
-        return jnp.where(answered, x, 0.0)
-
     def nan_unless(self, answered: Array, y: Array, like: Array) -> Array:
         # XLA on the CPU may leave the exponential of a NaN unset that it knows when it compiles (seen with JAX 0.10.2),
         # so the NaN is computed from ``like``.

@@ -13,6 +13,7 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
+from polysoftmax._probability import LEADING_TOKENS, LOG_PROB, RANKS
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax._truncation import TRUNCATE
@@ -54,12 +55,17 @@ class Answer(NamedTuple):
 _NOTHING = Answer(0, "float64")
 
 
+def _none(call: Call, operands: tuple[Any, ...]) -> tuple[int | float, ...]:
+    del call, operands
+    return ()
+
+
 class Kernel(NamedTuple):
     """What a kernel makes of a call."""
 
     number: int
     answers: Callable[[Call, tuple[Any, ...]], tuple[Answer, ...]]
-    options: Callable[[Call, tuple[Any, ...]], tuple[int | float, ...]] = lambda call, operands: ()
+    options: Callable[[Call, tuple[Any, ...]], tuple[int | float, ...]] = _none
     leaves_out: int | None = None
     """The operand that the kernel does without, counted from the end."""
 
@@ -74,9 +80,25 @@ def _one_a_row(call: Call, operands: tuple[Any, ...]) -> tuple[Answer, ...]:
     return (Answer(1, call.result),)
 
 
+def _draws_a_row(call: Call, operands: tuple[Any, ...]) -> int:
+    return operands[1].shape[-1] // 2 * call.options["draws"]  # type: ignore[no-any-return]
+
+
 def _draws(call: Call, operands: tuple[Any, ...]) -> tuple[Answer, ...]:
-    draws = operands[1].shape[-1] // 2
-    return Answer(draws, "int64"), Answer(draws, call.compute) if call.options["logprobs"] else _NOTHING
+    return (Answer(_draws_a_row(call, operands), "int64"),)
+
+
+def _one_a_token(call: Call, operands: tuple[Any, ...]) -> tuple[Answer, ...]:
+    return (Answer(operands[1].shape[call.axis], call.result),)
+
+
+def _ranks(call: Call, operands: tuple[Any, ...]) -> tuple[Answer, ...]:
+    return (Answer(operands[1].shape[call.axis], "int64"),)
+
+
+def _leading(call: Call, operands: tuple[Any, ...]) -> tuple[Answer, ...]:
+    del operands
+    return (Answer(call.options["count"], "int64"),)
 
 
 def _of_loss(call: Call, operands: tuple[Any, ...]) -> tuple[int | float, ...]:
@@ -91,7 +113,18 @@ def _of_filters(call: Call, operands: tuple[Any, ...]) -> tuple[int | float, ...
 
 
 def _of_draws(call: Call, operands: tuple[Any, ...]) -> tuple[int | float, ...]:
-    return call.options["top_k"] or 0, operands[1].shape[-1] // 2, int(call.options["is_one_key"])
+    options = call.options
+    is_distinct = not options["replace"]
+    return options["top_k"] or 0, _draws_a_row(call, operands), options["is_one_key"], options["draws"], is_distinct
+
+
+def _of_tokens(call: Call, operands: tuple[Any, ...]) -> tuple[int | float, ...]:
+    return call.options.get("top_k") or 0, operands[1].shape[call.axis]
+
+
+def _of_leading(call: Call, operands: tuple[Any, ...]) -> tuple[int | float, ...]:
+    del operands
+    return 0, call.options["count"]
 
 
 _LOGITS = (True, False, False)
@@ -108,21 +141,26 @@ KERNELS = {
     KL_DIVERGENCE: Kernel(12, _one_a_row),
     TRUNCATE: Kernel(14, _rows, _of_filters),
     SAMPLE: Kernel(15, _draws, _of_draws),
+    LOG_PROB: Kernel(17, _one_a_token, _of_tokens),
+    RANKS: Kernel(19, _ranks, _of_tokens),
+    LEADING_TOKENS: Kernel(20, _leading, _of_leading),
 }
 """The kernel of each formula that has one."""
 
 
 def _register_pullbacks() -> None:
     """Register the reverse rules for every choice of operands that a gradient is wanted for."""
+    # With the entries a row of each operand's gradient: None for those of the rows, 0 where there is none.
     rules: tuple[tuple[RowFormula, int, tuple[int | None, ...], int | None], ...] = (
-        (SOFTMAX, 3, (None, 1), None),
-        (LOG_SOFTMAX, 4, (None, 1), None),
-        (LOGSUMEXP, 7, (None, None), -2),
-        (ENTROPY, 11, (None, 1), -2),
-        (KL_DIVERGENCE, 13, (None, None, 1), -2),
+        (SOFTMAX, 3, (None, 1, 0), None),
+        (LOG_SOFTMAX, 4, (None, 1, 0), None),
+        (LOGSUMEXP, 7, (None, None, 0), -2),
+        (ENTROPY, 11, (None, 1, 0), -2),
+        (KL_DIVERGENCE, 13, (None, None, 1, 0), -2),
+        (LOG_PROB, 18, (None, 0, 1, 0, 0, 0, 0), None),
     )
     for formula, number, lengths, leaves_out in rules:
-        for wanted in itertools.product((True, False), repeat=len(lengths)):
+        for wanted in itertools.product(*((True, False) if one != 0 else (False,) for one in lengths)):
 
             def answers(
                 call: Call,
@@ -131,11 +169,12 @@ def _register_pullbacks() -> None:
                 wanted: tuple[bool, ...] = wanted,
             ) -> tuple[Answer, ...]:
                 del operands
-                pairs = zip(lengths, wanted, strict=True)
+                pairs = [pair for pair in zip(lengths, wanted, strict=True) if pair[0] != 0]
                 return tuple(Answer(length, call.result) if asked else _NOTHING for length, asked in pairs)
 
-            if any(wanted):  # the mask, which is last, never is
-                KERNELS[formula.pullback((*wanted, False))] = Kernel(number, answers, leaves_out=leaves_out)
+            if any(wanted):
+                options = _of_tokens if formula is LOG_PROB else _none
+                KERNELS[formula.pullback(wanted)] = Kernel(number, answers, options, leaves_out)
 
 
 _register_pullbacks()
@@ -276,7 +315,7 @@ def _plan(call: Call, operands: tuple[Any, ...], memory: Memory) -> _Plan | None
         tuple(number for number in numbers if operands[number] is not None),
         tuple(makers),
         0 in shape and call.reduction is None,
-        call.formula is SAMPLE or len(makers) > 1,
+        len(makers) > 1,
     )
 
 

@@ -44,6 +44,9 @@ class NumpyOps(Ops):
         # NumPy sorts arrays of 32 dimensions at most.
         return np.sort(x.reshape(-1, x.shape[-1]), axis=-1)[:, ::-1].reshape(x.shape)
 
+    def descending_indices(self, x: Array) -> Array:
+        return np.argsort(-x.reshape(-1, x.shape[-1]), axis=-1, kind="stable").reshape(x.shape)
+
     def sum_of_blocks(self, blocks: Array) -> Array:
         return np.einsum("...j->...", blocks)  # a sum has a cost of its own for each of many short blocks
 

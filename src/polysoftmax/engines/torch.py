@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C import _len_torch_dispatch_stack
 
-from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen, native, using
-from polysoftmax.engines._gradients import (
-    answer_for_gradient,
-    gradients,
-    is_exact,
-    is_recorded,
-    sample_with_gradient,
-)
+from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_exact, is_recorded
 from polysoftmax.engines._torch_memory import MEMORY, is_in_memory, is_on_gpu
 from polysoftmax.engines._torch_words import evaluate, is_transformed, words
 
@@ -41,8 +34,6 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
         return _run_constant(call, operands)
     if call.formula.vjp is not None:
         return _apply(call, *operands)
-    if call.formula is SAMPLE and chosen() != "portable":
-        return sample_with_gradient(call, operands, run)
     return evaluate(call, operands)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from polysoftmax._arrays import cast, float_bits, namespace
+from polysoftmax._arrays import cast, default_index, float_bits, is_number, namespace
 from polysoftmax._formula import words
 from polysoftmax._rows import last_rows
 from polysoftmax._sampling import SAMPLE
+from polysoftmax.functions.probability import log_prob_of_tokens
 from polysoftmax.functions.truncation import filters
 from polysoftmax.random import as_key
 
@@ -33,6 +34,8 @@ def sample(
     top_p: Array | Number | None = ...,
     min_p: Array | Number | None = ...,
     where: Array | None = ...,
+    draws: int | None = ...,
+    replace: bool = ...,
     return_logprobs: Literal[True],
 ) -> tuple[Array, Array]: ...
 
@@ -49,6 +52,8 @@ def sample(
     top_p: Array | Number | None = ...,
     min_p: Array | Number | None = ...,
     where: Array | None = ...,
+    draws: int | None = ...,
+    replace: bool = ...,
     return_logprobs: bool = ...,
 ) -> Any: ...
 
@@ -64,6 +69,8 @@ def sample(
     top_p: Array | Number | None = None,
     min_p: Array | Number | None = None,
     where: Array | None = None,
+    draws: int | None = None,
+    replace: bool = True,
     return_logprobs: bool = False,
 ) -> Array | tuple[Array, Array]:
     r"""Draw a token from the softmax of logits: the same one on every backend.
@@ -85,14 +92,21 @@ def sample(
         What is removed before the draw (see `truncate`).
     where : array of bool, optional
         Broadcasts against ``logits``. Tokens under False do not exist.
+    draws : int, optional
+        How many tokens to draw from each row with each of its keys, in a last dimension.
+    replace : bool
+        Whether a token may be drawn more than once. If not, the draws are distinct: each is from what the ones before
+        have left, and -1 once nothing is left.
     return_logprobs : bool
-        Whether to return also the log-probability of each token under the distribution it was drawn from.
+        Whether to return also the log-probability of each token under the distribution it was drawn from; without
+        replacement, too, that is the distribution of the whole row.
 
     Returns
     -------
     array, or tuple of two arrays
         Indices along ``axis``, of the shape of ``logits`` without it, in the library's default index dtype; -1 for a
         row without a token, with NaN or with +inf. Then the log-probabilities in nats, float32 or wider; NaN for -1.
+        Both have a last dimension of ``draws`` entries if that is given.
 
     Raises
     ------
@@ -100,8 +114,8 @@ def sample(
         If ``logits`` is not an array, ``key`` is none of the above, arrays of two libraries or devices are mixed, or a
         generator is given inside ``jax.jit``, ``vmap`` and the like, where it would be drawn from once and for all.
     ValueError
-        If the axis is empty, there are 64 dimensions or more, the keys do not match the rows, or a parameter given as a
-        number is out of range.
+        If the axis is empty, there are 64 dimensions or more, the keys do not match the rows, or ``draws`` or a
+        parameter given as a number is out of range.
     AxisError
         A ValueError and IndexError, if ``axis`` is out of bounds.
     NotImplementedError
@@ -112,7 +126,11 @@ def sample(
     The random bits depend on the row's key and the index of the token alone: not on the batch around the row, its
     chunks, threads or device. Tokens are therefore equal everywhere, except where two scores lie within rounding of
     each other. A single key is folded with each row's number, so that rows differ; give keys per row, and a row's
-    token does not depend on its neighbours.
+    token does not depend on its neighbours. The first of several draws is that of a call without ``draws``; draw j is
+    that with the row's key folded with j: ``random.fold_in(key, j)``.
+
+    The log-probabilities are those that `log_prob` answers for these tokens and options, to the last bit, and they can
+    be differentiated.
 
     The filters leave exactly what `truncate` leaves with the same options and engine, so both calls draw from the same
     tokens, also where the mass of a prefix lies within rounding of p. There, engines and libraries may differ by a
@@ -138,26 +156,39 @@ def sample(
     if r.x.ndim > _MOST_DIMENSIONS:
         msg = f"sample takes at most {_MOST_DIMENSIONS} dimensions, got {r.x.ndim}: reshape the logits"
         raise ValueError(msg)
+    several = None if draws is None else _count(draws)
     keys = as_key(key, like=r.x)
     t, mask = r.temperature(temperature), r.mask(where)
     kept, top_k = filters(r, top_k, top_p, min_p)
-    x = r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)
-    x = x if return_logprobs else words(x).constant(x)
-    layout = _Draws.of(tuple(keys.shape[:-1]), r.reduced_shape)
-    answers = SAMPLE(
+    layout = _Draws.of(tuple(keys.shape[:-1]), r.reduced_shape, several)
+    constant = words(r.x).constant
+    tokens = SAMPLE(
         r,
-        x,
+        constant(r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)),
         layout.lay_out_keys(keys),
-        t,
-        mask,
-        *kept,
-        squeeze=layout.each == 1,
+        *(one if one is None or isinstance(one, float) else constant(one) for one in (t, mask, *kept)),
+        result=default_index(r.xp),
+        squeeze=layout.is_one,
         top_k=top_k,
         is_one_key=keys.ndim == 1 and bool(r.reduced_shape),
-        logprobs=return_logprobs,
+        draws=several or 1,
+        replace=bool(replace),
     )
-    tokens, *logprobs = map(layout.answer, answers)
-    return (tokens, logprobs[0]) if return_logprobs else tokens
+    if not return_logprobs:
+        return layout.answer(tokens)
+    each = r.xp.expand_dims(tokens, axis=-1) if layout.is_one else tokens
+    logprobs = log_prob_of_tokens(r, each, t, mask, kept, top_k, squeeze=layout.is_one)
+    return layout.answer(tokens), layout.answer(logprobs)
+
+
+def _count(draws: int) -> int:
+    if not (is_number(draws) and hasattr(draws, "__index__")):
+        msg = f"draws must be an int or None, got {type(draws).__name__}"
+        raise TypeError(msg)
+    if draws < 1:
+        msg = f"draws must be 1 or greater, got {draws}"
+        raise ValueError(msg)
+    return int(draws)
 
 
 class _Draws(NamedTuple):
@@ -168,12 +199,14 @@ class _Draws(NamedTuple):
     order: tuple[int, ...]
     """The dimensions of the draws: first those of the rows, then those that only the keys have."""
     each: int
-    """Number of draws from one row."""
+    """Number of keys of one row."""
+    draws: int | None
+    """Number of draws with each key, if they have a dimension of their own."""
 
     @classmethod
-    def of(cls, keys: tuple[int, ...], batch: tuple[int, ...]) -> _Draws:
+    def of(cls, keys: tuple[int, ...], batch: tuple[int, ...], draws: int | None) -> _Draws:
         if not keys or keys == batch:
-            return cls(batch, batch, tuple(range(len(batch))), 1)
+            return cls(batch, batch, tuple(range(len(batch))), 1, draws)
         ndim = max(len(keys), len(batch))
         pairs = list(zip((1,) * (ndim - len(keys)) + keys, (1,) * (ndim - len(batch)) + batch, strict=True))
         shape = tuple(n if m == 1 else m for m, n in pairs)
@@ -185,7 +218,12 @@ class _Draws(NamedTuple):
             raise ValueError(msg)
         apart = [d for d in range(ndim) if d < ndim - len(batch) or shape[d] != pairs[d][1]]
         along = [d for d in range(ndim) if d not in apart]
-        return cls(batch, shape, (*along, *apart), math.prod([shape[d] for d in apart]))
+        return cls(batch, shape, (*along, *apart), math.prod([shape[d] for d in apart]), draws)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether one token is drawn from each row."""
+        return self.each == 1 and self.draws is None
 
     def lay_out_keys(self, keys: Array) -> Array:
         """Lay the keys of each row side by side along the last axis."""
@@ -199,6 +237,7 @@ class _Draws(NamedTuple):
         """Give what was drawn for each row the shape of the draws."""
         if self.shape == self.rows:
             return y
-        xp = namespace(y)
-        y = xp.reshape(y, tuple([self.shape[d] for d in self.order]))
-        return xp.permute_dims(y, tuple([self.order.index(d) for d in range(len(self.order))]))
+        xp, last = namespace(y), () if self.draws is None else (self.draws,)
+        y = xp.reshape(y, (*[self.shape[d] for d in self.order], *last))
+        order = [self.order.index(d) for d in range(len(self.order))]
+        return xp.permute_dims(y, (*order, *range(len(order), len(order) + len(last))))

@@ -17,6 +17,7 @@ namespace POLYSOFTMAX_LEVEL {
 #include "losses.hpp"
 #include "truncation.hpp"
 #include "sampling.hpp"
+#include "probability.hpp"
 
 // A formula for rows in any layout, without a choice, or compiled with temperature and mask and without them.
 #define FORMULA(letters, scratch, fills, name) \
@@ -30,6 +31,7 @@ bool formula_of(const Problem& p, Formula<C>& f) {
     const bool options = given(1) || given(2);
     const bool of_answer = !options && given(3) && !given(6);
     const bool classes = p.count > 1 && p.operands[1].dtype < FLOAT16, smooths = p.options[2] != 0;
+    const bool scored = given(2) || given(3), filters = p.options[0] != 0 || given(4) || given(5) || given(6);
     switch (p.kernel) {
         case 0: f = options ? SCORED("xvmR", 0, true, softmax) : SCORED("xvmR", 0, false, softmax); break;
         case 1: f = options ? SCORED("xvmR", 0, true, log_softmax) : SCORED("xvmR", 0, false, log_softmax); break;
@@ -58,8 +60,19 @@ bool formula_of(const Problem& p, Formula<C>& f) {
         case 12: f = SCORED("xxvmV", 0, true, kl_divergence); break;
         case 13: f = SCORED("xxvmvRRV", 0, true, kl_divergence_pull); break;
         case 14: f = {"xvmivvR", 0, nullptr, nullptr, nullptr, truncate_rows<C>, truncate_scratch<C>(p.n), false}; break;
-        case 15: f = {"xkvmivvTL", 0, nullptr, nullptr, nullptr, sample_rows<C>, sample_scratch<C>(p.n, p.options[1]), false}; break;
+        case 15: f = {"xkvmivvT", 0, nullptr, nullptr, nullptr, sample_rows<C>, sample_scratch<C>(p.n, p.options[1]), false}; break;
         case 16: f = {"wwwwWW", 0, nullptr, nullptr, nullptr, words_of<C>, 0, false}; break;
+        case 17:
+            f = filters ? Formula<C>{"xcvmivvL", 0, nullptr, nullptr, nullptr, log_prob_of_left<C>, left_scratch<C>(p.n), false}
+                : scored ? SCORED("xcvmivvL", 0, true, log_prob)
+                         : SCORED("xcvmivvL", 0, false, log_prob);
+            break;
+        case 18:
+            f = filters ? Formula<C>{"xcvmivvddRV", 0, nullptr, nullptr, nullptr, log_prob_of_left_pull<C>, left_scratch<C>(p.n), false}
+                        : SCORED("xcvmivvddRV", 1, true, log_prob_pull);
+            break;
+        case 19: f = {"xcmT", 0, nullptr, nullptr, nullptr, ranks_of_rows<C>, 0, false}; break;
+        case 20: f = {"xmT", 0, nullptr, nullptr, nullptr, leading_of_rows<C>, leading_scratch<C>(p.n), false}; break;
         default: return false;
     }
     return (int)__builtin_strlen(f.letters) == p.count;

@@ -402,13 +402,18 @@ struct Block {
     const int64_t* k;
     const C* p;
     const C* min_p;
-    int64_t top_k, draws;    // 0: no top_k that is common to all rows
+    int64_t top_k, draws;    // 0: no top_k that is common to all rows; draws are tokens a row
     bool one_key;            // to be folded with the index of each row
-    const int32_t* keys;     // 2·draws words a row, or 2 words a row (the same) where there is one key
+    int64_t with_each_key;   // draws with each key of a row
+    bool distinct;           // these are
+    const int32_t* keys;     // 2 words for each key
     const int64_t* index;    // of each row in the batch, in C order
     C* y;
-    int64_t* tokens;         // draws a row, as logprobs
+    const int64_t* given_tokens;    // draws a row, as tokens, logprobs and reals
+    int64_t* tokens;
     C* logprobs;
+    const C* reals[2];
+    C* of_row;    // a number a row, as an answer
     const int32_t* words[4];
     int32_t* answers[2];
     Pieces pieces;           // null, or: there is so little to share that the threads may share a row

@@ -17,7 +17,7 @@ template <> struct Code<float> { static constexpr int dtype = FLOAT32; };
 template <> struct Code<double> { static constexpr int dtype = FLOAT64; };
 
 // What a formula takes and gives, a letter for each operand: logits (x), other reals (r, R), weights (o) and a mask (m) of n
-// entries a row; a real (v, V) or an integer (i) a row; words (w, W); keys (k), tokens (T) and log-probabilities (L).
+// entries a row; a real (v, V) or an integer (i) a row; words (w, W); keys (k); several tokens (c, T) or reals (d, L) a row.
 // Capitals are written. Behind the operands come `scratch` rows that the formula needs for itself.
 template <class C>
 struct Formula {
@@ -92,11 +92,11 @@ class Run {
         s.operand = k < p.count ? &p.operands[k] : nullptr;
         s.letter = s.operand ? f.letters[k] : 'r';
         auto is_one_of = [&](const char* letters) { return __builtin_strchr(letters, s.letter) != nullptr; };
-        bool is_row = is_one_of("xrRomwW"), is_draw = is_one_of("kTL");
-        s.length = is_row ? p.n : is_draw ? p.options[1] : 1;
-        if (s.letter == 'k') s.length = p.options[2] ? 2 : 2 * s.length;
+        bool is_row = is_one_of("xrRomwW"), is_token = is_one_of("cTdL");
+        s.length = is_row ? p.n : is_token ? p.options[1] : 1;
+        if (s.letter == 'k') s.length = p.options[2] ? 2 : 2 * (p.options[1] / p.options[3]);
         s.pitch = is_row ? pitch : s.length;
-        s.dtype = s.letter == 'm' ? UINT8 : is_one_of("iT") ? INT64 : is_one_of("wWk") ? INT32 : Code<C>::dtype;
+        s.dtype = s.letter == 'm' ? UINT8 : is_one_of("icT") ? INT64 : is_one_of("wWk") ? INT32 : Code<C>::dtype;
         s.size = size_of(s.dtype);
         s.writes = s.letter >= 'A' && s.letter <= 'Z';
         s.aligned = s.direct = false;
@@ -247,7 +247,9 @@ class Run {
         b.top_k = p.options[0];
         b.draws = p.options[1];
         b.one_key = p.options[2];
-        int words = 0, answers = 0, shares = 0;
+        b.with_each_key = p.options[3];
+        b.distinct = p.options[4];
+        int words = 0, answers = 0, shares = 0, reals = 0;
         for (int k = 0; k < p.count; k++) {
             switch (f.letters[k]) {
                 case 'x': b.x = (const C*)at[k]; break;
@@ -255,6 +257,9 @@ class Run {
                 case 'i': b.k = (const int64_t*)at[k]; break;
                 case 'k': b.keys = (const int32_t*)at[k]; break;
                 case 'R': b.y = (C*)at[k]; break;
+                case 'V': b.of_row = (C*)at[k]; break;
+                case 'c': b.given_tokens = (const int64_t*)at[k]; break;
+                case 'd': b.reals[reals++] = (const C*)at[k]; break;
                 case 'T': b.tokens = (int64_t*)at[k]; break;
                 case 'L': b.logprobs = (C*)at[k]; break;
                 case 'w': b.words[words++] = (const int32_t*)at[k]; break;

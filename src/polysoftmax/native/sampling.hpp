@@ -51,7 +51,6 @@ struct Draw {
     const Slot<C>* slot;
     int64_t run;
     int64_t* token;
-    C* logprob;
 };
 
 // Keys, counters and variates of several draws, side by side.
@@ -102,7 +101,7 @@ class Sampler {
         slots = shelf.take<Slot<C>>(cut.slots);
         draws_waiting = shelf.take<Draw<C>>(cut.together);
         keys = shelf.take<Words>(cut.together);
-        log_totals = shelf.take<double>(cut.together);
+        folds = shelf.take<Word>(cut.together);
         row_keys = shelf.take<Words>(cut.slots);
         all_z = shelf.take<C>(cut.slots * padded);
         terms = shelf.take<C>(cut.is_short() ? cut.slots * padded : padded);
@@ -112,11 +111,14 @@ class Sampler {
         starts = shelf.take<int32_t>(cut.slots * (cut.blocks + 1));
         every_block = shelf.take<int32_t>(cut.blocks);
         masked_row = shelf.take<C>(n);
+        left = shelf.take<C>(n);
     }
 
     void run(const Block<C>& block) {
         for (int64_t i = 0; i < cut.blocks; i++) every_block[i] = (int32_t)i;
         lay_out();
+        with_each_key = block.with_each_key;
+        if (block.distinct) return run_distinct(block);
         for (int64_t first = 0; first < block.rows; first += cut.slots) {
             const int64_t count = block.rows - first < cut.slots ? block.rows - first : cut.slots;
             prepare(block, first, count);
@@ -131,13 +133,14 @@ class Sampler {
     static constexpr int lanes = 16;
 
     const Cut cut;
+    int64_t with_each_key = 1;
     Variates<C> variates;
     Survivors<C> survivors;
     Slot<C>* slots;
     Draw<C>* draws_waiting;
     Words *keys, *row_keys;
-    double* log_totals;
-    C *all_z, *terms, *scores, *masked_row;
+    Word* folds;
+    C *all_z, *terms, *scores, *masked_row, *left;
     int32_t *all_indices, *blocks, *starts, *every_block;
 
     void lay_out() {
@@ -393,18 +396,25 @@ class Sampler {
         for (int64_t s = 0; s < count; s++) folded[s] = random_words(key, (Word)index[s], NEW_KEYS);
     }
 
+    // Key i of row s in a block that starts with row `first`.
+    Words key_of(const Block<C>& block, int64_t first, int64_t s, int64_t i) const {
+        if (block.one_key) return row_keys[s];
+        const int32_t* words = block.keys + 2 * ((first + s) * (block.draws / block.with_each_key) + i);
+        return Words{(Word)words[0], (Word)words[1]};
+    }
+
     void draw_from(const Block<C>& block, int64_t first, int64_t count) {
         int64_t waiting = 0;
         for (int64_t s = 0; s < count; s++) {
             for (int64_t i = 0; i < block.draws; i++) {
-                const int64_t at = (first + s) * block.draws + i;
+                int64_t* token = block.tokens + (first + s) * block.draws + i;
                 if (!(slots[s].total > 0)) {
-                    block.tokens[at] = -1;
-                    if (block.logprobs) block.logprobs[at] = nan_of<C>();
+                    *token = -1;
                     continue;
                 }
-                keys[waiting] = block.one_key ? row_keys[s] : Words{(Word)block.keys[2 * at], (Word)block.keys[2 * at + 1]};
-                draws_waiting[waiting++] = {&slots[s], 0, block.tokens + at, block.logprobs ? block.logprobs + at : nullptr};
+                keys[waiting] = key_of(block, first, s, i / block.with_each_key);
+                folds[waiting] = (Word)(i % block.with_each_key);
+                draws_waiting[waiting++] = {&slots[s], 0, token};
                 if (waiting == cut.together) {
                     draw_waiting(waiting);
                     waiting = 0;
@@ -414,8 +424,57 @@ class Sampler {
         draw_waiting(waiting);
     }
 
+    // One draw after another, each from what the ones before have left of the row.
+    void run_distinct(const Block<C>& block) {
+        Block<C> one = block;
+        one.rows = one.draws = 1;
+        one.x = left;
+        one.where = nullptr;
+        one.k = nullptr;
+        one.p = one.min_p = nullptr;
+        one.top_k = 0;
+        for (int64_t r = 0; r < block.rows; r++) {
+            if (block.one_key) fold(block, r, 1);
+            one.temperature = block.temperature ? block.temperature + r : nullptr;
+            const Filters<C> filters(block, r);
+            for (int64_t i = 0; i < block.draws; i++) {
+                if (i % block.with_each_key == 0) truncate_row(masked(block, r, masked_row), cut.n, filters, survivors, left);
+                if (i % block.with_each_key == 0 && filters.temperature == 0) write_greatest();
+                prepare(one, 0, 1);
+                int64_t* token = block.tokens + r * block.draws + i;
+                *token = -1;
+                if (!(slots[0].total > 0)) continue;
+                keys[0] = key_of(block, r, 0, i / block.with_each_key);
+                folds[0] = (Word)(i % block.with_each_key);
+                draws_waiting[0] = {&slots[0], 0, token};
+                draw_waiting(1);
+                left[*token] = -infinity<C>();
+            }
+        }
+    }
+
+    // At T = 0 what is below the maximum does not exist, also once the maximum is drawn.
+    void write_greatest() {
+        C top = -infinity<C>();
+        for (int64_t j = 0; j < cut.n; j++) top = left[j] > top ? left[j] : top;
+        for (int64_t j = 0; j < cut.n; j++) left[j] = left[j] < top ? -infinity<C>() : left[j];
+    }
+
+    // The first draw with a key takes the key itself.
+    APART void fold_keys(int64_t count) {
+        Words* const folded = keys;
+        const Word* const by = folds;
+#pragma GCC ivdep
+        for (int64_t d = 0; d < count; d++) {
+            const Words own = folded[d], next = random_words(own, by[d], NEW_KEYS);
+            folded[d].first = by[d] ? next.first : own.first;
+            folded[d].second = by[d] ? next.second : own.second;
+        }
+    }
+
     void draw_waiting(int64_t count) {
         if (count == 0) return;
+        if (with_each_key > 1) fold_keys(count);
         choose_runs(count);
         switch (cut.size) {
             case 2: return choose_tokens<2>(count);
@@ -423,13 +482,6 @@ class Sampler {
             case 8: return choose_tokens<8>(count);
             default: return choose_tokens<0>(count);
         }
-    }
-
-    void take_log_totals(int64_t count) {
-        double* const to = log_totals;
-        for (int64_t d = 0; d < count; d++) to[d] = draws_waiting[d].slot->total;
-#pragma GCC ivdep
-        for (int64_t d = 0; d < count; d++) to[d] = log(to[d]);
     }
 
     APART void choose_runs(int64_t count) {
@@ -477,14 +529,12 @@ class Sampler {
             end += length;
         }
         variates.draw(end, TOKEN_VARIATES);
-        if (draws_waiting[0].logprob) take_log_totals(count);
         end = 0;
         for (int64_t d = 0; d < count; d++) {
             const Draw<C>& draw = draws_waiting[d];
             const int64_t length = fixed ? fixed : length_of(draw);
             const int64_t at = end + first_best(variates.z + end, length, draw.slot->greedy ? nullptr : variates.noise + end);
             *draw.token = variates.counter[at];
-            if (draw.logprob) *draw.logprob = (C)(variates.z[at] - log_totals[d]);
             end += length;
         }
     }

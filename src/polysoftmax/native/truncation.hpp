@@ -212,10 +212,7 @@ class Survivors {
 
     // False if the row has NaN or +inf, and so no answer. At least one filter is on.
     bool find(const C* x, const Filters<C>& filters) {
-        if (!(filters.k ? take_leading(x, filters.k) : take_all(x))) return false;
-        if (filters.k && filters.k < count) {
-            keep(EndOfPrefix<C>({count, places, nullptr}, filters.k, -infinity<C>(), space).found);
-        }
+        if (!(filters.k ? find_leading(x, filters.k) : take_all(x))) return false;
         if (top == -infinity<C>()) {
             count = 0;
             return true;
@@ -224,6 +221,15 @@ class Survivors {
         if (filters.min_p > 0) keep_likely(filters);
         return true;
     }
+
+    // Exactly k, 1 or more, of -inf too.
+    bool find_leading(const C* x, int64_t k) {
+        if (!take_leading(x, k)) return false;
+        if (k < count) keep(EndOfPrefix<C>({count, places, nullptr}, k, -infinity<C>(), space).found);
+        return true;
+    }
+
+    int32_t index_of(int64_t j) const { return numbered ? indices[j] : (int32_t)j; }
 
   private:
     const int64_t n;
@@ -305,7 +311,7 @@ class Survivors {
 
     void put(int64_t to, int64_t from) {
         places[to] = places[from];
-        indices[to] = numbered ? indices[from] : (int32_t)from;
+        indices[to] = index_of(from);
     }
 
     void finish(int64_t kept) {
