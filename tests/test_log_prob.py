@@ -91,9 +91,8 @@ def test_values_against_mpmath(lib: Adapter) -> None:
     rows = rows_of(12, rows=2)
     x, where = lib.asarray(rows, "float32"), np.asarray([True] * 9 + [False] * 3)
     tokens = np.broadcast_to(np.arange(12), (2, 12))
-    y = lib.values(
-        lib.call(ps.log_prob, x, lib.asarray(tokens, "int32"), temperature=0.5, top_k=5, where=lib.asarray(where, "bool"))
-    )
+    options = {"temperature": 0.5, "top_k": 5, "where": lib.asarray(where, "bool")}
+    y = lib.values(lib.call(ps.log_prob, x, lib.asarray(tokens, "int32"), **options))
     for row, answers in zip(rows.tolist(), y, strict=True):
         kept = sorted(range(9), key=lambda j: -row[j])[:5]
         for token in range(12):

@@ -57,7 +57,7 @@ def log_prob_of_rows(
 def left_of(
     ops: Ops, x: Array, t: Temperature, where: Maybe, filters: tuple[Array | float | None, ...], top_k: int | None
 ) -> Array:
-    """The logits that there are to draw from, -inf in place of the others."""
+    """Logits with -inf for what there is not to draw from."""
     if top_k is None and all(one is None for one in filters):
         return ops.where(where, x, -INF)
     return ops.call(TRUNCATE, x, t, where, *filters, top_k=top_k)  # type: ignore[no-any-return]
@@ -66,7 +66,7 @@ def left_of(
 def steady_rows(
     ops: Ops, operands: tuple[Any, ...], y: Array, top_k: int | None
 ) -> tuple[Array, Temperature, Maybe, Array]:
-    """What is left of the rows, their temperatures and mask, and which tokens have a slope.
+    """Logits as they are left, T, the mask, and which tokens have a slope.
 
     A row without one is 0 at T = 1, so that nothing in it moves.
     """
@@ -132,7 +132,7 @@ def ranks_of_rows(ops: Ops, x: Array, tokens: Array, where: Maybe) -> Array:
 
 
 def leading_of_rows(ops: Ops, x: Array, where: Maybe, *, count: int) -> Array:
-    """The first tokens of every row, -1 in one that has no answer."""
+    """How the first tokens of every row are numbered, in order; -1 in a row that has no answer."""
     x = ops.where(where, x, -INF)
     index = ops.top_k_indices(x, count)
     index = ops.take(index, ops.descending_indices(ops.take(x, index)))

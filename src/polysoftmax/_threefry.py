@@ -85,7 +85,7 @@ def fold_rows(k: Array, batch: tuple[int, ...]) -> Array:
 
 
 def fold_draws(k: Array, draws: int) -> Array:
-    """Return the keys of several draws with each key, all side by side: the key itself, then folded with 1, 2 and so on."""
+    """Return the keys of several draws with each key, side by side: the key itself, then folded with 1, 2 and so on."""
     xp = namespace(k)
     each = xp.reshape(k, (*k.shape[:-1], -1, 1, 2))
     further = fold(each, xp.reshape(xp.arange(1, draws, dtype=xp.int32, device=device_for(k)), (-1, 1)))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from polysoftmax._formula import Call
 from polysoftmax._truncation import TRUNCATE
 
 if TYPE_CHECKING:

@@ -68,9 +68,8 @@ def _is_in_kernel(engine: str, name: str) -> bool:
 def _put(engine: str, call: Call, operands: tuple[Array, ...]) -> Any:
     if not _is_in_kernel(engine, call.formula.name):
         return evaluate(call, operands)
-    if is_recorded(operands):
-        if call.formula.vjp is None:
-            return evaluate(call, operands)
+    if call.formula.vjp is None and is_recorded(operands):
+        return evaluate(call, operands)
     answers = formula(*arguments_of(engine, call, operands))
     return tuple(answers) if len(answers) > 1 else answers[0]
 

@@ -128,7 +128,7 @@ def log_prob(
 def log_prob_of_tokens(
     r: Rows, tokens: Array, t: Any, where: Any, kept: Filters, top_k: int | None, *, squeeze: bool
 ) -> Array:
-    """Return the log-probabilities of tokens that stand side by side in their rows, or of one a row without its axis."""
+    """Return the log-probabilities of tokens that stand side by side, or of one a row, without the axis."""
     return LOG_PROB(  # type: ignore[no-any-return]
         r, _widened(r), tokens, t, where, *kept, result=r.compute, squeeze=squeeze, top_k=top_k
     )
@@ -148,7 +148,7 @@ def top_log_probs(
     temperature: Array | Number = 1.0,
     where: Array | None = None,
 ) -> tuple[Array, Array]:
-    r"""The k greatest log-probabilities of each row, and their tokens.
+    r"""Log-probabilities of the k most likely tokens of each row, and these tokens.
 
     Parameters
     ----------
@@ -224,8 +224,8 @@ def _lay_out_tokens(r: Rows, tokens: Array) -> tuple[Array, bool]:
         if len(shape) != len(batch) + 1 or not may_be_equal(shape[:at] + shape[at + 1 :], batch):
             several = (*batch[:at], "K", *batch[at:])
             msg = (
-                f"tokens must have the shape of the logits without the axis, {batch}, or ({', '.join(map(str, several))}) "
-                f"for K tokens a row, got {shape}"
+                f"tokens must have the shape of the logits without the axis, {batch}, "
+                f"or ({', '.join(map(str, several))}) for K tokens a row, got {shape}"
             )
             raise ValueError(msg)
         tokens = xp.moveaxis(tokens, at, -1) if at < len(batch) else tokens

@@ -83,13 +83,13 @@ template <class C>
 struct LeftOfRows {
     static constexpr int64_t spare = 64;    // entries that a short row may be padded with
     Shelf shelf;
-    C *masked_row, *left, *spread;
+    C *masked_row, *left, *spread, *slope;
     uint8_t* all;
     Survivors<C> survivors;
 
     LeftOfRows(char* memory, int64_t n)
         : shelf{memory}, masked_row(shelf.take<C>(n)), left(shelf.take<C>(n + spare)), spread(shelf.take<C>(n + spare)),
-          all(shelf.take<uint8_t>(n + spare)), survivors(shelf, n) {}
+          slope(shelf.take<C>(n + spare)), all(shelf.take<uint8_t>(n + spare)), survivors(shelf, n) {}
 };
 
 template <class C>
@@ -116,7 +116,7 @@ void each_left_row(const Problem& p, const Block<C>& block, char* memory, F f) {
                             nullptr, nullptr, nullptr,
                             row_of(block.reals[0], count),
                             row_of(block.reals[1], count),
-                            row_of(block.y, n),
+                            (char*)(block.y ? scratch.slope : nullptr),
                             row_of(block.of_row, 1),
                             (char*)scratch.spread};
         if (block.logprobs) operands[7] = row_of(block.logprobs, count);
@@ -127,6 +127,7 @@ void each_left_row(const Problem& p, const Block<C>& block, char* memory, F f) {
             Along<C> rows{n, operands, block.pieces};
             f(rows);
         }
+        if (block.y) __builtin_memcpy(block.y + r * n, scratch.slope, n * sizeof(C));
     }
 }
 
