@@ -28,6 +28,7 @@ DIRECTION = np.cos(np.arange(POINT.size))
 BATCH = np.stack([POINT, POINT + 0.01 * np.sin(np.arange(POINT.size))])
 
 TARGETS = np.asarray([2, 0])
+PAIR = np.asarray([[2, 1], [0, 0]])
 ONE_HOT = np.eye(3)[TARGETS]
 MASK = np.asarray([[True, True, False], [True, True, True]])
 
@@ -115,6 +116,10 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "log_softmax_vjp": (
         lambda x, t, w: ps.log_softmax_vjp(x, w, temperature=t),
         lambda x, t, w: (w - shares(x, t) * total(w)) / t,
+    ),
+    "log_prob": (
+        lambda x, t, w: ps.log_prob(x, jnp.asarray(PAIR), temperature=t),
+        lambda x, t, w: np.take_along_axis(np.log(shares(x, t)), PAIR, axis=1),
     ),
     "sample, log-probabilities": (
         lambda x, t, w: drawn(x, t)[1],

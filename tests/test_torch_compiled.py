@@ -11,6 +11,7 @@ import polysoftmax as ps
 from polysoftmax import _arrays, _formula, _ops
 from polysoftmax._formula import Call
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
+from polysoftmax._probability import LOG_PROB
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax._truncation import TRUNCATE
@@ -244,8 +245,9 @@ OPERATED: dict[RowFormula, tuple[tuple[Any, ...], dict[str, Any]]] = {
     TRUNCATE: ((None, None, None, 0.5, None), {"top_k": None}),
     SAMPLE: (
         (torch.zeros(2, dtype=torch.int32), None, None, None, None, None),
-        {"top_k": 3, "is_one_key": True, "logprobs": True},
+        {"top_k": 3, "is_one_key": True, "draws": 2, "replace": True},
     ),
+    LOG_PROB: ((torch.tensor([[1], [0], [2], [-1]]), None, None, None, 0.5, None), {"top_k": 3}),
     SOFTMAX: ((None, None), {}),
     LOGSUMEXP: ((None, None), {}),
     LOG_SOFTMAX.pullback(_LOGITS): ((0.5, None, None, torch.ones(4, 33)), {}),

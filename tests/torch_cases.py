@@ -34,6 +34,8 @@ TOKENS = ps.sample(X, 7, temperature=HEATS)
 SURVIVORS = np.asarray([[0, 2], [0, 1]])
 """What top_k=2 leaves of X."""
 FEW = ps.sample(X, 7, top_k=2)
+PAIR = np.asarray([[0, 1], [2, 0]])
+"""Two tokens a row."""
 
 
 # Definitions of one row, in mpmath
@@ -110,6 +112,8 @@ SCALES_OF_CLASSES = torch.from_numpy(CLASS_WEIGHTS)
 LABELS = torch.from_numpy(CLASSES)
 SHARES = torch.from_numpy(Q)
 EXISTS = torch.from_numpy(MASK)
+PAIRS = torch.from_numpy(PAIR)
+DRAWN = torch.as_tensor(FEW)
 
 
 def survivors(y: Any) -> Any:
@@ -193,6 +197,21 @@ CASES: dict[str, SimpleNamespace] = {
         X,
         lambda x: survivors(ps.truncate(x, top_k=2)),
         *per_row(lambda v, kept: [one if i in kept else mp.mpf(0) for i, one in enumerate(v)], SURVIVORS),
+    ),
+    "log_prob": case(
+        X,
+        lambda x: ps.log_prob(x, PAIRS, temperature=TEMPERATURES, where=EXISTS),
+        *per_row(lambda v, r, m, pair: [log_p(v, r[0], m)[one] for one in pair], HEATS, MASK, PAIR),
+    ),
+    "log_prob by T, top_k": case(
+        HEATS,
+        lambda v: ps.log_prob(LOGITS, DRAWN, temperature=v, top_k=2),
+        *per_row(
+            lambda v, x, kept, token: x[token] / v[0] - mp.log(mp.fsum(mp.exp(x[i] / v[0]) for i in kept)),
+            X,
+            SURVIVORS,
+            FEW,
+        ),
     ),
     "sample": case(
         X,

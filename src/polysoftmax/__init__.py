@@ -17,9 +17,11 @@ from polysoftmax.functions.jacobian import (
 )
 from polysoftmax.functions.losses import cross_entropy, entropy, kl_divergence
 from polysoftmax.functions.probability import log_prob, top_log_probs
+from polysoftmax.functions.relaxation import gumbel_softmax
 from polysoftmax.functions.sampling import sample
 from polysoftmax.functions.softmax import log_softmax, logsumexp, softmax
-from polysoftmax.functions.truncation import truncate
+from polysoftmax.functions.speculation import speculate
+from polysoftmax.functions.truncation import truncate, unpack_mask
 
 if TYPE_CHECKING:
     from polysoftmax import testing as testing
@@ -45,6 +47,7 @@ __all__ = [
     "engine",
     "entropy",
     "explain",
+    "gumbel_softmax",
     "kl_divergence",
     "log_prob",
     "log_softmax",
@@ -59,6 +62,8 @@ __all__ = [
     "softmax_jacobian",
     "softmax_jvp",
     "softmax_vjp",
+    "speculate",
     "top_log_probs",
     "truncate",
+    "unpack_mask",
 ]

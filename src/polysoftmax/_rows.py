@@ -263,10 +263,10 @@ def _broadcast_shape(shape: tuple[int, ...], other: tuple[int, ...]) -> tuple[in
     return tuple(m if n == 1 else n for m, n in pairs)
 
 
-def last_rows(x: Array, axis: Axis) -> Rows:
+def last_rows(x: Array, axis: Axis, dtype: DType | None = None) -> Rows:
     """Check an input and bring it into rows along the last axis."""
-    r = rows(x, axis)
-    return r if r.flattened or r.axis == len(r.shape) - 1 else rows(x, (r.axis,))
+    r = rows(x, axis, dtype)
+    return r if r.flattened or r.axis == len(r.shape) - 1 else rows(x, (r.axis,), dtype)
 
 
 def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:

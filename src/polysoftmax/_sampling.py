@@ -12,7 +12,14 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from polysoftmax._formula import RowFormula
-from polysoftmax._softmax import is_zero, scores_below
+from polysoftmax._softmax import (
+    is_zero,
+    pull_scores,
+    push_scores,
+    push_softmax,
+    scores_below,
+    softmax_of_scores,
+)
 from polysoftmax._threefry import BLOCKS, TOKENS, fold_draws, fold_rows, gumbel_of, words
 from polysoftmax._truncation import (
     TRUNCATE,
@@ -181,11 +188,15 @@ def draw_leading(
 
 def gumbel_argmax(ops: Ops, mass: Array, score: Array, keys: Array, index: Array, domain: int, t: Temperature) -> Array:
     """The position of the best score: with a Gumbel variate, or of the first at T = 0."""
-    noise = gumbel_of(words(keys[..., 0:1], keys[..., 1:2], index, domain))
-    noisy = score + ops.astype(noise, score.dtype)
+    noisy = score + variates(ops, keys, index, domain, score)
     if t is not None and not isinstance(t, float):
         noisy = ops.where(is_zero(t), ops.where(mass > 0, ops.zeros_like(score), -INF), noisy)
     return ops.argmax(noisy)
+
+
+def variates(ops: Ops, keys: Array, index: Array, domain: int, like: Array) -> Array:
+    """Standard Gumbel variates of the indices, in the dtype of what they are added to."""
+    return ops.astype(gumbel_of(words(keys[..., 0:1], keys[..., 1:2], index, domain)), like.dtype)
 
 
 def read_out(ops: Ops, top: Array, t: Temperature, index: Array, position: Array) -> Array:
@@ -195,9 +206,64 @@ def read_out(ops: Ops, top: Array, t: Temperature, index: Array, position: Array
     return ops.where(has_token(top, t), ops.astype(token, ops.index_dtype), -1)
 
 
+def noise_of_rows(ops: Ops, x: Array, keys: Array, where: Maybe, *, is_one_key: bool) -> Array:
+    """Standard Gumbel variates, one a token, with which x + noise is greatest at the token that `draw` draws.
+
+    The greatest noisy logit of each block is known from the block's own variate. Those inside are shifted to lie below
+    it, which makes them variates under that condition: Maddison, Tarlow and Minka, as above; in the stable form of
+    Kool, van Hoof and Welling, "Stochastic beams and where to find them", ICML 2019, appendix B.
+    """
+    x = ops.where(where, x, -INF)
+    n, size = x.shape[-1], block_length(x.shape[-1])
+    keys = fold_rows(keys, x.shape[:-1]) if is_one_key else keys
+    top, mass = ops.call(MASSES, x, None, None)
+    best = ops.expand_dims(ops.log(mass) + variates(ops, keys, ops.indices(mass), BLOCKS, mass), axis=-1)
+    z = scores_below(ops, x, top, None)
+    noisy = in_blocks(ops, z + variates(ops, keys, ops.indices(x), TOKENS, z), size)
+    v = best - noisy + ops.log1p(-ops.exp(noisy - ops.max(noisy)))
+    shifted = best - ops.where(v > 0, v, 0.0) - ops.log1p(ops.exp(-ops.abs(v)))
+    noise = ops.part(ops.reshape(shifted, (*x.shape[:-1], -1)), 0, n) - z
+    return ops.where(z > -INF, noise, 0.0)
+
+
+def in_blocks(ops: Ops, x: Array, size: int) -> Array:
+    """Cut rows into blocks, a dimension of their own; the last one is filled up with -inf."""
+    rest = -x.shape[-1] % size
+    if rest:
+        x = ops.side_by_side([x, -INF * ops.ones_like(ops.broadcast_to(x[..., :1], (*x.shape[:-1], rest)))])
+    return ops.reshape(x, (*x.shape[:-1], -1, size))
+
+
 # Each is a formula of its own because an engine may have a kernel for it.
 MASSES = RowFormula("sample_masses", on_last_axis(masses))
 DRAW = RowFormula("sample_draw", on_last_axis(draw))
 LEADING = RowFormula("sample_leading", on_last_axis(leading))
 DRAW_LEADING = RowFormula("sample_draw_leading", on_last_axis(draw_leading))
 SAMPLE = RowFormula("sample", on_last_axis(sample_of_rows))
+NOISE = RowFormula("sample_noise", on_last_axis(noise_of_rows))
+
+
+# gumbel_softmax: the softmax of noisy logits; hard, it is 1 at their maximum and its slope is that of the softmax
+
+
+def peak_of_scores(ops: Ops, x: Array, t: Temperature, where: Maybe) -> Array:
+    y = softmax_of_scores(ops, x, t, where)
+    is_peak = (ops.indices(y, ops.index_dtype) == ops.argmax(y)) & (y > 0)
+    return ops.with_slope_of(ops.where(is_peak, ops.ones_like(y), 0.0 * y), lambda: y)  # 0·NaN is NaN
+
+
+def push_peak(ops: Ops, operands: tuple[Any, ...], tangents: tuple[Maybe, ...], y: Array) -> Array:
+    del y
+    x, t, where = operands
+    dz = push_scores(ops, x, t, where, *tangents[:2])
+    return push_softmax(ops, softmax_of_scores(ops, x, t, where), dz, where)
+
+
+def pull_peak(ops: Ops, operands: tuple[Any, ...], y: Array, g: Array, wanted: tuple[bool, ...]) -> tuple[Maybe, ...]:
+    del y
+    x, t, where = operands
+    gz = push_softmax(ops, softmax_of_scores(ops, x, t, where), g, where)
+    return pull_scores(ops, gz, x, t, where, wanted)
+
+
+PEAK = RowFormula("peak", peak_of_scores, push_peak, pull_peak)

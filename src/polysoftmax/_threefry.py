@@ -15,8 +15,9 @@ from polysoftmax._arrays import cast, device_for, namespace
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
 
-BITS, BLOCKS, TOKENS, KEYS, HIGH = range(5)
-"""The domains: public bits, block variates, token variates, new keys, and the high words that are folded into one.
+BITS, BLOCKS, TOKENS, KEYS, HIGH, ACCEPTS, RESIDUALS = range(7)
+"""The domains: public bits, block variates, token variates, new keys, the high words that are folded into one, and, of
+speculation, the uniform numbers that accept a draft and the keys for what replaces one.
 
 They are frozen, as all of this is.
 """
@@ -68,6 +69,11 @@ def fold(k: Array, index: Array) -> Array:
 def fold_high(k: Array, high: Array) -> Array:
     """Return the keys that indices of more than one word are then folded into, from their high words (..., 1)."""
     return _fold(k, high, HIGH)
+
+
+def fold_in_domain(k: Array, domain: int) -> Array:
+    """Return new keys that share nothing with what is drawn with the given ones in other domains."""
+    return _fold(k, namespace(k).zeros_like(k[..., 0:1]), domain)
 
 
 def _fold(k: Array, index: Array, domain: int) -> Array:

@@ -43,7 +43,7 @@ SIGNATURES = [
     ("kl_divergence", "rows rows temperature? mask? -> value"),
     ("kl_divergence_pull", "rows rows temperature? mask? value -> floats? floats? value?2"),
     ("truncate", "rows temperature? mask? count? share? share? -> floats"),
-    ("sample", "rows keys temperature? mask? count? share? share? -> tokens logprobs?"),
+    ("sample", "rows keys temperature? mask? count? share? share? -> tokens"),
     ("words", "integers integers integers integers -> words words"),
 ]
 KERNELS = [name for name, _ in SIGNATURES]

@@ -1,11 +1,11 @@
-"""truncate, and the checks of filters."""
+"""truncate, unpack_mask, and the checks of filters."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import as_float, cast, float_bits, is_number, quietly
+from polysoftmax._arrays import as_float, cast, device_for, float_bits, in_native_order, is_number, library, quietly
 from polysoftmax._formula import words
 from polysoftmax._rows import rows
 from polysoftmax._truncation import TRUNCATE, Filters, has_axes
@@ -130,3 +130,51 @@ def truncate(
     # Integers are widened here as they are for a draw, which may change how they lie in memory, and so the engine.
     x = r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)
     return r.elementwise(TRUNCATE(r, x, temperature, None, *kept, top_k=top_k))
+
+
+def unpack_mask(words: Array, n: int, /) -> Array:
+    """Unpack a bitmask of 32-bit words, as grammar engines give it, into a mask for ``where``.
+
+    Parameters
+    ----------
+    words : array of int32 or uint32
+        Of shape (..., W) with 32·W bits of n or more; token i is allowed where bit i % 32 of word i // 32 is set, the
+        lowest bit being bit 0.
+    n : int
+        Number of tokens.
+
+    Returns
+    -------
+    array of bool
+        Of shape (..., n), in the library and on the device of ``words``.
+
+    Raises
+    ------
+    TypeError
+        If ``words`` is not an array of 32-bit integers, or ``n`` no int.
+    ValueError
+        If ``words`` has no axis, or not enough bits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> polysoftmax.unpack_mask(np.asarray([0b1101], np.int32), 5)
+    array([ True, False,  True,  True, False])
+    """
+    found = library(words)
+    xp, packed = found.xp, in_native_order(words)
+    name = str(packed.dtype).rpartition(".")[2]
+    if name not in ("int32", "uint32"):
+        msg = f"words must hold 32 bits each, int32 or uint32, got dtype {packed.dtype}"
+        raise TypeError(msg)
+    if not (is_number(n) and hasattr(n, "__index__")):
+        msg = f"n must be an int, got {type(n).__name__}"
+        raise TypeError(msg)
+    if packed.ndim < 1 or not 0 <= n <= 32 * packed.shape[-1]:
+        msg = f"{n} tokens need {-(-n // 32)} words along the last axis, got shape {tuple(packed.shape)}"
+        raise ValueError(msg)
+    signed = xp.expand_dims(cast(packed, xp.int32), axis=-1)
+    bits = (signed >> xp.arange(32, dtype=xp.int32, device=device_for(packed))) & 1
+    flat = xp.reshape(bits, (*packed.shape[:-1], 32 * packed.shape[-1]))
+    return flat[..., :n] != 0

@@ -94,7 +94,7 @@ class Run {
         auto is_one_of = [&](const char* letters) { return __builtin_strchr(letters, s.letter) != nullptr; };
         bool is_row = is_one_of("xrRomwW"), is_token = is_one_of("cTdL");
         s.length = is_row ? p.n : is_token ? p.options[1] : 1;
-        if (s.letter == 'k') s.length = p.options[2] ? 2 : 2 * (p.options[1] / p.options[3]);
+        if (s.letter == 'k') s.length = p.options[2] ? 2 : 2 * (p.options[1] / draws_with_each_key());
         s.pitch = is_row ? pitch : s.length;
         s.dtype = s.letter == 'm' ? UINT8 : is_one_of("icT") ? INT64 : is_one_of("wWk") ? INT32 : Code<C>::dtype;
         s.size = size_of(s.dtype);
@@ -111,6 +111,8 @@ class Run {
         // A block of rows is direct where they follow each other without a gap.
         if (f.block && !(p.dimensions == 0 || (p.dimensions == 1 && one.strides[0] == s.length * s.size))) s.direct = false;
     }
+
+    int64_t draws_with_each_key() const { return p.options[3] > 1 ? p.options[3] : 1; }
 
     bool filled(const Stage& s) const {
         return s.operand && !s.operand->data && f.fills && (s.letter == 'm' || s.letter == 'o');
@@ -247,7 +249,7 @@ class Run {
         b.top_k = p.options[0];
         b.draws = p.options[1];
         b.one_key = p.options[2];
-        b.with_each_key = p.options[3];
+        b.with_each_key = draws_with_each_key();
         b.distinct = p.options[4];
         int words = 0, answers = 0, shares = 0, reals = 0;
         for (int k = 0; k < p.count; k++) {
