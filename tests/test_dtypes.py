@@ -42,6 +42,14 @@ CALLS: dict[str, tuple[tuple[str, ...], Callable[[SimpleNamespace], Any]]] = {
     "entropy": ((WIDE,), lambda a: polysoftmax.entropy(a.x, temperature=a.t)),
     "kl_divergence": ((WIDE,), lambda a: polysoftmax.kl_divergence(a.x, a.other)),
     "sample": ((INDEX,), lambda a: polysoftmax.sample(a.x, a.keys, where=a.mask)),
+    "log_prob": ((WIDE,), lambda a: polysoftmax.log_prob(a.x, a.targets, top_k=4, where=a.mask)),
+    "log_prob and rank": (
+        (WIDE, INDEX),
+        lambda a: polysoftmax.log_prob(a.x, a.targets, temperature=a.t, return_rank=True),
+    ),
+    "top_log_probs": ((WIDE, INDEX), lambda a: polysoftmax.top_log_probs(a.x, 3, where=a.mask)),
+    "gumbel_softmax": ((OWN,), lambda a: polysoftmax.gumbel_softmax(a.x, a.keys, 0.5, where=a.mask)),
+    "several draws": ((INDEX,), lambda a: polysoftmax.sample(a.x, a.keys, draws=3, replace=False)),
     "sample with log-probabilities": (
         (INDEX, WIDE),
         lambda a: polysoftmax.sample(a.x, a.keys, top_k=4, temperature=a.t, return_logprobs=True),

@@ -24,6 +24,8 @@ FUNCTIONS = (
     polysoftmax.entropy,
     polysoftmax.truncate,
     lambda x: polysoftmax.sample(x, 0),
+    lambda x: polysoftmax.top_log_probs(x, 1),
+    lambda x: polysoftmax.gumbel_softmax(x, 0),
     lambda x: polysoftmax.softmax_jvp(x, x),
     lambda x: polysoftmax.kl_divergence(x, x),
     lambda x: polysoftmax.cross_entropy(x, x),
@@ -162,6 +164,7 @@ def test_two_devices_of_the_standard() -> None:
         polysoftmax.cross_entropy(x, targets, label_smoothing=0.1),
         polysoftmax.truncate(x, top_k=2, top_p=0.5),
         *polysoftmax.sample(x, polysoftmax.random.key(1, xp=xp), top_k=1, return_logprobs=True),
+        *polysoftmax.log_prob(x, targets, top_k=1, return_rank=True),
     ):
         assert y.device == there
 

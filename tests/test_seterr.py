@@ -59,6 +59,9 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "truncate": lambda x, t: polysoftmax.truncate(x, temperature=t, top_p=0.9, min_p=TINY),
     "truncate by nothing": lambda x, t: polysoftmax.truncate(x),
     "sample": lambda x, t: polysoftmax.sample(x, 7, temperature=t, top_k=2, return_logprobs=True),
+    "log_prob": lambda x, t: polysoftmax.log_prob(x, np.zeros(N, int), temperature=t, where=MASK),
+    "top_log_probs": lambda x, t: polysoftmax.top_log_probs(x, 2, temperature=t, where=MASK),
+    "gumbel_softmax": lambda x, t: polysoftmax.gumbel_softmax(x, 7, t, where=MASK, hard=True),
     "sample of masked rows": lambda x, t: polysoftmax.sample(x, 7, temperature=t, where=MASK),
 }
 

@@ -13,7 +13,8 @@ from polysoftmax._arrays import namespace
 from polysoftmax._formula import words
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
 from polysoftmax._ops import STANDARD, Ops
-from polysoftmax._sampling import SAMPLE
+from polysoftmax._probability import LOG_PROB, RANKS, TOP_LOG_PROBS
+from polysoftmax._sampling import GUMBEL_SOFTMAX, PEAK, SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax._truncation import TRUNCATE
 
@@ -96,6 +97,7 @@ FILTERS: list[tuple[tuple[Any, ...], int | None]] = [
     ((None, np.asarray([0.0, 0.5, 0.9, 0.99, 1.0, 0.3])[:, None], TEMPERATURES / 8), None),
 ]
 FORMULAS = (SOFTMAX, LOG_SOFTMAX, ENTROPY, KL_DIVERGENCE, TRUNCATE, SAMPLE, LOGSUMEXP, CROSS_ENTROPY)
+FORMULAS += (LOG_PROB, RANKS, TOP_LOG_PROBS, GUMBEL_SOFTMAX, PEAK)
 
 
 def _cases() -> Iterator[Case]:
@@ -105,11 +107,19 @@ def _cases() -> Iterator[Case]:
         yield Case(KL_DIVERGENCE, (X, OTHER, t, where), {})
         for filters, top_k in FILTERS:
             yield Case(TRUNCATE, (X, t, where, *filters), {"top_k": top_k})
-            how = {"top_k": top_k, "is_one_key": False, "logprobs": True}
+            how = {"top_k": top_k, "is_one_key": False, "draws": 1, "replace": True}
             yield Case(SAMPLE, (X, KEYS[:, :2], t, where, *filters), how)
+            yield Case(LOG_PROB, (X, CLASSES, t, where, *filters), {"top_k": top_k})
         for keys, is_one_key in ((KEYS[:, :2], False), (KEYS, False), (KEYS[0, :2], True)):
-            how = {"top_k": None, "is_one_key": is_one_key, "logprobs": False}
-            yield Case(SAMPLE, (X, keys, t, where, None, None, None), how)
+            for draws, replace in ((1, True), (3, True), (3, False)):
+                how = {"top_k": None, "is_one_key": is_one_key, "draws": draws, "replace": replace}
+                yield Case(SAMPLE, (X, keys, t, where, None, None, None), how)
+        yield Case(LOG_PROB, (X, KEYS % 400 - 50, t, where, None, None, None), {"top_k": None})
+        yield Case(PEAK, (X, t, where), {})
+    for where in (None, MASK):
+        yield Case(RANKS, (X, CLASSES, where), {})
+        yield Case(TOP_LOG_PROBS, (X, where), {"count": 7})
+        yield Case(GUMBEL_SOFTMAX, (X, KEYS[:, :2], where), {"is_one_key": False})
     for w in (None, WEIGHTS):
         for where in (None, MASK):
             yield Case(LOGSUMEXP, (X, w, where), {})
@@ -285,6 +295,7 @@ ALONG_ANY: dict[str, Callable[[Arrays], Any]] = {
     "min": lambda a: a.ops.min(a(ROWS)),
     "sum": lambda a: (a.ops.sum(a(np.abs(ROWS))), a.ops.sum(a(np.moveaxis(POSITIVE[None], -1, a.axis)))),
     "any": lambda a: (a.ops.any(None), a.ops.any(a(ROWS > 2.0))),
+    "any_of": lambda a: a.ops.any_of(a(ROWS > 2.0)),
     "count": lambda a: a.ops.count(a(ROWS > 0.5)),
     "argmax": lambda a: a.ops.argmax(a(ORDERED)),
     "total": lambda a: (a.ops.total(a(POSITIVE)), a.ops.total(a(ROWS)), a.ops.total(a(ROWS[:0]))),
@@ -311,9 +322,9 @@ ALONG_ANY: dict[str, Callable[[Arrays], Any]] = {
     "int32": lambda a: a.ops.astype(a.place, a.ops.int32),
     "constant": lambda a: a.ops.constant(a(ROWS)),
     "divide": lambda a: tuple(a.ops.divide(a(ROWS), a(t, "float32")) for t in (0.5, 3.0, 1e-30, 1e30)),
-    "steady": lambda a: a.ops.where(a(ROWS > 0.5), a.ops.steady(a(ROWS), a(ROWS > 0.5)), 0.0),
     "with_slope_of": lambda a: a.ops.with_slope_of(a(ROWS), lambda: a(np.ones_like(ROWS))),
     "part": lambda a: (a.ops.part(a(ROWS), 1, 3), a.ops.part(a(ROWS), 1, None), a.ops.part(a(ROWS), 0, 0)),
+    "side_by_side": lambda a: (a.ops.side_by_side([a(ROWS)]), a.ops.side_by_side([a(ROWS), a(ORDERED)])),
     "indices": lambda a: (a.ops.indices(a(ROWS)), a.ops.indices(a(ROWS), a.ops.index_dtype)),
     "take": lambda a: a.ops.take(a(ROWS), a.place),
     "call": lambda a: a.ops.call(LOGSUMEXP, a(ROWS), None, None),
@@ -321,6 +332,7 @@ ALONG_ANY: dict[str, Callable[[Arrays], Any]] = {
 
 ALONG_LAST: dict[str, Callable[[Arrays], Any]] = {
     "descending": lambda a: a.ops.descending(a(LONG)),
+    "descending_indices": lambda a: a.ops.descending_indices(a(LONG)),
     "kth_greatest": lambda a: tuple(a.ops.kth_greatest(a(LONG), k) for k in (1, 4, 100, 700)),
     "top_k_indices": lambda a: tuple(a.ops.top_k_indices(a(LONG), k) for k in (1, 2, 4, 100, 700)),
     "end_of_prefix": _ends,

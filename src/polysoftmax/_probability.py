@@ -60,7 +60,7 @@ def left_of(
     """Logits with -inf for what there is not to draw from."""
     if top_k is None and all(one is None for one in filters):
         return ops.where(where, x, -INF)
-    return ops.call(TRUNCATE, x, t, where, *filters, top_k=top_k)  # type: ignore[no-any-return]
+    return ops.call(TRUNCATE, x, t, where, *filters, top_k=top_k)
 
 
 def steady_rows(
@@ -140,4 +140,5 @@ def leading_of_rows(ops: Ops, x: Array, where: Maybe, *, count: int) -> Array:
 
 
 RANKS = RowFormula("rank of tokens", ranks_of_rows)
-LEADING_TOKENS = RowFormula("leading tokens", on_last_axis(leading_of_rows))
+TOP_LOG_PROBS = RowFormula("top_log_probs", on_last_axis(leading_of_rows))
+"""The tokens of top_log_probs; their log-probabilities are those of log_prob."""

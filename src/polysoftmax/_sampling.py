@@ -87,7 +87,7 @@ def sample_of_rows(
 def draw_each(ops: Ops, draw: RowFormula, operands: tuple[Any, ...], count: int, how: dict[str, Any]) -> Array:
     """Draw once from every row, or with each of several keys from what is known of the row."""
     if count == 1:
-        return ops.call(draw, *operands, **how)  # type: ignore[no-any-return]
+        return ops.call(draw, *operands, **how)
     first, second, top, keys, *more = (ops.expand_dims(one, axis=-2) if has_axes(one) else one for one in operands)
     keys = ops.reshape(keys, (*keys.shape[:-2], count, 2))
     first = ops.broadcast_to(first, (*keys.shape[:-1], first.shape[-1]))
@@ -240,7 +240,8 @@ DRAW = RowFormula("sample_draw", on_last_axis(draw))
 LEADING = RowFormula("sample_leading", on_last_axis(leading))
 DRAW_LEADING = RowFormula("sample_draw_leading", on_last_axis(draw_leading))
 SAMPLE = RowFormula("sample", on_last_axis(sample_of_rows))
-NOISE = RowFormula("sample_noise", on_last_axis(noise_of_rows))
+GUMBEL_SOFTMAX = RowFormula("gumbel_softmax", on_last_axis(noise_of_rows))
+"""The noise of gumbel_softmax."""
 
 
 # gumbel_softmax: the softmax of noisy logits; hard, it is 1 at their maximum and its slope is that of the softmax

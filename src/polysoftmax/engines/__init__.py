@@ -20,7 +20,8 @@ from polysoftmax import _formula
 from polysoftmax._arrays import Array, library
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
 from polysoftmax._ops import Ops, ops_of
-from polysoftmax._sampling import SAMPLE
+from polysoftmax._probability import LOG_PROB, TOP_LOG_PROBS
+from polysoftmax._sampling import GUMBEL_SOFTMAX, SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines import _library
@@ -36,7 +37,11 @@ __all__ = ["Explanation", "engine", "explain", "portable", "set_num_threads"]
 ENGINES = ("auto", "portable", "native", "cuda")
 
 FORMULAS: Final = {
-    one.name: one for one in (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE, TRUNCATE, SAMPLE)
+    one.name: one
+    for one in (
+        *(SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE),
+        *(TRUNCATE, SAMPLE, LOG_PROB, TOP_LOG_PROBS, GUMBEL_SOFTMAX),
+    )
 } | {
     f"{one.name}_{product}": derive((True, False, False))
     for one in (SOFTMAX, LOG_SOFTMAX)

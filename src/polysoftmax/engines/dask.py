@@ -39,6 +39,9 @@ class DaskOps(Ops):
     def descending(self, x: Array) -> Array:
         raise _unordered()
 
+    def descending_indices(self, x: Array) -> Array:
+        raise _unordered()
+
     def kth_greatest(self, x: Array, k: int) -> Array:
         raise _unordered()
 

@@ -17,6 +17,7 @@ from polysoftmax._arrays import cast, float_bits, library
 from polysoftmax._formula import Call
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._ops import Ops, ops_of
+from polysoftmax._probability import LOG_PROB
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, OUTWEIGHED, SOFTMAX, log_of_sum, nonzero, others
 from polysoftmax._truncation import TRUNCATE
@@ -372,7 +373,7 @@ def _split(call: Call, operands: tuple[Any, ...]) -> tuple[Call, _Template, list
     return call._replace(options=tuple(call.options.items())), template, arrays  # type: ignore[arg-type]
 
 
-_RANKED = frozenset({TRUNCATE, SAMPLE})
+_RANKED = frozenset({TRUNCATE, SAMPLE, LOG_PROB})
 """Formulas whose last operands are filters, and that take a number ``top_k`` as an option."""
 
 

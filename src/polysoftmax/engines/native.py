@@ -13,7 +13,7 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
-from polysoftmax._probability import LEADING_TOKENS, LOG_PROB, RANKS
+from polysoftmax._probability import LOG_PROB, RANKS, TOP_LOG_PROBS
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax._truncation import TRUNCATE
@@ -143,7 +143,7 @@ KERNELS = {
     SAMPLE: Kernel(15, _draws, _of_draws),
     LOG_PROB: Kernel(17, _one_a_token, _of_tokens),
     RANKS: Kernel(19, _ranks, _of_tokens),
-    LEADING_TOKENS: Kernel(20, _leading, _of_leading),
+    TOP_LOG_PROBS: Kernel(20, _leading, _of_leading),
 }
 """The kernel of each formula that has one."""
 

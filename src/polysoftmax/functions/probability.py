@@ -18,7 +18,7 @@ from polysoftmax._arrays import (
     values_are_free,
 )
 from polysoftmax._formula import words
-from polysoftmax._probability import LEADING_TOKENS, LOG_PROB, RANKS
+from polysoftmax._probability import LOG_PROB, RANKS, TOP_LOG_PROBS
 from polysoftmax._rows import last_rows, may_be_equal
 from polysoftmax.functions.truncation import filters
 
@@ -129,9 +129,7 @@ def log_prob_of_tokens(
     r: Rows, tokens: Array, t: Any, where: Any, kept: Filters, top_k: int | None, *, squeeze: bool
 ) -> Array:
     """Return the log-probabilities of tokens that stand side by side, or of one a row, without the axis."""
-    return LOG_PROB(  # type: ignore[no-any-return]
-        r, _widened(r), tokens, t, where, *kept, result=r.compute, squeeze=squeeze, top_k=top_k
-    )
+    return LOG_PROB(r, _widened(r), tokens, t, where, *kept, result=r.compute, squeeze=squeeze, top_k=top_k)
 
 
 def _widened(r: Rows) -> Array:
@@ -204,7 +202,7 @@ def top_log_probs(
         raise ValueError(msg)
     t, mask = r.temperature(temperature), r.mask(where)
     x = words(r.x).constant(_widened(r))
-    tokens = LEADING_TOKENS(r, x, mask, result=default_index(r.xp), count=int(k))
+    tokens = TOP_LOG_PROBS(r, x, mask, result=default_index(r.xp), count=int(k))
     y = LOG_PROB(r, _widened(r), tokens, t, mask, None, None, None, result=r.compute, top_k=None)
     return _as_given(r, y, False), _as_given(r, tokens, False)
 

@@ -153,7 +153,7 @@ def _position_keys(r: Rows, keys: Array, count: int) -> Array:
     if keys.ndim > 1 and tuple(keys.shape[:-1]) != batch:
         msg = f"keys must be one, of shape (2,), or one a request, of shape {(*batch, 2)}, got {tuple(keys.shape)}"
         raise ValueError(msg)
-    return jitted(_keys_of(batch, count), keys)  # type: ignore[no-any-return]
+    return jitted(_keys_of(batch, count), keys)
 
 
 @cache
