@@ -24,7 +24,7 @@ FUNCTIONS = (
     polysoftmax.entropy,
     polysoftmax.truncate,
     lambda x: polysoftmax.sample(x, 0),
-    lambda x: polysoftmax.top_log_probs(x, 1),
+    lambda x: polysoftmax.top_log_probs(x, 1)[0],
     lambda x: polysoftmax.gumbel_softmax(x, 0),
     lambda x: polysoftmax.softmax_jvp(x, x),
     lambda x: polysoftmax.kl_divergence(x, x),

@@ -369,7 +369,7 @@ OF_THE_STANDARD: dict[str, Callable[[Arrays], Any]] = {
 
 EVERY = {**ALONG_ANY, **ALONG_LAST, **OF_THE_STANDARD}
 
-UNORDERED = ("descending", "kth_greatest", "ranked", "top_k_indices", "end_of_prefix")
+UNORDERED = ("descending", "descending_indices", "kth_greatest", "ranked", "top_k_indices", "end_of_prefix")
 """Words that Dask cannot answer."""
 
 BEHIND_UNORDERED = ("keep_first", "find_crossing")
