@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 torch = pytest.importorskip("torch")
 testing = pytest.importorskip("torch._dynamo.testing")
 
-OPERATOR = "polysoftmax.formula.default"
+OPERATOR, WORDS = "polysoftmax.formula.default", "polysoftmax.words.default"
 
 
 def has_kernels() -> bool:
@@ -161,7 +161,55 @@ def operators(function: Callable[[Any], Any], x: Any) -> list[str]:
 @needs_kernels
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_inductor_does_not_fuse_calls_kernels(name: str) -> None:
-    assert operators(FUNCTIONS[name], logits()) == [OPERATOR] * (name in IN_KERNELS)
+    found = operators(FUNCTIONS[name], logits())
+    assert found == [WORDS] * (name in SAMPLES) + [OPERATOR] * (name in IN_KERNELS)
+
+
+@needs_kernels
+def test_a_program_that_samples_is_one_kernel_and_has_nothing_to_compile() -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    steps: list[str] = []
+
+    def compiler(graph: Any, _: Any) -> Any:
+        steps.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compile(SAMPLES["sample"], backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(logits())
+    assert [step for step in steps if step != "aten.detach.default"] == [
+        WORDS,
+        "polysoftmax.kernel.default",
+        "<built-in function getitem>",
+    ]
+
+
+NUMBERS: dict[str, tuple[Callable[[Any, Any], Any], tuple[Any, ...], int]] = {
+    "seed": (ps.sample, (7, 8, 9), 2),
+    "step": (
+        lambda x, step: ps.sample(x, ps.random.fold_in(torch.tensor([0, 7], dtype=torch.int32), step)),
+        (1, 2, 3),
+        2,
+    ),
+    "top_k": (lambda x, k: ps.sample(x, 7, top_k=k), (5, 6, 9), 2),
+    "ignore_index": (lambda x, i: ps.cross_entropy(x, classes(x), ignore_index=i), (0, 1, 2), 2),
+    "axes": (lambda x, axis: ps.softmax(x, axis=(axis,)), (0, 1, -1), 3),
+    "top_p": (lambda x, p: ps.truncate(x, top_p=p), (0.5, 0.6, 0.7), 3),
+    "temperature": (lambda x, t: ps.sample(x, 7, temperature=t), (0.5, 0.6, 0.7), 3),
+}
+"""Functions of a number, values of it, and the most programs that these may take."""
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_change(name: str, engine: str) -> None:
+    """From its second value on PyTorch has a symbol for a number: it may ask it for nothing but arithmetic."""
+    function, values, most = NUMBERS[name]
+    count = testing.CompileCounter()
+    with ps.engine(engine):
+        program = torch.compile(function, fullgraph=True, backend=count)
+        for value in values:
+            same(program(logits(), value), function(logits(), value))
+    assert count.frame_count <= most
 
 
 def test_the_portable_engine_stays_without_kernels_in_compiled_code() -> None:

@@ -157,6 +157,12 @@ def is_number(value: object) -> bool:
     return numpy is not None and isinstance(value, (numpy.integer, numpy.floating))
 
 
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is a whole number, of Python, NumPy or any other kind; not for arrays, which may seem so."""
+    # What torch.compile holds as a symbol is an int to it, and has no attributes.
+    return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
+
+
 def as_float(value: float) -> float:
     """Return a number as a float, inf where it is an int too large to be one."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import as_float, cast, float_bits, is_number, quietly
+from polysoftmax._arrays import as_float, cast, float_bits, is_number, is_whole, quietly
 from polysoftmax._formula import words
 from polysoftmax._rows import rows
 from polysoftmax._truncation import TRUNCATE, Filters, has_axes
@@ -29,7 +29,7 @@ def filters(
 
 
 def _whole(top_k: Array | int) -> int:
-    if not hasattr(top_k, "__index__"):
+    if not is_whole(top_k):
         msg = f"top_k must be a whole number of tokens, got {top_k!r}"
         raise TypeError(msg)
     if top_k < 0:
