@@ -55,7 +55,7 @@ def words_of(numbers: list[int], device: Any) -> Tensor:
     kind = "cpu" if device is None else torch.device(device).type
     if is_transformed() or _engine(kind) == "portable":
         return torch.tensor(numbers, dtype=torch.int32, device=device)  # asarray would make constants of symbols
-    return torch.ops.polysoftmax.words.default(numbers, device)  # type: ignore[no-any-return]
+    return torch.ops.polysoftmax.words.default(numbers, device)
 
 
 # Both are constants of the graph, and not looked at again before every call as all else is that is traced.
