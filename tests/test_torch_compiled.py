@@ -58,7 +58,7 @@ SAMPLES: dict[str, Callable[[Any], Any]] = {
     "sample, top_p": lambda x: ps.sample(x, 7, top_p=0.8, temperature=temperatures(x)),
     "sample, log-probabilities": lambda x: ps.sample(x, 7, return_logprobs=True),
 }
-FUSED: dict[str, Callable[[Any], Any]] = {
+FAMILY: dict[str, Callable[[Any], Any]] = {
     "softmax": ps.softmax,
     "softmax, T": lambda x: ps.softmax(x, temperature=temperatures(x), where=x > -2),
     "log_softmax": ps.log_softmax,
@@ -71,7 +71,7 @@ FUSED: dict[str, Callable[[Any], Any]] = {
     "softmax_jacobian": ps.softmax_jacobian,
     "log_softmax_jacobian": ps.log_softmax_jacobian,
 }
-IN_KERNELS: dict[str, Callable[[Any], Any]] = {
+LOSSES_AND_DRAWS: dict[str, Callable[[Any], Any]] = {
     "cross_entropy": lambda x: ps.cross_entropy(x, classes(x)),
     "cross_entropy, options": lambda x: ps.cross_entropy(
         x, classes(x), weight=torch.ones(x.shape[-1]), label_smoothing=0.1, z_loss=1e-3, ignore_index=0
@@ -84,7 +84,7 @@ IN_KERNELS: dict[str, Callable[[Any], Any]] = {
     "truncate, min_p": lambda x: ps.truncate(x, min_p=0.1, temperature=0.5),
     **SAMPLES,
 }
-FUNCTIONS = {**FUSED, **IN_KERNELS}
+FUNCTIONS = {**FAMILY, **LOSSES_AND_DRAWS}
 
 
 def same(found: Any, want: Any) -> None:
@@ -160,9 +160,15 @@ def operators(function: Callable[[Any], Any], x: Any) -> list[str]:
 
 @needs_kernels
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_inductor_does_not_fuse_calls_kernels(name: str) -> None:
-    found = operators(FUNCTIONS[name], logits())
-    assert found == [WORDS] * (name in SAMPLES) + [OPERATOR] * (name in IN_KERNELS)
+def test_every_function_calls_a_kernel(name: str) -> None:
+    assert operators(FUNCTIONS[name], logits()) == [WORDS] * (name in SAMPLES) + [OPERATOR]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", FAMILY)
+def test_what_has_a_derivative_calls_a_kernel_where_gradients_are_recorded(name: str) -> None:
+    has_rule = not any(word in name for word in ("jvp", "vjp"))
+    assert operators(FAMILY[name], logits().requires_grad_()) == [OPERATOR] * has_rule
 
 
 @needs_kernels
@@ -214,19 +220,19 @@ def test_numbers_that_change(name: str, engine: str) -> None:
 
 def test_the_portable_engine_stays_without_kernels_in_compiled_code() -> None:
     with ps.engine("portable"):
-        assert operators(IN_KERNELS["sample"], logits()) == []
+        assert operators(FUNCTIONS["sample"], logits()) == []
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", IN_KERNELS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_code_has_the_bits_of_eager_code(name: str, dtype: str) -> None:
     x = logits(dtype=getattr(torch, dtype))
-    program = torch.compile(IN_KERNELS[name], fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(program(x), IN_KERNELS[name](x), rtol=0, atol=0)
+    program = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(program(x), FUNCTIONS[name](x), rtol=0, atol=0, equal_nan=True)
 
 
-DIFFERENTIABLE = [name for name in IN_KERNELS if "sample" not in name] + ["sample, log-probabilities"]
+DIFFERENTIABLE = [name for name in FUNCTIONS if "sample" not in name] + ["sample, log-probabilities"]
 
 
 @needs_kernels
@@ -234,7 +240,7 @@ DIFFERENTIABLE = [name for name in IN_KERNELS if "sample" not in name] + ["sampl
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_compiled_gradients_are_those_of_eager_code(name: str, dtype: str) -> None:
     def moment(x: Any) -> Any:
-        y = IN_KERNELS[name](x)
+        y = FUNCTIONS[name](x)
         y = y[1] if isinstance(y, tuple) else torch.where(y > -torch.inf, y, 0.0)
         return (y.double() * torch.cos(torch.arange(y.numel())).reshape(y.shape)).sum()
 

@@ -6,7 +6,7 @@ Not in eager mode, where an operator of Python's would cost more than the kernel
 from __future__ import annotations
 
 from ctypes import c_float
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from polysoftmax._formula import Call
 from polysoftmax._sampling import SAMPLE
-from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax.engines import _library, chosen, cuda, native
 from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_recorded, sample_with_gradient
 from polysoftmax.engines._torch_memory import MEMORY, is_plain
@@ -30,11 +29,8 @@ if TYPE_CHECKING:
 _BY_NAME = {one.name: one for one in native.KERNELS}
 """An operator of PyTorch takes no objects, so it is given the name of the formula."""
 
-_FUSED = (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP)
-"""What Inductor makes one loop of on the CPU, with the work around it; and its derivatives."""
-
 _IN_KERNELS = {
-    "native": {one.name for one in native.KERNELS if getattr(one.function, "formula", one) not in _FUSED},
+    "native": {one.name for one in native.KERNELS},
     "cuda": {one.name for one in (*CUDA_KERNELS, SAMPLE)},
 }
 """What the operator runs in each engine; the rest is in the graph as it stands."""
@@ -211,7 +207,7 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
         y = answer_for_gradient(call, y)
         if y is not None and True not in wanted[1:]:
             operands = (y, *operands[1:])  # the rule does not look at the rows, so they need not be kept
-        answers = gradients(call, operands, y, cotangents[0], wanted, lambda *step: _put(form.engine, *step))
+        answers = gradients(call, operands, y, cotangents[0], wanted, partial(_put, form.engine))
         of_tensors = [answer for answer, one in zip(answers, operands, strict=True) if isinstance(one, Tensor)]
         return None, None, None, *of_tensors
 
