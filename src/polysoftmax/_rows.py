@@ -23,11 +23,11 @@ from polysoftmax._arrays import (
     library,
     may_keep,
     promotion,
-    require_dense,
     require_known_shape,
     require_same_library,
     with_axis,
 )
+from polysoftmax._refused import require_dense
 
 Axis: TypeAlias = int | tuple[int, ...] | None
 Number: TypeAlias = int | float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from polysoftmax._arrays import cast, float_bits, namespace
+from polysoftmax._arrays import cast, float_bits, keep, namespace
 from polysoftmax._formula import Call, RowFormula, words
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._rows import rows
@@ -94,9 +94,7 @@ def look(call: Call, operands: tuple[Array, ...], device: Device) -> tuple[tuple
 
 def remember(key: tuple[Any, ...], found: object) -> None:
     """Keep what was found for a call."""
-    if len(_found) >= _MOST_FOUND:
-        _found.clear()
-    _found[key] = found
+    keep(_found, key, found, _MOST_FOUND)
 
 
 def _find(call: Call, operands: tuple[Array, ...], device: Device, seen: tuple[Any, ...]) -> Launch | _Widen | str:

@@ -40,7 +40,7 @@ class Launch:
         self._given = tuple((i, one.place) for i, one in enumerate(arguments) if isinstance(one, Given))
         self._answers = tuple((i, *one) for i, one in enumerate(answers, len(before)) if one is not None)
         self._pieces: tuple[tuple[int, int], ...] = ()
-        self._is_tuple = plan.kernel.formula.startswith("sample")
+        self._is_tuple = plan.kernel.family.is_tuple
 
     def run(self, values: list[int | float]) -> Any:
         """Make the answers, launch, and return them."""
