@@ -122,6 +122,15 @@ def test_a_second_call_compiles_nothing(name: str, monkeypatch: pytest.MonkeyPat
     assert count.frame_count == 1
 
 
+def test_dtypes_of_other_libraries_that_were_seen_before() -> None:
+    """torch.compile cannot compare a dtype of ml_dtypes with another."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    for one in ("float8_e4m3fn", "float8_e5m2", "int4", "uint4", "bfloat16"):
+        _arrays.float_bits(np, np.dtype(getattr(ml_dtypes, one)))
+    program = torch.compile(FUNCTIONS["truncate, top_p"], fullgraph=True, backend="eager")
+    same(program(logits()), FUNCTIONS["truncate, top_p"](logits()))
+
+
 class Exported(torch.nn.Module):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()

@@ -155,7 +155,8 @@ def _is_tensor(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-_FLOAT_BITS: dict[tuple[str, DType], int] = {}
+_FLOAT_BITS: dict[str, dict[DType, int]] = {}
+"""By library: array-api-strict warns when its dtypes meet NumPy's, and torch.compile cannot compare foreign ones."""
 
 
 def float_bits(xp: Any, dtype: DType) -> int:
@@ -163,7 +164,8 @@ def float_bits(xp: Any, dtype: DType) -> int:
 
     Such are floats of 8 bits, which hold no probabilities, and of the other order of bytes: see `in_native_order`.
     """
-    bits = _FLOAT_BITS.get((xp.__name__, dtype))  # array-api-strict warns when its dtypes meet NumPy's
+    known = _FLOAT_BITS.get(xp.__name__)
+    bits = None if known is None else known.get(dtype)
     if bits is None:
         # NumPy does not count ml_dtypes.bfloat16 as floating, so it is known by its name.
         if str(dtype).endswith("bfloat16"):
@@ -173,7 +175,7 @@ def float_bits(xp: Any, dtype: DType) -> int:
         if bits < 16 or not getattr(dtype, "isnative", True):
             bits = 0
         if may_keep():
-            _FLOAT_BITS[xp.__name__, dtype] = bits
+            _FLOAT_BITS.setdefault(xp.__name__, {})[dtype] = bits
     return bits
 
 

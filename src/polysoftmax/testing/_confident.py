@@ -156,7 +156,7 @@ def confident(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Iterator[Fig
                     yield Figure(question, dtype, given, by, error)
 
 
-_TRUTH = {"log p": log_of_winner, "1 - p": slope_of_winner, "KL": divergence}
+_TRUTH: dict[str, Callable[..., Any]] = {"log p": log_of_winner, "1 - p": slope_of_winner, "KL": divergence}
 
 
 def table(figures: list[Figure]) -> str:
