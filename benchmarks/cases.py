@@ -73,12 +73,18 @@ class Case:
     @property
     def traffic(self) -> int:
         """Bytes that any implementation has to move: every input read once, every result written once."""
-        rows = self.elements // self.length * ITEMSIZE[self.dtype]
         if self.op == "softmax_vjp":
             return 3 * self.nbytes
         if self.op in {"softmax", "log_softmax", "cross_entropy_grad"}:
             return 2 * self.nbytes
-        return self.nbytes + rows
+        return self.nbytes + self.elements // self.length * self._bytes_of_answer
+
+    @property
+    def _bytes_of_answer(self) -> int:
+        """Bytes of an answer with one entry a row: losses are float32 at least, and tokens are indices."""
+        if self.op in SAMPLING:
+            return 4 if self.backend == "jax" else 8
+        return max(4, ITEMSIZE[self.dtype]) if self.op == "cross_entropy" else ITEMSIZE[self.dtype]
 
     @property
     def runner(self) -> str:

@@ -115,3 +115,14 @@ def test_a_ratio_under_its_target_is_marked(targets: tuple[ModuleType, ModuleTyp
     assert target(ratio=3.0).verdict(1.0, 2.9, 2.95) == "missed"
     assert target(slack_us=10.0).verdict(0.012, 0.003, 0.3) == "met"
     assert target(slack_us=10.0).verdict(0.014, 0.003, 0.3) == "missed"
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "bytes_of_answer"),
+    [("cross_entropy", "torch", 4), ("logsumexp", "torch", 2), ("sample", "torch", 8), ("sample", "jax", 4)],
+)
+def test_traffic_counts_answers_in_their_own_dtype(
+    op: str, backend: str, bytes_of_answer: int, targets: tuple[ModuleType, ModuleType]
+) -> None:
+    cases, _ = targets
+    assert cases.Case(op, backend, "eager", (5, 60), "bfloat16").traffic == 5 * 60 * 2 + 5 * bytes_of_answer

@@ -19,7 +19,7 @@ from polysoftmax._formula import Call
 from polysoftmax._softmax import SOFTMAX
 from polysoftmax.engines import cuda
 from polysoftmax.engines import numpy as numpy_engine
-from polysoftmax.engines.cuda import _calls, _devices, _source
+from polysoftmax.engines.cuda import _calls, _devices, _operands, _source
 from polysoftmax.engines.cuda._plan import Machine, Plan, plan_masses, plan_rows
 
 H100 = Machine(132, clusters=True)
@@ -146,7 +146,7 @@ def test_row_maps_are_what_broadcasting_means():
     for batch, shape, absent in cases:
         values = np.arange(np.prod(shape, dtype=int)).reshape(shape)
         strides = tuple(one // values.itemsize for one in values.strides)
-        found = _calls.row_map(shape, strides, batch)
+        found = _operands.row_map(shape, strides, batch)
         if absent:
             assert found is None
             continue

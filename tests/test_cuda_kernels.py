@@ -22,8 +22,8 @@ from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import SOFTMAX
 from polysoftmax.engines import cuda
 from polysoftmax.engines import numpy as numpy_engine
-from polysoftmax.engines.cuda import _calls, _devices, _source
-from polysoftmax.engines.cuda._plan import Kernel, Machine
+from polysoftmax.engines.cuda import _devices, _source
+from polysoftmax.engines.cuda._plan import Kernel, Machine, plan_rows
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -208,7 +208,7 @@ def test_the_layouts_above_are_all_there_are():
     """Every way of sharing out a row is among them: lanes, a block, a cluster, and a row that is read twice."""
     seen = set()
     for dtype, rows, n, processors, clusters in LAYOUTS:
-        kernel = _calls.plan_rows(
+        kernel = plan_rows(
             "softmax", dtype, dtype, rows, n, aligned=True, general=False, machine=Machine(processors, clusters)
         ).kernel
         seen.add((kernel.threads > 32, kernel.cluster > 1, kernel.held, kernel.width > 1))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 torch = pytest.importorskip("torch")
 testing = pytest.importorskip("torch._dynamo.testing")
 
-OPERATOR = "polysoftmax.formula.default"
+OPERATOR, WORDS = "polysoftmax.formula.default", "polysoftmax.words.default"
 
 
 def has_kernels() -> bool:
@@ -59,7 +59,7 @@ SAMPLES: dict[str, Callable[[Any], Any]] = {
     "sample, top_p": lambda x: ps.sample(x, 7, top_p=0.8, temperature=temperatures(x)),
     "sample, log-probabilities": lambda x: ps.sample(x, 7, return_logprobs=True),
 }
-FUSED: dict[str, Callable[[Any], Any]] = {
+FAMILY: dict[str, Callable[[Any], Any]] = {
     "softmax": ps.softmax,
     "softmax, T": lambda x: ps.softmax(x, temperature=temperatures(x), where=x > -2),
     "log_softmax": ps.log_softmax,
@@ -72,7 +72,7 @@ FUSED: dict[str, Callable[[Any], Any]] = {
     "softmax_jacobian": ps.softmax_jacobian,
     "log_softmax_jacobian": ps.log_softmax_jacobian,
 }
-IN_KERNELS: dict[str, Callable[[Any], Any]] = {
+LOSSES_AND_DRAWS: dict[str, Callable[[Any], Any]] = {
     "cross_entropy": lambda x: ps.cross_entropy(x, classes(x)),
     "cross_entropy, options": lambda x: ps.cross_entropy(
         x, classes(x), weight=torch.ones(x.shape[-1]), label_smoothing=0.1, z_loss=1e-3, ignore_index=0
@@ -85,7 +85,7 @@ IN_KERNELS: dict[str, Callable[[Any], Any]] = {
     "truncate, min_p": lambda x: ps.truncate(x, min_p=0.1, temperature=0.5),
     **SAMPLES,
 }
-FUNCTIONS = {**FUSED, **IN_KERNELS}
+FUNCTIONS = {**FAMILY, **LOSSES_AND_DRAWS}
 
 
 def same(found: Any, want: Any) -> None:
@@ -121,6 +121,15 @@ def test_a_second_call_compiles_nothing(name: str, monkeypatch: pytest.MonkeyPat
     for _ in range(3):
         program(logits())
     assert count.frame_count == 1
+
+
+def test_dtypes_of_other_libraries_that_were_seen_before() -> None:
+    """torch.compile cannot compare a dtype of ml_dtypes with another."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    for one in ("float8_e4m3fn", "float8_e5m2", "int4", "uint4", "bfloat16"):
+        _arrays.float_bits(np, np.dtype(getattr(ml_dtypes, one)))
+    program = torch.compile(FUNCTIONS["truncate, top_p"], fullgraph=True, backend="eager")
+    same(program(logits()), FUNCTIONS["truncate, top_p"](logits()))
 
 
 class Exported(torch.nn.Module):
@@ -161,25 +170,79 @@ def operators(function: Callable[[Any], Any], x: Any) -> list[str]:
 
 @needs_kernels
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_inductor_does_not_fuse_calls_kernels(name: str) -> None:
-    assert operators(FUNCTIONS[name], logits()) == [OPERATOR] * (name in IN_KERNELS)
+def test_every_function_calls_a_kernel(name: str) -> None:
+    assert operators(FUNCTIONS[name], logits()) == [WORDS] * (name in SAMPLES) + [OPERATOR]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", FAMILY)
+def test_what_has_a_derivative_calls_a_kernel_where_gradients_are_recorded(name: str) -> None:
+    has_rule = not any(word in name for word in ("jvp", "vjp"))
+    assert operators(FAMILY[name], logits().requires_grad_()) == [OPERATOR] * has_rule
+
+
+@needs_kernels
+def test_a_program_that_samples_is_one_kernel_and_has_nothing_to_compile() -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    steps: list[str] = []
+
+    def compiler(graph: Any, _: Any) -> Any:
+        steps.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compile(SAMPLES["sample"], backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(logits())
+    assert [step for step in steps if step != "aten.detach.default"] == [
+        WORDS,
+        "polysoftmax.kernel.default",
+        "<built-in function getitem>",
+    ]
+
+
+NUMBERS: dict[str, tuple[Callable[[Any, Any], Any], tuple[Any, ...], int]] = {
+    "seed": (ps.sample, (7, 8, 9), 2),
+    "step": (
+        lambda x, step: ps.sample(x, ps.random.fold_in(torch.tensor([0, 7], dtype=torch.int32), step)),
+        (1, 2, 3),
+        2,
+    ),
+    "top_k": (lambda x, k: ps.sample(x, 7, top_k=k), (5, 6, 9), 2),
+    "ignore_index": (lambda x, i: ps.cross_entropy(x, classes(x), ignore_index=i), (0, 1, 2), 2),
+    "axes": (lambda x, axis: ps.softmax(x, axis=(axis,)), (0, 1, -1), 3),
+    "top_p": (lambda x, p: ps.truncate(x, top_p=p), (0.5, 0.6, 0.7), 3),
+    "temperature": (lambda x, t: ps.sample(x, 7, temperature=t), (0.5, 0.6, 0.7), 3),
+}
+"""Functions of a number, values of it, and the most programs that these may take."""
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_change(name: str, engine: str) -> None:
+    """From its second value on PyTorch has a symbol for a number: it may ask it for nothing but arithmetic."""
+    function, values, most = NUMBERS[name]
+    count = testing.CompileCounter()
+    with ps.engine(engine):
+        program = torch.compile(function, fullgraph=True, backend=count)
+        for value in values:
+            same(program(logits(), value), function(logits(), value))
+    assert count.frame_count <= most
 
 
 def test_the_portable_engine_stays_without_kernels_in_compiled_code() -> None:
     with ps.engine("portable"):
-        assert operators(IN_KERNELS["sample"], logits()) == []
+        assert operators(FUNCTIONS["sample"], logits()) == []
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", IN_KERNELS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_code_has_the_bits_of_eager_code(name: str, dtype: str) -> None:
     x = logits(dtype=getattr(torch, dtype))
-    program = torch.compile(IN_KERNELS[name], fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(program(x), IN_KERNELS[name](x), rtol=0, atol=0)
+    program = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(program(x), FUNCTIONS[name](x), rtol=0, atol=0, equal_nan=True)
 
 
-DIFFERENTIABLE = [name for name in IN_KERNELS if "sample" not in name] + ["sample, log-probabilities"]
+DIFFERENTIABLE = [name for name in FUNCTIONS if "sample" not in name] + ["sample, log-probabilities"]
 
 
 @needs_kernels
@@ -187,7 +250,7 @@ DIFFERENTIABLE = [name for name in IN_KERNELS if "sample" not in name] + ["sampl
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_compiled_gradients_are_those_of_eager_code(name: str, dtype: str) -> None:
     def moment(x: Any) -> Any:
-        y = IN_KERNELS[name](x)
+        y = FUNCTIONS[name](x)
         y = y[1] if isinstance(y, tuple) else torch.where(y > -torch.inf, y, 0.0)
         return (y.double() * torch.cos(torch.arange(y.numel())).reshape(y.shape)).sum()
 

@@ -1,6 +1,6 @@
 """What an array library is: its namespace, dtypes and devices.
 
-This file and ``engines/`` are the only places where a library's name may stand.
+This file, ``_refused.py`` and ``engines/`` are the only places where a library's name may stand.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import array_api_compat
 from array_api_compat import device
+
+from polysoftmax._refused import require_plain
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -39,7 +41,7 @@ class Library:
 _LIBRARIES: dict[type, Library] = {}
 
 MOST_TYPES = 256
-"""Types of arrays that are remembered: a program that makes new ones all the time would keep them all alive."""
+"""Types of arrays that are remembered."""
 
 
 def library(x: Array) -> Library:
@@ -52,26 +54,11 @@ def library(x: Array) -> Library:
 
 def _identify(x: Array) -> Library:
     kind = type(x)
-    numpy, masked = (sys.modules.get(name) for name in ("numpy", "numpy.ma"))
-    if masked is not None and isinstance(x, masked.MaskedArray):
-        msg = (
-            "got a numpy.ma.MaskedArray, whose mask the formulas would ignore: "
-            "pass x.data together with where=~numpy.ma.getmaskarray(x)"
-        )
-        raise TypeError(msg)
-    if numpy is not None and isinstance(x, numpy.matrix):
-        msg = "got a numpy.matrix, which cannot lose a dimension: pass numpy.asarray(x)"
-        raise TypeError(msg)
+    require_plain(x)
+    numpy = sys.modules.get("numpy")
     if _is_tensor(x):
-        require_dense(x)
         import array_api_compat.torch as xp
     elif numpy is not None and isinstance(x, numpy.ndarray | numpy.generic):
-        if isinstance(x, numpy.ndarray) and kind.__array_ufunc__ is not numpy.ndarray.__array_ufunc__:
-            msg = (
-                f"got a {kind.__module__}.{kind.__qualname__}, a NumPy array with arithmetic of its own (units, for "
-                "example), which the formulas would ignore: pass its plain numbers, numpy.asarray(x)"
-            )
-            raise TypeError(msg)
         xp = standard_numpy()
     elif array_api_compat.is_array_api_obj(x):
         try:
@@ -91,9 +78,7 @@ def _identify(x: Array) -> Library:
     name = xp.__name__.removeprefix("array_api_compat.").split(".")[0]
     found = Library(name, xp, converts=name == "numpy" and kind is not xp.ndarray)
     if may_keep():
-        if len(_LIBRARIES) >= MOST_TYPES:
-            _LIBRARIES.clear()
-        _LIBRARIES[kind] = found
+        keep(_LIBRARIES, kind, found, MOST_TYPES)
     return found
 
 
@@ -106,26 +91,14 @@ def may_keep() -> bool:
     return torch is None or not torch.compiler.is_compiling()
 
 
-def require_dense(x: Array) -> None:
-    """Raise ``TypeError`` for a tensor of PyTorch that is no full grid of numbers."""
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(x, torch.Tensor):
-        return
-    if x.is_nested:
-        msg = (
-            "got a nested tensor, whose rows differ in length: pad them with what a softmax ignores, "
-            "torch.nested.to_padded_tensor(x, -torch.inf)"
-        )
-        raise TypeError(msg)
-    if isinstance(x, torch.masked.MaskedTensor):
-        msg = (
-            "got a torch.masked.MaskedTensor, whose mask the formulas would ignore: "
-            "pass x.get_data() together with where=x.get_mask()"
-        )
-        raise TypeError(msg)
-    if x.layout is not torch.strided:
-        msg = f"got a tensor of the layout {x.layout}: pass x.to_dense()"
-        raise TypeError(msg)
+def keep(table: dict[Any, Any], key: Any, found: Any, most: int) -> None:
+    """Keep what was found for later calls, in a table that starts anew when it is full.
+
+    A program whose keys, such as types or shapes, are always new would fill the memory.
+    """
+    if len(table) >= most:
+        table.clear()
+    table[key] = found
 
 
 def standard_numpy() -> Any:
@@ -157,6 +130,12 @@ def is_number(value: object) -> bool:
     return numpy is not None and isinstance(value, (numpy.integer, numpy.floating))
 
 
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is a whole number, of Python, NumPy or any other kind; not for arrays, which may seem so."""
+    # What torch.compile holds as a symbol is an int to it, and has no attributes.
+    return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
+
+
 def as_float(value: float) -> float:
     """Return a number as a float, inf where it is an int too large to be one."""
     try:
@@ -176,7 +155,8 @@ def _is_tensor(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-_FLOAT_BITS: dict[tuple[str, DType], int] = {}
+_FLOAT_BITS: dict[str, dict[DType, int]] = {}
+"""By library: array-api-strict warns when its dtypes meet NumPy's, and torch.compile cannot compare foreign ones."""
 
 
 def float_bits(xp: Any, dtype: DType) -> int:
@@ -184,7 +164,8 @@ def float_bits(xp: Any, dtype: DType) -> int:
 
     Such are floats of 8 bits, which hold no probabilities, and of the other order of bytes: see `in_native_order`.
     """
-    bits = _FLOAT_BITS.get((xp.__name__, dtype))  # array-api-strict warns when its dtypes meet NumPy's
+    known = _FLOAT_BITS.get(xp.__name__)
+    bits = None if known is None else known.get(dtype)
     if bits is None:
         # NumPy does not count ml_dtypes.bfloat16 as floating, so it is known by its name.
         if str(dtype).endswith("bfloat16"):
@@ -194,7 +175,7 @@ def float_bits(xp: Any, dtype: DType) -> int:
         if bits < 16 or not getattr(dtype, "isnative", True):
             bits = 0
         if may_keep():
-            _FLOAT_BITS[xp.__name__, dtype] = bits
+            _FLOAT_BITS.setdefault(xp.__name__, {})[dtype] = bits
     return bits
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from polysoftmax._arrays import MOST_TYPES, Array, DType, cast, float_bits, may_keep, namespace
+from polysoftmax._arrays import MOST_TYPES, Array, DType, cast, float_bits, keep, may_keep, namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -205,9 +205,7 @@ def runner(x: Array) -> Runner:
         assert _load is not None, "polysoftmax.engines is imported with the package"
         found = _load(x)
         if may_keep():
-            if len(_RUNNERS) >= MOST_TYPES:
-                _RUNNERS.clear()
-            _RUNNERS[type(x)] = found
+            keep(_RUNNERS, type(x), found, MOST_TYPES)
     return found
 
 

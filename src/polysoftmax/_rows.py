@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -18,13 +19,15 @@ from polysoftmax._arrays import (
     is_kind,
     is_number,
     is_unknown,
+    is_whole,
     library,
+    may_keep,
     promotion,
-    require_dense,
     require_known_shape,
     require_same_library,
     with_axis,
 )
+from polysoftmax._refused import require_dense
 
 Axis: TypeAlias = int | tuple[int, ...] | None
 Number: TypeAlias = int | float
@@ -166,8 +169,11 @@ class Rows:
         """Round a number to the compute dtype; what is out of range for every parameter, or for float32, stays."""
         if not 0.0 < value < _TOO_LARGE or float_bits(self.xp, self.compute) != 32:
             return value
-        # In arithmetic, which torch.compile follows, and without an array, which costs microseconds. Differences of
-        # doubles with 29 bits above the number leave the 24 of float32 (Veltkamp), and fewer below its normal numbers.
+        # torch.compile may hold a symbol, and simplifies what follows to that. There the operations round.
+        if not may_keep():
+            return value
+        # In arithmetic, because an array costs microseconds. Differences of doubles with 29 bits above the number
+        # leave the 24 of float32 (Veltkamp), and fewer below its normal numbers.
         if value < _LEAST_NORMAL:
             return value + _LEAST_SHIFT - _LEAST_SHIFT
         large = value * (2.0**29 + 1)
@@ -274,7 +280,7 @@ def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
         return tuple(range(ndim))
     axes = axis if isinstance(axis, tuple) else (axis,)
     for one in axes:
-        if not hasattr(one, "__index__") or isinstance(one, bool) or getattr(one, "shape", None):
+        if not (type(one) is int or (is_whole(one) and not getattr(one, "shape", None))):
             msg = f"axis must be an int, a tuple of ints, or None, got {axis!r}"
             raise TypeError(msg)
     if ndim == 0 and not isinstance(axis, tuple) and -1 <= axis <= 0:
@@ -283,7 +289,7 @@ def _normalise_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
         if not -ndim <= one < ndim:
             msg = f"axis {one} is out of bounds for an array of dimension {ndim}"
             raise AxisError(msg)
-    normalised = tuple(sorted(one.__index__() % ndim for one in axes))
+    normalised = tuple(sorted(operator.index(one) % ndim for one in axes))
     if len(set(normalised)) != len(normalised):
         msg = f"axis {axis!r} names an axis twice"
         raise AxisError(msg)

@@ -18,12 +18,13 @@ from polysoftmax._arrays import (
     is_array,
     is_kind,
     is_number,
+    is_whole,
     library,
     namespace,
     standard_numpy,
 )
 from polysoftmax._threefry import BITS, KEYS, fold, fold_high, gumbel_of, threefry, uniform_of, words
-from polysoftmax.engines._keys import drawn_words, jitted, key_data, to_library_of
+from polysoftmax.engines._keys import drawn_words, jitted, key_data, to_library_of, words_of
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -118,12 +119,12 @@ def key(seed: int | Array, *, xp: Any = None, device: Any = None) -> Array:
     """
     if not is_number(seed) and is_array(seed):
         return _key_of_array(seed, xp, device)
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+    if not is_whole(seed):
         msg = f"a seed must be an int or an array of ints, got {type(seed).__name__}"
         raise TypeError(msg)
-    whole = seed.__index__() % (1 << 64)
+    whole = int(seed) % (1 << 64)
     xp = standard_numpy() if xp is None else _standard(xp)
-    return xp.asarray([_signed(whole >> 32), _signed(whole & 0xFFFFFFFF)], dtype=xp.int32, device=device)
+    return words_of([_signed(whole >> 32), _signed(whole & 0xFFFFFFFF)], xp, device)
 
 
 def _signed(word: int) -> int:
@@ -155,10 +156,10 @@ def _standard(xp: Any) -> Any:
 
 
 def _count(value: int, name: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_whole(value):
         msg = f"{name} must be an int, got {type(value).__name__}"
         raise TypeError(msg)
-    count = value.__index__()
+    count = int(value)
     if count < 0:
         msg = f"{name} must be 0 or greater, got {count}"
         raise ValueError(msg)
@@ -241,10 +242,10 @@ def fold_in(key: Array | int, data: int | Array) -> Array:
     k = as_key(key)
     if not is_number(data) and is_array(data):
         return _fold_in_array(k, to_library_of(in_native_order(data), k))
-    if isinstance(data, bool) or not hasattr(data, "__index__"):
+    if not is_whole(data):
         msg = f"data must be an int or an array of ints, got {type(data).__name__}"
         raise TypeError(msg)
-    whole = data.__index__()
+    whole = int(data)
     high = _counted(whole >> 32)
     if high:
         k = jitted(fold_high, k, _word(high, k))
@@ -257,8 +258,7 @@ def _counted(high: int) -> int:
 
 
 def _word(word: int, k: Array) -> Array:
-    xp = namespace(k)
-    return xp.asarray([_signed(word)], dtype=xp.int32, device=device_for(k))
+    return words_of([_signed(word)], namespace(k), device_for(k))
 
 
 def _fold_in_array(k: Array, data: Array) -> Array:
@@ -395,7 +395,7 @@ def as_key(value: Any, like: Array | None = None) -> Array:
     """Return keys as an int32 array of shape (..., 2), in the library of ``like`` if that is given."""
     if like is not None and type(value) is type(like) and _is_key(value):
         return to_library_of(value, like)
-    if is_number(value) and hasattr(value, "__index__"):
+    if is_number(value) and is_whole(value):
         if like is None:
             return key(value)
         return key(value, xp=namespace(like), device=device_for(like))

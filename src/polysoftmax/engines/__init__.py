@@ -136,16 +136,17 @@ def portable() -> bool:
 class using:  # noqa: N801  # it stands in a ``with`` as a function would
     """Set the engine inside a ``with`` block of this package's own, which ends before any that it stands in."""
 
-    __slots__ = ("name", "token")  # a generator would take twice as long, in every backward pass
+    __slots__ = ("before", "name")  # a generator would take twice as long, in every backward pass
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __enter__(self) -> None:
-        self.token = _CHOICE.set(self.name)
+        self.before = chosen()
+        _CHOICE.set(self.name)
 
     def __exit__(self, *_: object) -> None:
-        _CHOICE.reset(self.token)
+        _CHOICE.set(self.before)
 
 
 _OPEN: ContextVar[tuple[_Block, ...]] = ContextVar("polysoftmax.engines", default=())

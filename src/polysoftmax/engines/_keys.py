@@ -68,6 +68,16 @@ def _trace_of_jax() -> str:
     return "" if trace is eval_trace else "jax.jit, jax.vmap or another of JAX's transformations"
 
 
+def words_of(numbers: list[int], xp: Any, device: Any) -> Array:
+    """Return signed numbers as words."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling() and xp.__name__ == "array_api_compat.torch":
+        from polysoftmax.engines import _operator
+
+        return _operator.words_of(numbers, device)
+    return xp.asarray(numbers, dtype=xp.int32, device=device)
+
+
 def key_data(key: Array) -> Array:
     """Return the words of one of JAX's typed keys; any other array as it is."""
     if library(key).name == "jax":

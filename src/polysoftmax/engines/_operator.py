@@ -6,15 +6,14 @@ Not in eager mode, where an operator of Python's would cost more than the kernel
 from __future__ import annotations
 
 from ctypes import c_float
-from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from polysoftmax._formula import Call
 from polysoftmax._sampling import SAMPLE
-from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax.engines import _library, chosen, cuda, native
 from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_recorded
 from polysoftmax.engines._torch_memory import MEMORY, is_plain
@@ -22,18 +21,16 @@ from polysoftmax.engines._torch_words import evaluate, is_transformed
 from polysoftmax.engines.cuda._calls import KERNELS as CUDA_KERNELS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from polysoftmax._arrays import Array
+    from polysoftmax._formula import Reduction
 
 _BY_NAME = {one.name: one for one in native.KERNELS}
 """An operator of PyTorch takes no objects, so it is given the name of the formula."""
 
-_FUSED = (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP)
-"""What Inductor makes one loop of on the CPU, with the work around it; and its derivatives."""
-
 _IN_KERNELS = {
-    "native": {one.name for one in native.KERNELS if getattr(one.function, "formula", one) not in _FUSED},
+    "native": {one.name for one in native.KERNELS},
     "cuda": {one.name for one in (*CUDA_KERNELS, SAMPLE)},
 }
 """What the operator runs in each engine; the rest is in the graph as it stands."""
@@ -44,6 +41,17 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     if is_transformed() or not all(is_plain(one) for one in operands if isinstance(one, Tensor)):
         return evaluate(call, operands)
     return _put(_engine(operands[0].device.type), call, operands)
+
+
+def words_of(numbers: list[int], device: Any) -> Tensor:
+    """Put the words of a key into the graph that is being made, given as numbers, which may be symbols.
+
+    Inductor would compile a C++ kernel for these few bytes, and take most of the time of a first call for it.
+    """
+    kind = "cpu" if device is None else torch.device(device).type
+    if is_transformed() or _engine(kind) == "portable":
+        return torch.tensor(numbers, dtype=torch.int32, device=device)  # asarray would make constants of symbols
+    return torch.ops.polysoftmax.words.default(numbers, device)
 
 
 # Both are constants of the graph, and not looked at again before every call as all else is that is traced.
@@ -75,68 +83,84 @@ def _put(engine: str, call: Call, operands: tuple[Array, ...]) -> Any:
 
 
 def arguments_of(engine: str, call: Call, operands: tuple[Array, ...]) -> tuple[Any, ...]:
-    """Return a call as the arguments of the operator."""
+    """Return a call as the arguments of the operator: few, because PyTorch converts each of them in every call."""
     values = (*operands, *call.options.values())
-    return (
+    text = (
         engine,
         call.formula.name,
+        "".join([_kind(one) for one in values]),
+        " ".join(call.options),
+        str(call.axis),
+        str(call.compute),
+        str(call.result),
+        "squeeze" if call.squeeze else "",
+        call.reduction or "",
+    )
+    return (
+        ";".join(text),
         [one for one in values if isinstance(one, Tensor)],
         [one for one in values if isinstance(one, float)],
         [one for one in values if isinstance(one, int) and not isinstance(one, bool)],
-        "".join([_kind(one) for one in values]),
-        " ".join(call.options),
-        call.axis,
-        call.compute,
-        call.result,
-        call.squeeze,
-        call.reduction,
     )
 
 
 def _kind(value: Any) -> str:
-    if value is None:
-        return "-"
+    if isinstance(value, Tensor):
+        return "t"
     if isinstance(value, bool):
         return "y" if value else "n"
-    return "t" if isinstance(value, Tensor) else "i" if isinstance(value, int) else "f"
+    return "-" if value is None else "i" if isinstance(value, int) else "f"
 
 
-def _call(
-    name: str,
-    tensors: Sequence[Tensor],
-    floats: Sequence[float],
-    integers: Sequence[int],
-    kinds: str,
-    options: str,
-    axis: int,
-    compute: torch.dtype,
-    result: torch.dtype,
-    squeeze: bool,
-    reduction: Any,
-) -> tuple[Call, tuple[Array, ...]]:
-    """Return the call that the arguments of the operator stand for."""
-    of_kind: dict[str, Iterator[Any]] = {
-        "t": iter(tensors),
-        "f": iter(floats),
-        "i": iter(integers),
-        "-": repeat(None),
-        "y": repeat(True),
-        "n": repeat(False),
-    }
-    values = [next(of_kind[kind]) for kind in kinds]
-    names = options.split()
-    count = len(values) - len(names)
-    named = dict(zip(names, values[count:], strict=True))
-    return Call(_BY_NAME[name], named, axis, compute, result, squeeze, reduction), tuple(values[:count])
+class _Form(NamedTuple):
+    """What the text of a call says: all of it but its tensors and numbers."""
+
+    engine: str
+    call: Call
+    places: tuple[tuple[int, int], ...]
+    """Where each operand stands, and then each option: in which of the sequences, and at which place."""
+    names: tuple[str, ...]
+
+    def call_of(
+        self, tensors: Sequence[Tensor], floats: Sequence[float], integers: Sequence[int]
+    ) -> tuple[Call, tuple[Any, ...]]:
+        """Return the call, and its operands."""
+        given = (tensors, floats, integers, _CONSTANTS)
+        values = [given[sequence][place] for sequence, place in self.places]
+        if not self.names:
+            return self.call, tuple(values)
+        count = len(values) - len(self.names)
+        options = dict(zip(self.names, values[count:], strict=True))
+        return self.call._replace(options=options), tuple(values[:count])
 
 
-def _answer(engine: str, *arguments: Any) -> list[Tensor]:
+_SEQUENCES = "tfi"
+_CONSTANTS = (None, True, False)
+
+
+@cache  # there are as many texts as calls in the code that was compiled
+def _read(text: str) -> _Form:
+    engine, name, kinds, names, axis, compute, result, squeeze, reduction = text.split(";")
+    places = []
+    for i, kind in enumerate(kinds):
+        if kind in _SEQUENCES:
+            places.append((_SEQUENCES.index(kind), kinds[:i].count(kind)))
+        else:
+            places.append((len(_SEQUENCES), "-yn".index(kind)))
+    computed, answered = [getattr(torch, one.removeprefix("torch.")) for one in (compute, result)]
+    reduced = cast("Reduction", reduction or None)
+    call = Call(_BY_NAME[name], {}, int(axis), computed, answered, bool(squeeze), reduced)
+    return _Form(engine, call, tuple(places), tuple(names.split()))
+
+
+def _answer(text: str, tensors: Sequence[Tensor], floats: Sequence[float], integers: Sequence[int]) -> list[Tensor]:
     """Run a formula in its kernel, or as it stands where no kernel covers what the call has become."""
-    call, operands = _call(*arguments)
-    if call.compute == torch.float32:
-        # Once more: torch.compile may have a symbol for a number, with which it simplifies that arithmetic away.
+    form = _read(text)
+    call, operands = form.call_of(tensors, floats, integers)
+    if floats and call.compute is torch.float32:
+        # Numbers come as they were given, because torch.compile may have had symbols for them.
         operands = tuple([c_float(one).value if isinstance(one, float) else one for one in operands])
-    if engine == "cuda":
+    if form.engine == "cuda":
         answer = cuda.launch(call, operands)
     else:
         answer = native.run(call, operands, MEMORY)
@@ -145,10 +169,9 @@ def _answer(engine: str, *arguments: Any) -> list[Tensor]:
     return [one.contiguous() for one in (answer if isinstance(answer, tuple) else (answer,))]
 
 
-def _shapes(engine: str, *arguments: Any) -> list[Tensor]:
+def _shapes(text: str, *arguments: Any) -> list[Tensor]:
     # Nothing of the formulas may run here: torch.compile assumes that what they keep does not change while it traces.
-    del engine
-    call, operands = _call(*arguments)
+    call, operands = _read(text).call_of(*arguments)
     x, axis = operands[0], call.axis
     made = []
     for length, dtype in native.KERNELS[call.formula].answers(call, operands):
@@ -160,34 +183,64 @@ def _shapes(engine: str, *arguments: Any) -> list[Tensor]:
     return made
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.engine, ctx.name, tensors, *ctx.others = inputs
-    ctx.save_for_backward(*tensors, output[0])
+class _Formula(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(
+        ctx: Any, text: str, floats: Sequence[float], integers: Sequence[int], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        answers = kernel(text, tensors, floats, integers)
+        ctx.call = text, floats, integers
+        ctx.save_for_backward(*tensors, answers[0])
+        return tuple(answers)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        text, *numbers = ctx.call
+        *tensors, y = ctx.saved_tensors
+        form = _read(text)
+        call, operands = form.call_of(tensors, *numbers)
+        needed = iter(ctx.needs_input_grad[3:])
+        wanted = tuple(isinstance(one, Tensor) and next(needed) for one in operands)
+        y = answer_for_gradient(call, y)
+        if y is not None and True not in wanted[1:]:
+            operands = (y, *operands[1:])  # the rule does not look at the rows, so they need not be kept
+        answers = gradients(call, operands, y, cotangents[0], wanted, partial(_put, form.engine))
+        of_tensors = [answer for answer, one in zip(answers, operands, strict=True) if isinstance(one, Tensor)]
+        return None, None, None, *of_tensors
 
 
-def _gradients(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
-    *tensors, y = ctx.saved_tensors
-    call, operands = _call(ctx.name, tensors, *ctx.others)
-    needed = iter(ctx.needs_input_grad[2])
-    wanted = tuple(isinstance(one, Tensor) and next(needed) for one in operands)
-    y = answer_for_gradient(call, y)
-    if y is not None and True not in wanted[1:]:
-        operands = (y, *operands[1:])  # the rule does not look at the rows, so they need not be kept
-    answers = gradients(call, operands, y, cotangents[0], wanted, lambda *step: _put(ctx.engine, *step))
-    of_tensors = [answer for answer, one in zip(answers, operands, strict=True) if isinstance(one, Tensor)]
-    # No list but an empty one may be answered for numbers: PyTorch takes that for one of tensors.
-    of_numbers: list[list[None] | None] = [None if one else [] for one in ctx.others[:2]]
-    return None, None, of_tensors, *of_numbers, None, None, None, None, None, None, None
+def _differentiable(
+    text: str, tensors: Sequence[Tensor], floats: Sequence[float], integers: Sequence[int]
+) -> Sequence[Tensor]:
+    if is_recorded(tuple(tensors)):
+        return list(_Formula.apply(text, floats, integers, *tensors))
+    return kernel(text, tensors, floats, integers)  # type: ignore[no-any-return]
 
 
+def _words(numbers: Sequence[int], device: Any) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def _shape_of_words(numbers: Sequence[int], device: Any) -> Tensor:
+    return torch.empty(len(numbers), dtype=torch.int32, device=device)
+
+
+# Two operators, because a derivative is registered in Python and takes longer than a small kernel: "formula" dissolves
+# into its derivative while a program is compiled, and the program runs "kernel".
 _LIBRARY = torch.library.Library("polysoftmax", "DEF")
-_LIBRARY.define(
-    "formula(str engine, str name, Tensor[] tensors, float[] floats, SymInt[] integers, str kinds, str options, "
-    "int axis, ScalarType compute, ScalarType result, bool squeeze, str? reduction) -> Tensor[]",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.impl("formula", _answer, "CompositeExplicitAutograd")
-torch.library.register_fake("polysoftmax::formula", _shapes, lib=_LIBRARY)
-torch.library.register_autograd("polysoftmax::formula", _gradients, setup_context=_keep, lib=_LIBRARY)
+for _name in ("formula", "kernel"):
+    _LIBRARY.define(
+        f"{_name}(str call, Tensor[] tensors, float[] floats, SymInt[] integers) -> Tensor[]",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+_LIBRARY.define("words(SymInt[] numbers, Device? device) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.impl("formula", _differentiable, "CompositeImplicitAutograd")
+_LIBRARY.impl("kernel", _answer, "CPU")
+_LIBRARY.impl("kernel", _answer, "CUDA")
+_LIBRARY.impl("kernel", torch.library.fallthrough_kernel, "Autograd")
+_LIBRARY.impl("words", _words, "CompositeExplicitAutograd")
+torch.library.register_fake("polysoftmax::kernel", _shapes, lib=_LIBRARY)
+torch.library.register_fake("polysoftmax::words", _shape_of_words, lib=_LIBRARY)
 
 formula = torch.ops.polysoftmax.formula.default
+kernel = torch.ops.polysoftmax.kernel.default

@@ -8,8 +8,9 @@ import torch
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 
-from polysoftmax._arrays import library, require_dense, values_are_free
+from polysoftmax._arrays import library, values_are_free
 from polysoftmax._ops import Ops, ops_of
+from polysoftmax._refused import require_dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,6 +12,7 @@ import itertools
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from polysoftmax._arrays import keep
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
 from polysoftmax._probability import LOG_PROB, RANKS, TOP_LOG_PROBS
 from polysoftmax._sampling import SAMPLE
@@ -207,7 +208,6 @@ def _code(dtype: DType) -> int:
 PLANS: dict[tuple[Any, ...], _Plan | None] = {}
 
 _MOST_PLANS = 4096
-"""Plans that are kept; a program whose shapes are always new would fill the memory with them."""
 
 
 class _Plan(NamedTuple):
@@ -238,9 +238,8 @@ def run(call: Call, operands: tuple[Any, ...], memory: Memory) -> Any:
     try:
         plan = PLANS[kinds]
     except KeyError:
-        if len(PLANS) >= _MOST_PLANS:
-            PLANS.clear()
-        plan = PLANS[kinds] = _plan(call, operands, memory)
+        plan = _plan(call, operands, memory)
+        keep(PLANS, kinds, plan, _MOST_PLANS)
     if plan is None:
         return NotImplemented
     solve, problem, pack, inputs, makers, is_empty, several = plan

@@ -13,6 +13,7 @@ from polysoftmax._arrays import (
     in_native_order,
     is_kind,
     is_number,
+    is_whole,
     namespace,
     quietly,
     require_same_library,
@@ -209,7 +210,7 @@ def _row_weight(r: Rows, weight: Array) -> Array:
 
 
 def _index(value: int, name: str) -> int:
-    if not (is_number(value) and hasattr(value, "__index__")):
+    if not (is_number(value) and is_whole(value)):
         msg = f"{name} must be an int or None, got {type(value).__name__}"
         raise TypeError(msg)
     return int(value)

@@ -12,6 +12,7 @@ from polysoftmax._arrays import (
     in_native_order,
     is_kind,
     is_number,
+    is_whole,
     namespace,
     quietly,
     require_same_library,
@@ -194,7 +195,7 @@ def top_log_probs(
     """
     r = last_rows(logits, axis)
     r.require_entries("top_log_probs", "token")
-    if not (is_number(k) and hasattr(k, "__index__")):
+    if not (is_number(k) and is_whole(k)):
         msg = f"k must be an int, got {type(k).__name__}"
         raise TypeError(msg)
     if not 1 <= k <= r.length:

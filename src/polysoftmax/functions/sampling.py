@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from polysoftmax._arrays import cast, default_index, float_bits, is_number, namespace
+from polysoftmax._arrays import cast, default_index, float_bits, is_number, is_whole, namespace
 from polysoftmax._formula import words
 from polysoftmax._rows import last_rows
 from polysoftmax._sampling import SAMPLE
@@ -182,7 +182,7 @@ def sample(
 
 
 def _count(draws: int) -> int:
-    if not (is_number(draws) and hasattr(draws, "__index__")):
+    if not (is_number(draws) and is_whole(draws)):
         msg = f"draws must be an int or None, got {type(draws).__name__}"
         raise TypeError(msg)
     if draws < 1:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import as_float, cast, device_for, float_bits, in_native_order, is_number, library, quietly
+from polysoftmax._arrays import (
+    as_float,
+    cast,
+    device_for,
+    float_bits,
+    in_native_order,
+    is_number,
+    is_whole,
+    library,
+    quietly,
+)
 from polysoftmax._formula import words
 from polysoftmax._rows import rows
 from polysoftmax._truncation import TRUNCATE, Filters, has_axes
@@ -29,7 +39,7 @@ def filters(
 
 
 def _whole(top_k: Array | int) -> int:
-    if not hasattr(top_k, "__index__"):
+    if not is_whole(top_k):
         msg = f"top_k must be a whole number of tokens, got {top_k!r}"
         raise TypeError(msg)
     if top_k < 0:
@@ -168,7 +178,7 @@ def unpack_mask(words: Array, n: int, /) -> Array:
     if name not in ("int32", "uint32"):
         msg = f"words must hold 32 bits each, int32 or uint32, got dtype {packed.dtype}"
         raise TypeError(msg)
-    if not (is_number(n) and hasattr(n, "__index__")):
+    if not (is_number(n) and is_whole(n)):
         msg = f"n must be an int, got {type(n).__name__}"
         raise TypeError(msg)
     if packed.ndim < 1 or not 0 <= n <= 32 * packed.shape[-1]:

@@ -144,14 +144,14 @@ struct Slope {
         });
         top = greatest;
         const Apart<Rows> apart{rows.term(sums, 0), rows.term(sums, 1)};
-        inverse = rows.row([&](auto r) { return finite(top[r]) ? 1 / (apart.count[r] + apart.rest[r]) : nan_of<C>(); });
+        inverse = rows.row([&](auto r) { return finite(top[r]) ? 1 / (apart.at_top[r] + apart.rest[r]) : nan_of<C>(); });
         others = rows.row([&](auto r) { return apart.rest[r] * inverse[r]; });
-        alone = rows.row([&](auto r) { return apart.count[r] == 1; });
+        alone = rows.row([&](auto r) { return apart.at_top[r] == 1; });
         const C factor = (C)(2 * o.z_loss);
         if (factor == 0) {
             pull_of_z = rows.row([](auto) { return (C)0; });
         } else {
-            auto logarithm = log_of_sum(rows, apart.count, apart.rest);
+            auto logarithm = log_of_sum(rows, apart.at_top, apart.rest);
             pull_of_z = rows.row([&](auto r) { return factor * (top[r] + logarithm[r]); });
         }
     }
@@ -212,10 +212,10 @@ void cross_entropy_of_classes_pull(const Problem& problem, Rows& rows) {
         return c * weight[i];
     };
     const Apart<Rows> spread_apart = weights_apart(rows, slope, spread);
-    auto total = rows.row([&](auto r) { return spread_apart.count[r] + spread_apart.rest[r] + at_class[r]; });
+    auto total = rows.row([&](auto r) { return spread_apart.at_top[r] + spread_apart.rest[r] + at_class[r]; });
     auto of_sure = rows.row([&](auto r) {
         C own = is_sure[r] ? at_class[r] : 0;
-        return slope.of_sure(spread_apart.rest[r] + (at_class[r] - own), spread_apart.count[r] + own, r) * scale[r];
+        return slope.of_sure(spread_apart.rest[r] + (at_class[r] - own), spread_apart.at_top[r] + own, r) * scale[r];
     });
     auto of_class = rows.row([&](auto r) {
         int64_t t = target.place[r];
@@ -249,8 +249,8 @@ void cross_entropy_of_probabilities_pull(const Problem& problem, Rows& rows) {
         return smoothed * weight[i];
     };
     const Apart<Rows> apart = weights_apart(rows, slope, c);
-    auto total = rows.row([&](auto r) { return apart.count[r] + apart.rest[r]; });
-    auto of_sure = rows.row([&](auto r) { return slope.of_sure(apart.rest[r], apart.count[r], r); });
+    auto total = rows.row([&](auto r) { return apart.at_top[r] + apart.rest[r]; });
+    auto of_sure = rows.row([&](auto r) { return slope.of_sure(apart.rest[r], apart.at_top[r], r); });
     rows.each([&](auto i) {
         C y = slope.of(gx[i] * slope.inverse[i], total[i], c(i), i), own = of_sure[i];
         gx[i] = choose(slope.is_sure(i, slope.x[i]), own, y) * g[i];
@@ -315,8 +315,8 @@ struct Pair {
     BOTH static void find_others(Rows& rows, const Scores<options, Rows>& s, Log& log_sum, Log& others, Sure& sure) {
         const Apart<Rows> apart = set_apart(rows, s);
         log_sum = log_total(rows, s, apart);
-        others = rows.row([&](auto r) { return apart.rest[r] / (apart.count[r] + apart.rest[r]); });
-        sure = rows.row([&](auto r) { return apart.count[r] == 1 && finite(s.top[r]); });
+        others = rows.row([&](auto r) { return apart.rest[r] / (apart.at_top[r] + apart.rest[r]); });
+        sure = rows.row([&](auto r) { return apart.at_top[r] == 1 && finite(s.top[r]); });
     }
 
     BOTH C log_p(Index i) const { return choose(a.exists(i), a.z(i) - log_a[i], -infinity<C>()); }

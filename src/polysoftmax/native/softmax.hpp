@@ -69,15 +69,14 @@ BOTH auto log_of_sum(Rows& rows, const V& count, const V& rest) {
     });
 }
 
-// How many entries of a row are at the maximum, and Σ exp(z) of the others. One that is there alone has a share of the
-// probability that is 1 less the others', whose digits are not lost beside it.
+// A sum over the entries of a row at the maximum, and over the others, whose digits are not lost beside it.
 template <class Rows>
 struct Apart {
     using C = typename Rows::Real;
-    typename Rows::template Value<C> count, rest;
-
+    typename Rows::template Value<C> at_top, rest;
 };
 
+// Σ exp(z), which at the maximum counts. One that is there alone has a probability of 1 less the others'.
 template <bool options, class Rows>
 BOTH auto set_apart(Rows& rows, const Scores<options, Rows>& s) {
     using C = typename Rows::Real;
@@ -92,7 +91,7 @@ BOTH auto set_apart(Rows& rows, const Scores<options, Rows>& s) {
 template <bool options, class Rows>
 BOTH auto log_total(Rows& rows, const Scores<options, Rows>& s, const Apart<Rows>& apart) {
     using C = typename Rows::Real;
-    auto logarithm = log_of_sum(rows, apart.count, apart.rest);
+    auto logarithm = log_of_sum(rows, apart.at_top, apart.rest);
     return rows.row([&](auto r) { return s.top[r] == infinity<C>() ? nan_of<C>() : logarithm[r]; });
 }
 

@@ -15,6 +15,7 @@ from polysoftmax.testing._adapters import open_backend, x64
 from polysoftmax.testing._backends import Backend, missing
 from polysoftmax.testing._cases import CASES
 from polysoftmax.testing._check import check_case
+from polysoftmax.testing._confident import confident, table
 from polysoftmax.testing._formats import FORMATS, rounded
 from polysoftmax.testing._reference import reference
 
@@ -167,6 +168,9 @@ def report(backends: list[str] | None = None, *, peers: bool = False, json: Path
             _show(found, beside)
             lines += found
     if peers:
+        print(
+            f"Relative errors where a row is all but certain, or two rows nearly equal:\n\n{table(list(confident()))}\n"
+        )
         print("Peers, and the column before them: the same cases, without options and with a finite maximum a row.")
     missed = sum(not line.of_bound <= 1 for line in lines)
     print("Errors are in units in the last place: of the answer for softmax, of max(1, |answer|) for the logarithms.")

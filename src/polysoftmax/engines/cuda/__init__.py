@@ -12,7 +12,8 @@ from polysoftmax._ops import Ops, ops_of
 from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
 from polysoftmax.engines.cuda import _steps
-from polysoftmax.engines.cuda._calls import Launch, evaluate, launch_for_last_axis, prepare
+from polysoftmax.engines.cuda._calls import evaluate, launch_for_last_axis, prepare
+from polysoftmax.engines.cuda._kind import Launch
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array

@@ -59,10 +59,12 @@ def _libraries(folder: Path) -> list[Path]:
 
 def _compile(job: tuple[Kernel, int]) -> tuple[str, int, str]:
     """Return the compiler, the registers of a kernel, and what is wrong with it."""
+    from cuda.core._utils.cuda_utils import NVRTCError  # which has no public name
+
     kernel, arch = job
     try:
         found = compile_kernel(kernel, arch)
-    except Exception as error:
+    except NVRTCError as error:
         error.add_note(f"sm_{arch} {kernel.name}, by {compiler()}")
         raise
     wrong = narrow_accesses(kernel, found.ptx)

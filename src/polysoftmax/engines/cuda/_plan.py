@@ -24,6 +24,24 @@ TWO_INPUTS: Final = frozenset({"softmax_vjp", "log_softmax_vjp", "softmax_pullba
 FILTERS: Final = ("truncate", "sample_leading")
 REDUCTIONS: Final = frozenset({"logsumexp", "cross_entropy"})
 
+
+class Family(NamedTuple):
+    """Kernels of one function of the source: the names of its parameters and its own, and what a call answers."""
+
+    parameters: str
+    function: str
+    is_tuple: bool
+
+
+_ROWS: Final = Family("ROW", "run_rows", is_tuple=False)
+_FAMILIES: Final = {
+    "sample_masses": Family("MASS", "run_masses", is_tuple=True),
+    "sample_draw": Family("DRAW", "run_draw", is_tuple=True),
+    "sample_draw_leading": Family("LEADING", "run_leading", is_tuple=True),
+    "sample_leading": Family("FILTER", "run_filter", is_tuple=True),
+    "truncate": Family("FILTER", "run_filter", is_tuple=False),
+}
+
 _C_TYPES: Final = {
     "float16": "polysoftmax::Half",
     "bfloat16": "polysoftmax::BFloat",
@@ -85,6 +103,11 @@ class Kernel:
     held: bool = True
     general: bool = False
     lanes: int = 0
+
+    @property
+    def family(self) -> Family:
+        """What its formula shares with others."""
+        return _FAMILIES.get(self.formula, _ROWS)
 
     @property
     def name(self) -> str:

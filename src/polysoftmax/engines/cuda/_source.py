@@ -21,14 +21,6 @@ PARTS = (
     "cuda/truncate.cuh",
 )
 
-_FAMILIES = {
-    "sample_masses": ("MASS", "run_masses"),
-    "sample_draw": ("DRAW", "run_draw"),
-    "sample_draw_leading": ("LEADING", "run_leading"),
-    "sample_leading": ("FILTER", "run_filter"),
-    "truncate": ("FILTER", "run_filter"),
-}
-
 
 @functools.cache
 def part(name: str) -> str:
@@ -39,8 +31,8 @@ def part(name: str) -> str:
 
 def body(kernel: Kernel) -> tuple[str, str]:
     """Return the parameters of a kernel and what it does, in C++."""
-    family, function = _FAMILIES.get(kernel.formula, ("ROW", "run_rows"))
-    return f"{family}_PARAMETERS", f"polysoftmax::{function}<S_{kernel.name}>({family}_ARGUMENTS, shared);"
+    parameters, function, _ = kernel.family
+    return f"{parameters}_PARAMETERS", f"polysoftmax::{function}<S_{kernel.name}>({parameters}_ARGUMENTS, shared);"
 
 
 def source(kernel: Kernel) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from polysoftmax._arrays import Array
     from polysoftmax._formula import Call
-    from polysoftmax.engines.cuda._calls import Launch
+    from polysoftmax.engines.cuda._kind import Launch
 
 
 class _Program:

@@ -1,0 +1,249 @@
+"""The launch of each family of kernels: its plan, and the arguments that its kernels get."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from polysoftmax._losses import CROSS_ENTROPY
+from polysoftmax._sampling import DRAW, DRAW_LEADING, LEADING, MASSES, block_length
+from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
+from polysoftmax._truncation import TRUNCATE
+from polysoftmax.engines.cuda import _devices
+from polysoftmax.engines.cuda._devices import Uncovered
+from polysoftmax.engines.cuda._kind import Launch
+from polysoftmax.engines.cuda._operands import ONE, Argument, Batch, Given, View
+from polysoftmax.engines.cuda._plan import (
+    MOST_LEADING,
+    REDUCTIONS,
+    SIZES,
+    plan_draw,
+    plan_draw_leading,
+    plan_filter,
+    plan_masses,
+    plan_rows,
+)
+
+if TYPE_CHECKING:
+    from polysoftmax._formula import Call
+    from polysoftmax.engines.cuda._devices import Device
+
+
+class Roles(NamedTuple):
+    """Which operand of a formula is what to its kernel; the kernel's name may be another."""
+
+    kernel: str
+    x: int = 0
+    y_or_cotangent: int | None = None
+    temperature: int | None = None
+    where: int | None = None
+    targets: int | None = None
+    weight: int | None = None
+    cotangent: int | None = None
+
+
+_LOGITS = (True, False, False)
+
+ROLES = {
+    SOFTMAX: Roles("softmax", temperature=1, where=2),
+    LOG_SOFTMAX: Roles("log_softmax", temperature=1, where=2),
+    LOGSUMEXP: Roles("logsumexp", where=2),
+    SOFTMAX.pullback(_LOGITS): Roles("softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
+    LOG_SOFTMAX.pullback(_LOGITS): Roles("log_softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
+    CROSS_ENTROPY: Roles("cross_entropy", targets=1, weight=2),
+    CROSS_ENTROPY.pullback(_LOGITS): Roles("cross_entropy_slope", targets=1, weight=2, cotangent=4),
+}
+
+
+def rows_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
+    roles = ROLES[call.formula]
+    if roles.kernel.endswith("pullback") and operands[roles.x] is None:
+        roles = roles._replace(kernel=roles.kernel.replace("pullback", "vjp"), x=0)
+    if roles.kernel == "logsumexp" and operands[1] is not None:
+        raise Uncovered("the kernel of logsumexp takes no weights")
+    if call.options.get("label_smoothing"):
+        raise Uncovered("the kernel of cross_entropy takes no smoothing")
+    batch = Batch(call, operands[roles.x], device)
+    x = batch.x
+    stride = batch.row_stride(x)
+    second: Argument = 0
+    second_stride = 0
+    aligned = roles.kernel in REDUCTIONS or _shares_alignment(batch, x, stride)
+    if roles.y_or_cotangent is not None:
+        view = operands[roles.y_or_cotangent]
+        if view.dtype != x.dtype:
+            raise Uncovered(f"the rows are {x.dtype} and the cotangent is {view.dtype}")
+        second, second_stride = view.pointer, batch.row_stride(view)
+        aligned = aligned and _shares_alignment(batch, view, second_stride)
+    temperature = None if roles.temperature is None else operands[roles.temperature]
+    where = None if roles.where is None else operands[roles.where]
+    result = _devices.dtype_name(call.result)
+    if result not in (x.dtype, batch.compute):
+        raise Uncovered(f"the kernels do not answer {x.dtype} in {result}")
+    plan = plan_rows(
+        roles.kernel,
+        x.dtype,
+        result,
+        batch.rows,
+        batch.n,
+        aligned=aligned,
+        general=temperature is not None or where is not None,
+        machine=device.machine,
+    )
+    after = (
+        *(batch.n, batch.rows, stride, second_stride),
+        *batch.parameter(temperature),
+        *batch.mask(where),
+        *_loss_arguments(batch, call, operands, roles),
+    )
+    length = () if call.squeeze else (1 if roles.kernel in REDUCTIONS else batch.n,)
+    shape = (*batch.batch, *length)
+    return Launch(device, plan, (x.pointer, second), ((shape, call.result),), after)
+
+
+def _shares_alignment(batch: Batch, view: View, stride: int) -> bool:
+    """Whether the rows of an operand share the alignment of the answer's, which starts at 16 bytes and has no gaps."""
+    width = 16 // SIZES[view.dtype]
+    return view.offset == 0 and (batch.rows == 1 or (stride - batch.n) % width == 0)
+
+
+def _loss_arguments(batch: Batch, call: Call, operands: tuple[Any, ...], roles: Roles) -> tuple[Argument, ...]:
+    if roles.targets is None:
+        return (0, *ONE, 0, 0, *ONE, 0, 0, 0, 0.0)
+    pointer: Argument = 0
+    along = 0
+    weight = None if roles.weight is None else operands[roles.weight]
+    if weight is not None:
+        pointer, *rows = batch.per_row(weight, batch.compute, "weight")
+        if rows[2] != 0:
+            raise Uncovered("the class weights differ from row to row")
+        along = weight.strides[-1]
+    cotangent = None if roles.cotangent is None else operands[roles.cotangent]
+    ignore_index = call.options["ignore_index"]
+    return (
+        *batch.per_row(operands[roles.targets], "int64", "targets"),
+        pointer,
+        *batch.per_row(cotangent, batch.compute, "the cotangent"),
+        along,
+        int(ignore_index is not None),
+        ignore_index or 0,
+        Given(len(operands) + list(call.options).index("z_loss")),
+    )
+
+
+def _masses_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
+    x, temperature, where, *_ = operands
+    batch = Batch(call, x, device)
+    stride = batch.row_stride(batch.x)
+    plan = plan_masses(
+        batch.x.dtype,
+        batch.rows,
+        batch.n,
+        aligned=batch.starts_aligned(batch.x, stride),
+        general=temperature is not None or where is not None,
+        machine=device.machine,
+    )
+    if isinstance(plan, str):
+        raise Uncovered(plan)
+    after = (batch.n, batch.rows, stride, *batch.parameter(temperature), *batch.mask(where))
+    blocks = -(-batch.n // block_length(batch.n))
+    answers = tuple(((*batch.batch, length), call.compute) for length in (1, blocks))
+    return Launch(device, plan, (batch.x.pointer,), answers, after)
+
+
+def _draw_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
+    mass, x, top, keys, temperature, where = operands
+    batch = Batch(call, mass, device)
+    if x.dtype not in SIZES or batch.x.dtype != batch.compute:
+        raise Uncovered(f"the kernels do not draw from {x.dtype} with masses in {batch.x.dtype}")
+    n = x.shape[-1]
+    for one in (batch.x, x):
+        if one.shape[-1] > 1 and one.strides[-1] != 1:
+            raise Uncovered("the entries of a row do not lie side by side")
+    after = (
+        *(batch.x.pointer, *batch.map(batch.x), x.pointer, *batch.map(x)),
+        *(n, batch.rows, call.options["size"]),
+        *batch.per_row(top, batch.compute, "the maximum"),
+        *batch.keys(keys, call.options["is_one_key"]),
+        *batch.parameter(temperature),
+        *batch.mask(where),
+    )
+    general = temperature is not None or where is not None
+    plan = plan_draw(x.dtype, batch.rows, n, general=general)
+    return Launch(device, plan, (), _drawn(batch, call), after)
+
+
+def _truncate_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
+    x, temperature, where, k, p, min_p, *_ = operands
+    batch = Batch(call, x, device)
+    if _devices.dtype_name(call.result) != batch.x.dtype:
+        raise Uncovered(f"the kernels do not answer {batch.x.dtype} in {_devices.dtype_name(call.result)}")
+    top_k = call.options["top_k"]
+    parameters = (temperature, 1.0), (k if top_k is None else float(top_k), 0.0), (p, 1.0), (min_p, 0.0)
+    answers = (None, ((*batch.batch, batch.n), call.result), None)
+    return _filter(batch, call, where, parameters, answers)
+
+
+def _leading_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
+    x, where, *_ = operands
+    batch = Batch(call, x, device)
+    top_k = call.options["top_k"]
+    if top_k > MOST_LEADING:
+        raise Uncovered(f"the kernels find up to {MOST_LEADING} leading tokens, not {top_k}")
+    parameters = (None, 1.0), (float(top_k), 0.0), (None, 1.0), (None, 0.0)
+    kept = (*batch.batch, top_k)
+    answers = (((*batch.batch, 1), call.compute), (kept, call.compute), (kept, "int32"))
+    return _filter(batch, call, where, parameters, answers)
+
+
+def _filter(
+    batch: Batch,
+    call: Call,
+    where: View | None,
+    parameters: tuple[tuple[View | Given | float | None, float], ...],
+    answers: tuple[tuple[tuple[int, ...], Any] | None, ...],
+) -> Launch:
+    stride = batch.row_stride(batch.x)
+    plan = plan_filter(
+        call.formula.name,
+        batch.x.dtype,
+        batch.rows,
+        batch.n,
+        aligned=call.formula is LEADING or _shares_alignment(batch, batch.x, stride),
+    )
+    numbers = [number for one in parameters for number in batch.parameter(*one)]
+    after = (batch.n, batch.rows, stride, *numbers)
+    return Launch(batch.device, plan, (batch.x.pointer, *batch.mask(where)), answers, after)
+
+
+def _draw_leading_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
+    x, index, top, keys, temperature, p, min_p = operands
+    batch = Batch(call, x, device)
+    for one in (batch.x, index):
+        if one.shape[-1] > 1 and one.strides[-1] != 1:
+            raise Uncovered("the entries of a row do not lie side by side")
+    if batch.x.dtype != batch.compute or batch.n > MOST_LEADING:
+        raise Uncovered(f"the kernels do not draw from {batch.n} leading tokens in {batch.x.dtype}")
+    after = (
+        *(batch.x.pointer, *batch.map(batch.x), *batch.per_row(index, "int32", "the index")),
+        *(batch.n, batch.rows, call.options["size"]),
+        *batch.per_row(top, batch.compute, "the maximum"),
+        *batch.keys(keys, call.options["is_one_key"]),
+        *(*batch.parameter(temperature), *batch.parameter(p), *batch.parameter(min_p, 0.0)),
+    )
+    plan = plan_draw_leading(batch.compute, batch.rows, batch.n)
+    return Launch(device, plan, (), _drawn(batch, call), after)
+
+
+def _drawn(batch: Batch, call: Call) -> tuple[tuple[tuple[int, ...], Any] | None, ...]:
+    """Return what the answers of a draw are: tokens, and their log-probabilities if asked for."""
+    shape = (*batch.batch, 1)
+    return (shape, "int64"), (shape, call.compute) if call.options["logprobs"] else None
+
+
+SAMPLING = {
+    TRUNCATE: _truncate_launch,
+    MASSES: _masses_launch,
+    DRAW: _draw_launch,
+    LEADING: _leading_launch,
+    DRAW_LEADING: _draw_leading_launch,
+}
