@@ -231,6 +231,18 @@ struct FilterKernel {
     }
     DEVICE Amount weight_at(Gap gap, bool by_mass) const { return weight_of(widen(entry_at_gap(gap)), by_mass); }
 
+    // The same of the entries of an access, all under way together, and with one question about the temperature.
+    DEVICE void weigh(const C* value, bool by_mass, Amount* weight) const {
+        UNROLL for (int e = 0; e < W; e++) weight[e] = 1;
+        if (LEADING || !by_mass) return;
+        C z[W];
+        UNROLL for (int e = 0; e < W; e++) z[e] = halved_distance(value[e], top, t.half);
+        if (t.given) {
+            UNROLL for (int e = 0; e < W; e++) z[e] = over_temperature(z[e], t.divisor, t.bound);
+        }
+        UNROLL for (int e = 0; e < W; e++) weight[e] = amount_of(exp(z[e]), scale);
+    }
+
     DEVICE static C bounded(C distance) {
         const C most = largest<C>;
         return distance < most ? distance : most;
@@ -356,7 +368,7 @@ struct FilterKernel {
 
     // The parts are far above most tokens: four times as far down as the least of them there is next to nothing.
     DEVICE Bounds bounds_of(const Pack<X, W>& parts, const Parts& found, Amount k) const {
-        Bounds bounds{-1, 0, 4 * bounded((top - found.least) / 4)};
+        Bounds bounds{-1, 0, bounded(4 * (top - found.least))};
         if (n <= LISTED || !finite(top)) return bounds;
         if (k > 0 && 2 * k <= (Amount)found.count) bounds.for_count = top - bound_of(parts, found, k);
         // What is not among the first k does not count for the total.
@@ -364,26 +376,36 @@ struct FilterKernel {
         return bounds;
     }
 
-    // Add up the tokens of a prefix in each step of a range. The answer is what there is of them beyond it.
+    // Which entries of an access a prefix holds.
+    DEVICE Word held_by(const Prefix& whole, Word at, const Pack<X, W>& pack, int count) const {
+        Word found = 0;
+        each(pack, count, [&](int e, X entry) { found |= whole.holds(gap_of(entry), at + e) ? (Word)1 << e : 0; });
+        return found;
+    }
+
+    // Add up the tokens of a prefix in each step of a range. The answer is what there is of them, beyond it too.
     DEVICE Amount add_up(const Prefix& whole, const Range& range, bool by_mass) const {
         clear_bins();
         Adder adder{*this};
-        Amount beyond = 0;
+        Amount total = 0;
         const bool all = whole.end >= first && whole.limit == n;
         visit([&](Word at, const Pack<X, W>& pack, int count) {
-            each(pack, count, [&](int e, X entry) {
-                if (!all && !whole.holds(gap_of(entry), at + e)) return;
-                C value = widen(entry), step = step_of(range, value);
-                Amount weight = weight_of(value, by_mass);
-                if (step <= range.far) {
-                    adder.add(bin_of(step), weight);
-                } else if (value > -infinity<C>()) {
-                    beyond += weight;
-                }
-            });
+            C value[W];
+            Amount weight[W];
+            widen_all(pack, value);
+            weigh(value, by_mass, weight);
+            Word counts = ~(Word)0;
+            if (!all) counts = held_by(whole, at, pack, count);
+            UNROLL for (int e = 0; e < W; e++) {
+                // What is -inf may be no entry at all.
+                if (!(counts >> e & 1) || value[e] == -infinity<C>()) continue;
+                total += weight[e];
+                C step = step_of(range, value[e]);
+                if (step <= range.far) adder.add(bin_of(step), weight[e]);
+            }
         });
         adder.flush();
-        return merged<S::THREADS>(beyond, shared, sum_of_two);
+        return merged<S::THREADS>(total, shared, sum_of_two);
     }
 
     // List what is in a range of a prefix, which holds all that comes before the range. That is written, too, what is
@@ -531,10 +553,10 @@ struct FilterKernel {
         while (!complete) {
             if (!direct) {
                 range = range_to(by_mass ? bounds.for_mass : bounds.usual);
-                const Amount beyond = add_up(whole, range, by_mass);
-                Place place = place_of([&](Amount all) { return by_mass ? share_of(share(), all + beyond) : k; });
+                const Amount total = add_up(whole, range, by_mass);
+                Place place = place_of([&](Amount) { return by_mass ? share_of(share(), total) : k; });
                 need = place.left;
-                if (!LEADING && !by_mass && place.bin == BINS && need >= beyond) {
+                if (!LEADING && !by_mass && place.bin == BINS && need >= total - place.all) {
                     return Prefix{gap_of(nothing()), 0};    // no more than k exist
                 }
                 range = place.bin < BINS ? only(range, place.bin) : after(range);
@@ -606,7 +628,7 @@ struct FilterKernel {
     DEVICE void run() {
         const double k = a.k.of<C>(row);
         Pack<X, W> parts;
-        Parts found = find_parts(parts, 4 * k <= S::THREADS);
+        Parts found = find_parts(parts, k > 0 && 4 * k <= S::THREADS);
         top = with_positive_zero(found.top);    // of 0 and -0, merging may take either
         first = order_of(rounded<X>(top));
         bool known = found.odd == found.odd;
