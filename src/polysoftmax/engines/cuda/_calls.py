@@ -307,10 +307,6 @@ class _Batch:
             raise Uncovered("the rows do not lie at one distance")
         return found[2]
 
-    def starts_aligned(self, view: View, stride: int) -> bool:
-        """Whether every row starts at 16 bytes."""
-        return view.offset == 0 and (self.rows == 1 or stride * SIZES[view.dtype] % 16 == 0)
-
     def map(self, view: View) -> Map:
         """Return where the rows of an operand stand that may be repeated or broadcast."""
         found = row_map(view.shape[:-1], view.strides[:-1], self.batch)
@@ -430,7 +426,6 @@ def _masses_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Lau
         batch.x.dtype,
         batch.rows,
         batch.n,
-        aligned=batch.starts_aligned(batch.x, stride),
         general=temperature is not None or where is not None,
         machine=device.machine,
     )

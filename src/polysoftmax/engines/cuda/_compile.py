@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from polysoftmax.engines.cuda._plan import Kernel
 
 CLUSTERS_SINCE: Final = 90
-"""Compute capability that first had thread block clusters."""
+"""Compute capability that first had thread block clusters, and launches that begin before the last has ended."""
 
 OLDEST: Final = 80
 """Compute capability that first rounded to bfloat16 in an instruction."""

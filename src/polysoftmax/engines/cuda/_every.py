@@ -64,7 +64,7 @@ def _chosen(machine: Machine) -> Iterator[Kernel]:
             for y in sorted({compute} if formula == "cross_entropy" else {x, compute}):
                 plan = plan_rows(formula, x, y, rows, n, aligned=aligned, general=general, machine=machine)
                 yield plan.kernel
-        masses = plan_masses(x, rows, n, aligned=aligned, general=general, machine=machine)
+        masses = plan_masses(x, rows, n, general=general, machine=machine)
         if not isinstance(masses, str):
             yield masses.kernel
         yield plan_draw(x, rows, n, general=general).kernel

@@ -37,13 +37,16 @@ _SCRATCH = 2304
 _SLOT = 64
 """Bytes of shared memory that a warp's value takes in a merge, as merges.cuh says."""
 
+_ROOM_FOR_MASSES = 16 << 10
+"""Bytes of shared memory that the masses of blocks of tokens may take, as sample.cuh says."""
+
 _BINS = 2048
 _LISTED = 2048
 _BOARD = 320
 MOST_LEADING: Final = 1024
 """Sums and tokens that fit the shared memory of a filter, bytes beside them, leading tokens, as truncate.cuh says."""
 
-_SHARED = 48 << 10
+USUAL_SHARED: Final = 48 << 10
 """Bytes of shared memory that a block may have without asking."""
 
 _LARGEST_CLUSTER = 8
@@ -85,11 +88,13 @@ class Kernel:
     held: bool = True
     general: bool = False
     lanes: int = 0
+    staged: int = 0
 
     @property
     def name(self) -> str:
         """Name of the kernel, and of its file in the cache."""
         how = f"l{self.lanes}" if self.lanes else ("held" if self.held else "streamed")
+        how += f"_s{self.staged}" if self.staged else ""
         layout = f"w{self.width}_t{self.threads}_b{self.block}_p{self.packs}_c{self.cluster}_{how}{'_g' * self.general}"
         return f"{self.formula}_{self.x}_{self.y}_{self.compute}_{layout}"
 
@@ -100,6 +105,11 @@ class Kernel:
         # A division by the temperature takes more registers than a row, and so does a search.
         is_light = words <= _LIGHT and self.compute == "float32" and not (self.general or self.formula in FILTERS)
         return max(1, (1024 if is_light else 512) // self.block)
+
+    @property
+    def follows(self) -> bool:
+        """Whether it waits for the launch before it, which lets it begin, and not the device."""
+        return self.formula.startswith("sample_draw")
 
     @property
     def layout(self) -> str:
@@ -116,7 +126,7 @@ class Kernel:
     def declaration(self) -> str:
         """Return the C++ type that tells a kernel what it is."""
         numbers = {"WIDTH": self.width, "THREADS": self.threads, "BLOCK": self.block, "PACKS": self.packs}
-        numbers |= {"CLUSTER": self.cluster, "LANES": self.lanes}
+        numbers |= {"CLUSTER": self.cluster, "LANES": self.lanes, "STAGED": self.staged}
         lines = [
             f"using X = {_C_TYPES[self.x]};",
             f"using Y = {_C_TYPES[self.y]};",
@@ -174,17 +184,14 @@ def plan_rows(
     return Plan(kernel, rows, 2 * _slots(threads, cluster))
 
 
-def plan_masses(x: str, rows: int, n: int, *, aligned: bool, general: bool, machine: Machine) -> Plan | str:
-    """Choose the layout of the masses of blocks of tokens, or say why there is none.
-
-    ``aligned`` says that every row starts at 16 bytes.
-    """
+def plan_masses(x: str, rows: int, n: int, *, general: bool, machine: Machine) -> Plan | str:
+    """Choose the layout of the masses of blocks of tokens, or say why there is none."""
     compute = "float64" if x == "float64" else "float32"
     size = block_length(n)
     width = 16 // SIZES[x]
-    if not aligned or size < width:
+    if size < width:
         width = 1
-    lanes = min(size // width, 32 if width == 1 else 16 if compute == "float64" else 8)
+    lanes = min(size // width, 16 if compute == "float64" else 8)
     packs = size // (lanes * width)
     count = _over(n, size)
     threads = min(_MOST_THREADS, max(32, _power(count * lanes)))
@@ -192,11 +199,11 @@ def plan_masses(x: str, rows: int, n: int, *, aligned: bool, general: bool, mach
     cluster = 1
     while machine.clusters and cluster < _LARGEST_CLUSTER and count >= 2 * cluster * groups:
         enough = 2 * cluster * rows > machine.processors
-        if enough and _masses_shared(count, cluster, threads, groups, compute) <= _SHARED:
+        if enough and _masses_shared(count, cluster, threads, groups, compute) <= USUAL_SHARED:
             break
         cluster *= 2
     shared = _masses_shared(count, cluster, threads, groups, compute)
-    if shared > _SHARED:
+    if shared > USUAL_SHARED:
         return f"rows of {n} have more blocks of tokens than fit shared memory"
     kernel = Kernel("sample_masses", x, compute, compute, width, threads, threads, packs, cluster, True, general, lanes)
     return Plan(kernel, rows, shared)
@@ -227,11 +234,12 @@ def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Pl
 def plan_draw_leading(compute: str, rows: int, k: int) -> Plan:
     """Choose the layout of a draw from few tokens."""
     kernel = Kernel("sample_draw_leading", compute, compute, compute, 1, _SMALL_BLOCK, _SMALL_BLOCK, 1)
-    return Plan(kernel, rows, _SCRATCH + 2 * k * SIZES[compute])
+    return Plan(kernel, rows, _SCRATCH + (2 * SIZES[compute] + 4) * k)
 
 
 def _masses_shared(count: int, cluster: int, threads: int, groups: int, compute: str) -> int:
-    return _slots(threads, cluster) + _over(count, cluster * groups) * groups * SIZES[compute]
+    tops = _over(count, cluster * groups) * groups * SIZES[compute]
+    return _slots(threads, cluster) + (2 * tops if tops <= _ROOM_FOR_MASSES else tops)
 
 
 def _slots(threads: int, cluster: int) -> int:

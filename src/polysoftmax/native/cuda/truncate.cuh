@@ -417,12 +417,17 @@ struct FilterKernel {
         List mine{~(Gap)0, 0, 0};
         Word place = 0;
         visit([&](Word at, Pack<X, W>& pack, int count) {
-            Word keep = ~(Word)0;
-            bool some = false;
-            UNROLL for (int e = 0; e < W; e++) some |= range.holds(step_of(range, widen(pack.get(e))));
-            if (some) {
+            Word inside = 0, keep = ~(Word)0;
+            C value[W];
+            widen_all(pack, value);
+            UNROLL for (int e = 0; e < W; e++) {
+                C step = step_of(range, value[e]);
+                if (range.holds(step)) inside |= (Word)1 << e;
+                if (!LEADING && step > range.far) keep &= ~((Word)1 << e);
+            }
+            if (inside) {
                 each(pack, count, [&](int e, X entry) {
-                    if (!range.holds(step_of(range, widen(entry)))) return;
+                    if (!(inside >> e & 1)) return;
                     Gap gap = gap_of(entry);
                     if (!whole.holds(gap, at + e)) {
                         keep &= ~((Word)1 << e);
@@ -435,9 +440,6 @@ struct FilterKernel {
                 });
             }
             if constexpr (!LEADING) {
-                UNROLL for (int e = 0; e < W; e++) {
-                    if (step_of(range, widen(pack.get(e))) > range.far) keep &= ~((Word)1 << e);
-                }
                 keep &= probable(pack, keep, count);
                 write_kept(at, pack, keep, count);
             }
@@ -667,5 +669,6 @@ struct FilterKernel {
 
 template <class S>
 DEVICE void run_filter(const FilterArguments& arguments, char* shared) {
+    let_next_launch_begin();
     FilterKernel<S>(arguments, shared).run();
 }
