@@ -138,7 +138,8 @@ class _Frame:
             attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
             attributes.append(attribute)
-        config.attrs, config.numAttrs = attributes, len(attributes)
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
 
     def set(self, plan: Plan, stream: int, arguments: list[int | float]) -> None:
         """Say what is launched now."""
