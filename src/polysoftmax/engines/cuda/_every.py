@@ -67,7 +67,7 @@ def _chosen(machine: Machine) -> Iterator[Kernel]:
         masses = plan_masses(x, rows, n, general=general, machine=machine)
         if not isinstance(masses, str):
             yield masses.kernel
-        yield plan_draw(x, rows, n, general=general).kernel
+        yield plan_draw(x, rows, n, general=general, machine=machine).kernel
         yield plan_draw_leading(compute, rows, 1).kernel
         for formula in FILTERS:
             yield plan_filter(formula, x, rows, n, aligned=aligned).kernel

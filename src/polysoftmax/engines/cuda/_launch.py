@@ -49,7 +49,7 @@ class _Launcher:
         from cuda.bindings import driver
         from cuda.core import Device, ObjectCode
 
-        self.driver, self.kernel = driver, kernel
+        self.driver, self.kernel, self.ordinal = driver, kernel, ordinal
         self.follows = kernel.follows and arch >= _compile.CLUSTERS_SINCE
         before = self._current()
         Device(ordinal).set_current()
@@ -93,7 +93,8 @@ class _Launcher:
     def _allow(self, shared: int) -> None:
         """Let a block have more shared memory than it may without asking."""
         kind = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = self.driver.cuFuncSetAttribute(self.function, kind, shared)
+        kernel, device = self.driver.CUkernel(int(self.loaded.handle)), self.driver.CUdevice(self.ordinal)
+        (status,) = self.driver.cuKernelSetAttribute(kind, shared, kernel, device)
         self._check(status, f"give a block of {self.kernel.name} {shared} bytes of shared memory")
         self.shared = shared
 

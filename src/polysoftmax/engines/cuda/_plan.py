@@ -209,13 +209,17 @@ def plan_masses(x: str, rows: int, n: int, *, general: bool, machine: Machine) -
     return Plan(kernel, rows, shared)
 
 
-def plan_draw(x: str, rows: int, n: int, *, general: bool) -> Plan:
+def plan_draw(x: str, rows: int, n: int, *, general: bool, machine: Machine) -> Plan:
     """Choose the layout of a draw from given masses."""
     compute = "float64" if x == "float64" else "float32"
     size = block_length(n)
     threads = 32 if max(size, _over(n, size)) <= 2 * 32 else _SMALL_BLOCK
-    kernel = Kernel("sample_draw", x, compute, compute, 1, threads, _SMALL_BLOCK, 1, general=general)
-    return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), _SCRATCH)
+    # Blocks begin early, where there is room for them: many small ones would crowd on few multiprocessors.
+    while _SMALL_BLOCK <= threads < _MOST_THREADS and rows * threads < machine.processors * _MOST_THREADS:
+        threads *= 2
+    block = max(threads, _SMALL_BLOCK)
+    kernel = Kernel("sample_draw", x, compute, compute, 1, threads, block, 1, general=general)
+    return Plan(kernel, _over(rows, block // threads), _SCRATCH)
 
 
 def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Plan:

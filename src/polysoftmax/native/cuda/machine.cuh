@@ -191,10 +191,12 @@ struct Pack {
             UNROLL for (int i = 1; i < W; i++) kept[i - 1] = kept[i];
         }
     }
-    // Change some bits of the pairs, if these are not 0.
+    // Change some bits of pairs and floats, if these are not 0.
     DEVICE void change(Word bits) {
         if constexpr (IN_PAIRS) {
             for (Word& pair : kept) pair ^= bits;
+        } else if constexpr (sizeof(T) == 4) {
+            for (T& one : kept) one = of_bits<T>(bits_of(one) ^ bits);
         }
     }
 };

@@ -400,7 +400,7 @@ struct RowKernel {
             }
             UNROLL for (int i = 0; i < N; i++) v[i] = g[i];
         } else if constexpr (F == LOG_SOFTMAX) {
-            widen_all(pack, v);
+            widen_again(pack, v);
             UNROLL for (int i = 0; i < N; i++) v[i] = score_below(v[i], total.top, t) - log_total;
             if (S::GENERAL && log_total != log_total) {
                 UNROLL for (int i = 0; i < N; i++) v[i] = mask.exists(position + i) ? v[i] : -infinity<C>();
