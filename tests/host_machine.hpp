@@ -83,6 +83,7 @@ inline int thread_index() { return host->now->thread; }
 inline Index block_index() { return host->first_block + host->now->block; }
 inline int cluster_rank() { return host->now->block; }
 inline void block_barrier() { wait(host->blocks[host->now->block]); }
+inline void warp_barrier() { wait(host->warps[(host->now->block * host->threads + host->now->thread) / 32]); }
 inline void copy_16_bytes(void* to, const void* from) { memcpy(to, from, 16); }
 inline void wait_for_copies() {}
 inline void let_next_launch_begin() {}

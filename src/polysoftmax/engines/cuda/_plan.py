@@ -34,7 +34,7 @@ _C_TYPES: Final = {
 _SCRATCH = 2304
 """Bytes of shared memory for merging in one block, as merges.cuh says."""
 
-_SLOT = 64
+_SLOT = 32
 """Bytes of shared memory that a warp's value takes in a merge, as merges.cuh says."""
 
 _ROOM_FOR_MASSES = 16 << 10

@@ -10,6 +10,7 @@ using Amount = uint64_t;
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE Index block_index() { return blockIdx.x; }
 DEVICE void block_barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE Word word_across(Word word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); }
 DEVICE bool any_in_warp(bool mine) { return __any_sync(0xffffffffu, mine); }
 

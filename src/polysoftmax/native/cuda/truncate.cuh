@@ -139,29 +139,41 @@ struct FilterKernel {
 
     // Call body(index of the first, entries, how many there are) for every access of this thread: W, or one of those
     // outside the whole accesses, with -inf after it. All that are under way together are waited for, and there is one
-    // body for all: most are too long to stand there several times.
+    // body for all: most are too long to stand there several times. The threads of a warp take each step together, those
+    // that have nothing left with no entry: apart, they would read and write apart.
     template <class Body>
     DEVICE void visit(Body body) const {
-        bool has_extra = W > 1 && (Word)member < extra;
-        for (Word chunk = member; chunk < packs || has_extra; chunk += S::THREADS * PACKS) {
+        const Word lane = member % 32, leader = member - lane;
+        bool has_extra = W > 1 && leader < extra;
+        for (Word chunk = leader; chunk < packs || has_extra; chunk += S::THREADS * PACKS) {
             Pack<X, W> held[PACKS];
-            Word at = head + chunk * W;
-            int accesses = 0, count = W;
+            Word at = head + (chunk + lane) * W;
+            int accesses = 0, whole = 0, single = 0;
             UNROLL for (int j = 0; j < PACKS; j++) {
                 if (chunk + j * S::THREADS >= packs) continue;
-                held[j].load(x + at + (Index)j * S::THREADS * W);
                 accesses = j + 1;
+                if (chunk + lane + j * S::THREADS < packs) {
+                    held[j].load(x + at + (Index)j * S::THREADS * W);
+                    whole = j + 1;
+                } else {
+                    held[j].fill(nothing());
+                }
             }
             if (accesses == 0) {
-                at = (Word)member < head ? member : n - extra + member;
                 held[0].fill(nothing());
-                held[0].set(0, x[at]);
-                accesses = count = 1;
+                if ((Word)member < extra) {
+                    at = (Word)member < head ? member : n - extra + member;
+                    held[0].set(0, x[at]);
+                    single = 1;
+                }
+                accesses = 1;
                 has_extra = false;
             }
-            ONCE for (; accesses > 0; accesses--, at += S::THREADS * W) {
+            ONCE for (; accesses > 0; accesses--, whole--, at += S::THREADS * W) {
+                const int count = whole > 0 ? W : single;
                 hide(at, held[0], count);
                 body(at, held[0], count);
+                warp_barrier();
                 UNROLL for (int j = 1; j < PACKS; j++) held[j - 1] = held[j];
             }
         }
@@ -179,7 +191,7 @@ struct FilterKernel {
     DEVICE void write_access(Word at, const Pack<X, W>& pack, int count) const {
         if (count == W) {
             pack.store(out + at);
-        } else {
+        } else if (count > 0) {
             out[at] = pack.get(0);
         }
     }
@@ -283,13 +295,16 @@ struct FilterKernel {
         }
 
         DEVICE void flush() {
-            if (!sum) return;
-            Word part = (Word)sum, before = add_in_block(&kernel.low[bin], part);
-            Word rest = (Word)(sum >> 32) + ((Word)(before + part) < part ? 1 : 0);
-            if (rest) add_in_block(&kernel.high[bin], rest);
+            if (sum) kernel.add_to_bin(bin, sum);
             sum = 0;
         }
     };
+
+    DEVICE void add_to_bin(int bin, Amount more) const {
+        Word part = (Word)more, before = add_in_block(&low[bin], part);
+        Word rest = (Word)(more >> 32) + ((Word)(before + part) < part ? 1 : 0);
+        if (rest) add_in_block(&high[bin], rest);
+    }
 
     DEVICE void clear_bins() const {
         for (int i = member; i < BINS; i += S::THREADS) low[i] = high[i] = 0;
@@ -297,10 +312,11 @@ struct FilterKernel {
     }
 
     // The sum of what the lanes before this one have; `all` becomes that of the warp.
-    DEVICE Amount before_lane(Amount& all) const {
-        Amount before = 0;
+    template <class Sum>
+    DEVICE Sum before_lane(Sum& all) const {
+        Sum before = 0;
         UNROLL for (int mask = 1; mask < 32; mask *= 2) {
-            Amount other = across(all, mask);
+            Sum other = across(all, mask);
             if (member & mask) before += other;
             all += other;
         }
@@ -383,10 +399,27 @@ struct FilterKernel {
         return found;
     }
 
+    // Add up a warp's tokens in the steps of a range. Where many are equal, threads would wait for each other.
+    DEVICE void add_side_by_side(const C* value, int count, const Range& range, bool by_mass) const {
+        const int lane = member % 32;
+        ONCE for (int start = 0; start < count; start += 32) {
+            const bool there = start + lane < count;
+            const C own = value[there ? start + lane : start];
+            const int bin = bin_of(step_of(range, own));
+            Amount weight = there ? weight_of(own, by_mass) : 0;
+            if (!any_in_warp(bin != bin_of(step_of(range, value[start])))) {
+                weight = merged_in_warp<32>(weight, sum_of_two);
+                if (lane != 0) weight = 0;
+            }
+            if (weight) add_to_bin(bin, weight);
+        }
+    }
+
     // Add up the tokens of a prefix in each step of a range. The answer is what there is of them, beyond it too.
     DEVICE Amount add_up(const Prefix& whole, const Range& range, bool by_mass) const {
+        static_assert(S::THREADS * W * sizeof(C) <= LISTED * (sizeof(Gap) + sizeof(Word)), "no room for all of a warp");
+        C* in_range = (C*)gaps + member / 32 * 32 * W;    // of the warp's accesses, in the place of the list
         clear_bins();
-        Adder adder{*this};
         Amount total = 0;
         const bool all = whole.end >= first && whole.limit == n;
         visit([&](Word at, const Pack<X, W>& pack, int count) {
@@ -394,17 +427,24 @@ struct FilterKernel {
             Amount weight[W];
             widen_all(pack, value);
             weigh(value, by_mass, weight);
-            Word counts = ~(Word)0;
+            Word counts = ~(Word)0, near = 0, own = 0;
             if (!all) counts = held_by(whole, at, pack, count);
             UNROLL for (int e = 0; e < W; e++) {
-                // What is -inf may be no entry at all.
-                if (!(counts >> e & 1) || value[e] == -infinity<C>()) continue;
-                total += weight[e];
-                C step = step_of(range, value[e]);
-                if (step <= range.far) adder.add(bin_of(step), weight[e]);
+                bool one = counts >> e & 1 && value[e] > -infinity<C>();    // what is -inf may be no entry at all
+                total += one ? weight[e] : 0;
+                one = one && step_of(range, value[e]) <= range.far;
+                near |= one ? (Word)1 << e : 0;
+                own += one;
             }
+            if (!any_in_warp(near)) return;
+            // Most lanes have few of them: put side by side, they take as many steps less.
+            Word found = own, place = before_lane(found);
+            UNROLL for (int e = 0; e < W; e++) {
+                if (near >> e & 1) in_range[place++] = value[e];
+            }
+            warp_barrier();
+            add_side_by_side(in_range, (int)found, range, by_mass);
         });
-        adder.flush();
         return merged<S::THREADS>(total, shared, sum_of_two);
     }
 
