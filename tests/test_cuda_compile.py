@@ -263,10 +263,10 @@ def test_files_have_the_mode_that_the_umask_gives(compiler, umask, mode):
 def test_what_a_compute_capability_can_do(arch, clusters):
     if clusters is None:
         with pytest.raises(ImportError, match=r"compute capability 7\.5, and the kernels need 8\.0"):
-            _compile.machine_of(arch, 40, clusters=True)
+            _compile.machine_of(arch, 40, 99 << 10, clusters=True)
     else:
-        assert _compile.machine_of(arch, 40, clusters=True) == Machine(40, clusters)
-        assert not _compile.machine_of(arch, 40, clusters=False).clusters
+        assert _compile.machine_of(arch, 40, 99 << 10, clusters=True) == Machine(40, clusters, 99 << 10)
+        assert not _compile.machine_of(arch, 40, 99 << 10, clusters=False).clusters
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LENGTHS = sorted({m for i in range(21) for m in (1 << i, 3 << i) if m <= 3 << 19})
 _ROWS = (1, 8, 30, 10_000)
 _ARCHITECTURES = {"float16": 80, "bfloat16": 90, "float32": 100, "float64": 90}
-_MACHINES = (Machine(132, clusters=True), Machine(108, clusters=False))
+_MACHINES = (Machine(132, clusters=True, shared=227 << 10), Machine(108, clusters=False))
 
 
 def every_kernel() -> dict[Kernel, bool]:

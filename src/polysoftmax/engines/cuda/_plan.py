@@ -21,6 +21,7 @@ ROW_FORMULAS: Final = (
     "cross_entropy_slope",
 )
 TWO_INPUTS: Final = frozenset({"softmax_vjp", "log_softmax_vjp", "softmax_pullback", "log_softmax_pullback"})
+STAGED: Final = frozenset({"softmax", "log_softmax"})
 FILTERS: Final = ("truncate", "sample_leading")
 REDUCTIONS: Final = frozenset({"logsumexp", "cross_entropy"})
 
@@ -64,12 +65,16 @@ _LIGHT = 32
 _FEW_PACKS = 4
 """Accesses under way that hide the latency of memory."""
 
+_STAGED = 12
+"""Accesses of a thread that stay in shared memory, at most."""
+
 
 class Machine(NamedTuple):
-    """What a layout depends on: multiprocessors, and whether blocks can be launched in clusters."""
+    """What a layout depends on: multiprocessors, clusters of blocks, bytes of shared memory that a block may ask for."""
 
     processors: int
     clusters: bool
+    shared: int = USUAL_SHARED
 
 
 @dataclass(frozen=True)
@@ -162,10 +167,15 @@ def plan_rows(
         packs = _power(_over(units, threads))
         kernel = Kernel(formula, x, y, compute, width, threads, _SMALL_BLOCK, packs, general=general)
         return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), 2 * _slots(threads, 1))
+    if formula in STAGED and width > 1 and not general:
+        plan = _plan_staged(formula, x, y, rows, units, machine)
+        if plan is not None:
+            return plan
     few = _FEW_PACKS >> (formula in TWO_INPUTS)
     # Beside a row of many accesses a thread has no registers for a division by the temperature.
     usual, most = (few, few) if general else (2 * few, 4 * few)
-    threads = min(_MOST_THREADS, max(64, _power(_over(units, few))))
+    # What reads only, and has no answer of that size to write, is done sooner with fewer threads and more under way.
+    threads = min(_MOST_THREADS, max(64, _power(_over(units, usual if formula in REDUCTIONS else few))))
     cluster = 1
     if machine.clusters and formula not in REDUCTIONS:
         cluster = min(_LARGEST_CLUSTER, _power(_over(units, threads * usual)))
@@ -182,6 +192,25 @@ def plan_rows(
         packs = _power(_over(units, threads * cluster))
     kernel = Kernel(formula, x, y, compute, width, threads, threads, packs, cluster, held, general)
     return Plan(kernel, rows, 2 * _slots(threads, cluster))
+
+
+def _plan_staged(formula: str, x: str, y: str, rows: int, units: int, machine: Machine) -> Plan | None:
+    """Choose a layout that keeps most of a long row in shared memory, where small blocks leave room for several.
+
+    Registers alone hold as much only in large blocks, two to a multiprocessor: in clusters, these wait for each other.
+    """
+    blocks = _over(units, 256 * (_FEW_PACKS + _STAGED))
+    threads, cluster = (256, _power(blocks)) if blocks <= _LARGEST_CLUSTER else (512, _LARGEST_CLUSTER)
+    staged = _over(_over(units, threads * cluster) - _FEW_PACKS, 4) * 4
+    shared = 2 * _slots(threads, cluster) + 16 * threads * staged
+    if not machine.clusters or cluster == 1 or staged > _STAGED or shared > machine.shared:
+        return None
+    if 2 * cluster * rows <= machine.processors:
+        return None
+    compute = "float64" if x == "float64" else "float32"
+    width = 16 // SIZES[x]
+    kernel = Kernel(formula, x, y, compute, width, threads, threads, _FEW_PACKS, cluster, staged=staged)
+    return Plan(kernel, rows, shared)
 
 
 def plan_masses(x: str, rows: int, n: int, *, general: bool, machine: Machine) -> Plan | str:

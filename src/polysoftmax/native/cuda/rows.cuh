@@ -70,6 +70,7 @@ struct RowKernel {
     C others = -1;    // 1 - p of the class at the top where that has more than half of the probability; else negative
     C moment, own = 0;    // a mean or sum over the second array, and its entry at the class with more than half
     Index target;
+    int target_position;    // -1 of a class that there is not
     bool counts;    // and so has a loss
     C target_logit, weight, pull_of_z, cotangent;    // of the row's loss
 
@@ -393,9 +394,9 @@ struct RowKernel {
             probabilities(position, pack, v);
             const C share = weight + pull_of_z;
             UNROLL for (int i = 0; i < N; i++) g[i] = v[i] * share * cotangent;
-            if ((uint64_t)(target - position) < N) {
+            if ((Word)(target_position - position) < N) {
                 UNROLL for (int i = 0; i < N; i++) {
-                    if (target == position + i) g[i] = (v[i] * pull_of_z - lacking_of(v[i]) * weight) * cotangent;
+                    if (target_position == position + i) g[i] = (v[i] * pull_of_z - lacking_of(v[i]) * weight) * cotangent;
                 }
             }
             UNROLL for (int i = 0; i < N; i++) v[i] = g[i];
@@ -425,6 +426,7 @@ struct RowKernel {
         if (!has_target()) return;
         counts = !a.ignores || target != a.ignore_index;
         bool known = target >= 0 && target < a.n;
+        target_position = known ? (int)target : -1;
         weight = 1;
         if (a.weight) weight = ((const C*)a.weight)[(known ? target : 0) * a.weight_stride];
         if (!known) weight = nan_of<C>();
