@@ -149,18 +149,15 @@ struct FilterKernel {
             Pack<X, W> held[PACKS];
             Word at = head + (chunk + lane) * W;
             int accesses = 0, whole = 0, single = 0;
+            // First, since registers that are read to cannot be written to before all has come.
+            for (Pack<X, W>& one : held) one.fill(nothing());
             UNROLL for (int j = 0; j < PACKS; j++) {
-                if (chunk + j * S::THREADS >= packs) continue;
-                accesses = j + 1;
-                if (chunk + lane + j * S::THREADS < packs) {
-                    held[j].load(x + at + (Index)j * S::THREADS * W);
-                    whole = j + 1;
-                } else {
-                    held[j].fill(nothing());
-                }
+                if (chunk + j * S::THREADS < packs) accesses = j + 1;
+                if (chunk + lane + j * S::THREADS >= packs) continue;
+                held[j].load(x + at + (Index)j * S::THREADS * W);
+                whole = j + 1;
             }
             if (accesses == 0) {
-                held[0].fill(nothing());
                 if ((Word)member < extra) {
                     at = (Word)member < head ? member : n - extra + member;
                     held[0].set(0, x[at]);
