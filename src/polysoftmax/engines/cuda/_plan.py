@@ -126,6 +126,7 @@ class Kernel:
         else:
             team = f"{self.threads} lane{'s' * (self.threads > 1)} of a warp"
         kept = "" if self.held or self.formula in REDUCTIONS else ", read twice"
+        kept = ", most of them in shared memory" if self.staged else kept
         return f"{team} a row, {self.width} entries an access{kept}"
 
     def declaration(self) -> str:
