@@ -59,6 +59,16 @@ def test_kernels_compile_stay_in_registers_and_access_memory_16_bytes_at_a_time(
     assert narrow_accesses(kernel, compiled.ptx) == []
 
 
+@needs_compiler
+@pytest.mark.parametrize("x", ["bfloat16", "float32"])
+@pytest.mark.parametrize("formula", ["softmax", "log_softmax", "logsumexp", "cross_entropy"])
+def test_a_row_stays_in_64_registers(formula, x):
+    """So that two blocks of 512 threads fit a multiprocessor: spills double the time of a call."""
+    kernel = wide_kernel(formula, x, "float32" if formula == "cross_entropy" else x, 32_768 * 2 // SIZES[x])
+    compiled = _compile.compile_kernel(kernel, 90)
+    assert (kernel.packs, kernel.resident * kernel.block, compiled.spilled) == (8, 1024, 0)
+
+
 def test_the_heaviest_kernels_are_of_every_formula_and_dtype():
     kernels = [kernel for kernel, _ in heaviest_kernels()]
     assert {kernel.x for kernel in kernels} == set(SIZES)

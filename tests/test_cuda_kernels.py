@@ -183,9 +183,12 @@ LAYOUTS = [
 ]
 
 
+STAGED = [("bfloat16", 40_000, 2), ("float16", 33_001, 2), ("float32", 33_001, 4)]
+
+
 @needs_compiler
 @pytest.mark.parametrize("function", [ps.softmax, ps.log_softmax])
-@pytest.mark.parametrize(("dtype", "n", "blocks"), [("bfloat16", 40_000, 2), ("float16", 33_001, 2), ("float32", 33_001, 4)])
+@pytest.mark.parametrize(("dtype", "n", "blocks"), STAGED)
 def test_long_rows_stay_in_shared_memory(device, function, dtype, n, blocks):
     device.machine = Machine(1, clusters=True, shared=227 << 10)
     x = logits(np.random.default_rng(n), dtype, (3, n))

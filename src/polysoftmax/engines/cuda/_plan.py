@@ -70,7 +70,7 @@ _STAGED = 12
 
 
 class Machine(NamedTuple):
-    """What a layout depends on: multiprocessors, clusters of blocks, bytes of shared memory that a block may ask for."""
+    """What a layout depends on: multiprocessors, clusters of blocks, and the shared memory that a block may ask for."""
 
     processors: int
     clusters: bool
@@ -173,8 +173,10 @@ def plan_rows(
         if plan is not None:
             return plan
     few = _FEW_PACKS >> (formula in TWO_INPUTS)
-    # Beside a row of many accesses a thread has no registers for a division by the temperature.
+    # Beside a row of many accesses a thread has no registers for a division by the temperature, or for a loss in float64.
     usual, most = (few, few) if general else (2 * few, 4 * few)
+    if formula == "cross_entropy_slope" and compute == "float64":
+        most = usual
     # What reads only, and has no answer of that size to write, is done sooner with fewer threads and more under way.
     threads = min(_MOST_THREADS, max(64, _power(_over(units, usual if formula in REDUCTIONS else few))))
     cluster = 1
@@ -261,7 +263,8 @@ def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Pl
     width = 16 // SIZES[x] if aligned else 1
     threads = min(_MOST_THREADS, max(64, _power(_over(n, width * _FEW_PACKS))))
     y = compute if formula == "sample_leading" else x
-    kernel = Kernel(formula, x, y, compute, width, threads, threads, _FEW_PACKS)
+    packs = _FEW_PACKS if compute == "float32" else _FEW_PACKS // 2
+    kernel = Kernel(formula, x, y, compute, width, threads, threads, packs)
     return Plan(kernel, rows, _SCRATCH + 8 * _BINS + (4 + max(4, SIZES[x])) * _LISTED + _BOARD)
 
 
