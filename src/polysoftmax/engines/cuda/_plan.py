@@ -173,7 +173,7 @@ def plan_rows(
         if plan is not None:
             return plan
     few = _FEW_PACKS >> (formula in TWO_INPUTS)
-    # Beside a row of many accesses a thread has no registers for a division by the temperature, or for a loss in float64.
+    # Beside a row of many accesses a thread has no registers for a division by the temperature, or a loss in float64.
     usual, most = (few, few) if general else (2 * few, 4 * few)
     if formula == "cross_entropy_slope" and compute == "float64":
         most = usual
