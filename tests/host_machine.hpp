@@ -13,6 +13,7 @@
 #undef UNROLL    // unrolled loops would only take longer to compile
 #define UNROLL
 #define ONCE
+#define SOME
 
 namespace polysoftmax {
 
@@ -82,6 +83,11 @@ inline int thread_index() { return host->now->thread; }
 inline Index block_index() { return host->first_block + host->now->block; }
 inline int cluster_rank() { return host->now->block; }
 inline void block_barrier() { wait(host->blocks[host->now->block]); }
+inline void warp_barrier() { wait(host->warps[(host->now->block * host->threads + host->now->thread) / 32]); }
+inline void copy_16_bytes(void* to, const void* from) { memcpy(to, from, 16); }
+inline void wait_for_copies() {}
+inline void let_next_launch_begin() {}
+inline void wait_for_last_launch() {}    // launches run one after the other
 inline void cluster_arrive() {}    // whoever waits has arrived, too
 inline void cluster_wait() { wait(host->whole); }
 
@@ -149,6 +155,7 @@ struct Pack {
         check(to);
         memcpy(to, at, sizeof(at));
     }
+    void put(T* to) const { store(to); }
     void drop_first() {
         for (int i = 1; i < W; i++) at[i - 1] = at[i];
     }

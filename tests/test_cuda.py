@@ -317,7 +317,7 @@ def test_every_length_has_a_layout():
             assert kernel.cluster == 1 or (clusters and kernel.cluster in (2, 4, 8))
             if kernel.held and formula == "softmax":
                 assert kernel.width * kernel.threads * kernel.packs * kernel.cluster >= n
-        masses = plan_masses(x, rows, n, aligned=True, general=False, machine=machine)
+        masses = plan_masses(x, rows, n, general=False, machine=machine)
         assert isinstance(masses, Plan)
 
 

@@ -59,6 +59,17 @@ def test_kernels_compile_stay_in_registers_and_access_memory_16_bytes_at_a_time(
     assert narrow_accesses(kernel, compiled.ptx) == []
 
 
+@needs_compiler
+@pytest.mark.parametrize("x", ["bfloat16", "float32"])
+@pytest.mark.parametrize("formula", ["softmax", "log_softmax", "logsumexp", "cross_entropy"])
+def test_a_row_stays_in_64_registers(formula, x):
+    """So that two blocks of 512 threads fit a multiprocessor: spills double the time of a call."""
+    y, n = "float32" if formula == "cross_entropy" else x, 65_536 // SIZES[x]
+    kernel = plan_rows(formula, x, y, 2048, n, aligned=True, general=False, machine=H100).kernel
+    compiled = _compile.compile_kernel(kernel, 90)
+    assert (kernel.packs, kernel.resident * kernel.block, compiled.spilled) == (8, 1024, 0)
+
+
 def test_the_heaviest_kernels_are_of_every_formula_and_dtype():
     kernels = [kernel for kernel, _ in heaviest_kernels()]
     assert {kernel.x for kernel in kernels} == set(SIZES)
@@ -263,10 +274,10 @@ def test_files_have_the_mode_that_the_umask_gives(compiler, umask, mode):
 def test_what_a_compute_capability_can_do(arch, clusters):
     if clusters is None:
         with pytest.raises(ImportError, match=r"compute capability 7\.5, and the kernels need 8\.0"):
-            _compile.machine_of(arch, 40, clusters=True)
+            _compile.machine_of(arch, 40, 99 << 10, clusters=True)
     else:
-        assert _compile.machine_of(arch, 40, clusters=True) == Machine(40, clusters)
-        assert not _compile.machine_of(arch, 40, clusters=False).clusters
+        assert _compile.machine_of(arch, 40, 99 << 10, clusters=True) == Machine(40, clusters, 99 << 10)
+        assert not _compile.machine_of(arch, 40, 99 << 10, clusters=False).clusters
 
 
 @pytest.fixture

@@ -183,6 +183,22 @@ LAYOUTS = [
 ]
 
 
+STAGED = [("bfloat16", 40_000, 2), ("float16", 33_001, 2), ("float32", 33_001, 4)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("function", [ps.softmax, ps.log_softmax])
+@pytest.mark.parametrize(("dtype", "n", "blocks"), STAGED)
+def test_long_rows_stay_in_shared_memory(device, function, dtype, n, blocks):
+    device.machine = Machine(1, clusters=True, shared=227 << 10)
+    x = logits(np.random.default_rng(n), dtype, (3, n))
+    x[1] = -np.inf
+    x[1, n - 1] = 2.0
+    assert_close(function(x), portable(function, x), x)
+    kernel = device.plans[-1].kernel
+    assert (kernel.cluster, kernel.threads, kernel.staged) == (blocks, 256, 8)
+
+
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "rows", "n", "processors", "clusters"), LAYOUTS)
 @pytest.mark.parametrize("general", [False, True])

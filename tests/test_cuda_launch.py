@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from polysoftmax.engines.cuda import _cache, _compile, _devices, _launch, _source
-from polysoftmax.engines.cuda._plan import Machine, Plan, plan_rows
+from polysoftmax.engines.cuda._plan import Machine, Plan, plan_draw, plan_rows
 
 KERNEL = plan_rows(
     "softmax", "float32", "float32", 8, 4096, aligned=True, general=False, machine=Machine(132, clusters=True)
@@ -84,22 +84,33 @@ class FakeCore:
     """The parts of ``cuda.core`` and the driver that a launch takes, remembering what they were given."""
 
     def __init__(self):
-        self.said, self.loaded, self.made_current = [], [], []
+        self.said, self.loaded, self.made_current, self.asked = [], [], [], []
         self.context, self.status = CALLERS, 0
         self.driver = SimpleNamespace(
             cuCtxGetCurrent=lambda: (0, self.context),
             cuCtxSetCurrent=self.make_current,
             cuGetErrorName=lambda status: (0, {700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}[status]),
             cuLaunchKernelEx=self.launch,
+            cuKernelSetAttribute=self.set_attribute,
+            CUkernel=lambda address: ("kernel", address),
+            CUdevice=lambda ordinal: ("device", ordinal),
+            CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"),
             CUfunction=lambda address: ("function", address),
             CUlaunchConfig=SimpleNamespace,
             CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace())),
-            CUlaunchAttributeID=SimpleNamespace(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster"),
+            CUlaunchAttributeID=SimpleNamespace(
+                CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster",
+                CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="begins early",
+            ),
         )
 
     def make_current(self, context):
         self.context = context
         self.made_current.append(context)
+        return (0,)
+
+    def set_attribute(self, *what):
+        self.asked.append(what)
         return (0,)
 
     def Device(self, ordinal):
@@ -146,6 +157,22 @@ def test_a_launch_goes_to_the_stream_and_device_of_the_caller(core):
     (attribute,) = core.said[2][1].attrs
     size = attribute.value.clusterDim
     assert (core.said[2][1].numAttrs, attribute.id, size.x, size.y, size.z) == (1, "cluster", 4, 1, 1)
+
+
+def test_a_draw_begins_before_the_masses_have_ended_where_the_device_can(core):
+    draw = plan_draw("float32", 7, 1000, general=False, machine=Machine(132, clusters=True))
+    for plan, arch in ((draw, 90), (draw, 80), (PLAN, 90)):
+        _launch.launch(plan, arch, 1, 1234, [5, 1.5])
+    (attribute,) = core.said[0][1].attrs
+    assert (attribute.id, attribute.value.programmaticStreamSerializationAllowed) == ("begins early", 1)
+    assert not any(hasattr(config, "attrs") for _, config, *_ in core.said[1:])
+
+
+def test_a_block_asks_once_for_much_shared_memory(core):
+    for shared in (48 << 10, 50 << 10, 49 << 10):
+        _launch.launch(PLAN._replace(shared=shared), 90, 1, 1234, [5, 1.5])
+    assert core.asked == [("shared", 50 << 10, ("kernel", 1), ("device", 1))]
+    assert [config.sharedMemBytes for _, config, *_ in core.said] == [48 << 10, 50 << 10, 49 << 10]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -50,7 +50,7 @@ def fake_gpu(launched: Callable[[Plan], object], machine: Machine | None = None)
     from polysoftmax.engines.cuda._plan import Machine
     from polysoftmax.functions import losses
 
-    device = FakeDevice(machine or Machine(H100_PROCESSORS, clusters=True), launched)
+    device = FakeDevice(machine or Machine(H100_PROCESSORS, clusters=True, shared=227 << 10), launched)
     with (
         patch.object(engine, "is_on_gpu", lambda _: True),
         patch.object(_devices, "device_of", lambda _: device),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from polysoftmax.engines.cuda._plan import Kernel
 
 CLUSTERS_SINCE: Final = 90
-"""Compute capability that first had thread block clusters."""
+"""Compute capability that first had thread block clusters, and launches that begin before the last has ended."""
 
 OLDEST: Final = 80
 """Compute capability that first rounded to bfloat16 in an instruction."""
@@ -28,12 +28,12 @@ The suppressed remarks: a loop of no steps, and a constant that one kernel has n
 """
 
 
-def machine_of(arch: int, processors: int, *, clusters: bool) -> Machine:
+def machine_of(arch: int, processors: int, shared: int, *, clusters: bool) -> Machine:
     """Return what layouts depend on for a compute capability; ``clusters`` says whether they can be launched."""
     if arch < OLDEST:
         msg = f"the device has compute capability {arch / 10}, and the kernels need {OLDEST / 10}"
         raise ImportError(msg)
-    return Machine(processors, clusters and arch >= CLUSTERS_SINCE)
+    return Machine(processors, clusters and arch >= CLUSTERS_SINCE, shared)
 
 
 def target_of(arch: int) -> int:

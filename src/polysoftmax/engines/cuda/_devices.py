@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from polysoftmax._arrays import library
 from polysoftmax.engines import has_cuda_core
 from polysoftmax.engines.cuda import _compile, _launch
+from polysoftmax.engines.cuda._plan import USUAL_SHARED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +105,9 @@ class _TorchDevice:
         self.torch = torch
         self.ordinal = ordinal
         self.device = torch.device("cuda", ordinal)
-        self.machine = _compile.machine_of(arch, found.multi_processor_count, clusters=True)
+        # Older PyTorch does not say what a block may ask for.
+        shared = getattr(found, "shared_memory_per_block_optin", USUAL_SHARED)
+        self.machine = _compile.machine_of(arch, found.multi_processor_count, shared, clusters=True)
         self.target = _compile.target_of(arch)
         self.stream = _streams_of(torch)
 
@@ -137,7 +140,8 @@ class _CupyDevice:
         core = has_cuda_core()
         processors = self.device.attributes["MultiProcessorCount"]
         # CuPy's own launches know no clusters.
-        self.machine = _compile.machine_of(arch, processors, clusters=core)
+        shared = self.device.attributes.get("MaxSharedMemoryPerBlockOptin", USUAL_SHARED)
+        self.machine = _compile.machine_of(arch, processors, shared, clusters=core)
         self.target = _compile.target_of(arch) if core else None
 
     def view(self, x: Array) -> tuple[int, Seen]:

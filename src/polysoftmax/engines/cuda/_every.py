@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LENGTHS = sorted({m for i in range(21) for m in (1 << i, 3 << i) if m <= 3 << 19})
 _ROWS = (1, 8, 30, 10_000)
 _ARCHITECTURES = {"float16": 80, "bfloat16": 90, "float32": 100, "float64": 90}
-_MACHINES = (Machine(132, clusters=True), Machine(108, clusters=False))
+_MACHINES = (Machine(132, clusters=True, shared=227 << 10), Machine(108, clusters=False))
 
 
 def every_kernel() -> dict[Kernel, bool]:
@@ -64,10 +64,10 @@ def _chosen(machine: Machine) -> Iterator[Kernel]:
             for y in sorted({compute} if formula == "cross_entropy" else {x, compute}):
                 plan = plan_rows(formula, x, y, rows, n, aligned=aligned, general=general, machine=machine)
                 yield plan.kernel
-        masses = plan_masses(x, rows, n, aligned=aligned, general=general, machine=machine)
+        masses = plan_masses(x, rows, n, general=general, machine=machine)
         if not isinstance(masses, str):
             yield masses.kernel
-        yield plan_draw(x, rows, n, general=general).kernel
+        yield plan_draw(x, rows, n, general=general, machine=machine).kernel
         yield plan_draw_leading(compute, rows, 1).kernel
         for formula in FILTERS:
             yield plan_filter(formula, x, rows, n, aligned=aligned).kernel

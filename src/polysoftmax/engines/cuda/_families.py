@@ -138,7 +138,6 @@ def _masses_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Lau
         batch.x.dtype,
         batch.rows,
         batch.n,
-        aligned=batch.starts_aligned(batch.x, stride),
         general=temperature is not None or where is not None,
         machine=device.machine,
     )
@@ -168,7 +167,7 @@ def _draw_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launc
         *batch.mask(where),
     )
     general = temperature is not None or where is not None
-    plan = plan_draw(x.dtype, batch.rows, n, general=general)
+    plan = plan_draw(x.dtype, batch.rows, n, general=general, machine=device.machine)
     return Launch(device, plan, (), _drawn(batch, call), after)
 
 

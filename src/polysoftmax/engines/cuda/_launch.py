@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from polysoftmax.engines.cuda import _cache, _compile
+from polysoftmax.engines.cuda._plan import USUAL_SHARED
 from polysoftmax.engines.cuda._source import source
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class _Launcher:
         from cuda.bindings import driver
         from cuda.core import Device, ObjectCode
 
-        self.driver, self.kernel = driver, kernel
+        self.driver, self.kernel, self.ordinal = driver, kernel, ordinal
+        self.follows = kernel.follows and arch >= _compile.CLUSTERS_SINCE
         before = self._current()
         Device(ordinal).set_current()
         try:
@@ -60,6 +62,7 @@ class _Launcher:
             driver.cuCtxSetCurrent(before)
         self.address = int(self.context)
         self.unused: list[_Frame] = []
+        self.shared = USUAL_SHARED
 
     def launch(self, plan: Plan, stream: int, arguments: list[int | float]) -> None:
         """Launch the kernel with its arguments, each of which takes eight bytes."""
@@ -78,12 +81,22 @@ class _Launcher:
         try:
             frame = self.unused.pop()
         except IndexError:  # the first launch, or others are being made
-            frame = _Frame(self.driver, self.kernel, arguments)
+            frame = _Frame(self.driver, self.kernel, arguments, follows=self.follows)
+        if plan.shared > self.shared:
+            self._allow(plan.shared)
         frame.set(plan, stream, arguments)
         (status,) = self.driver.cuLaunchKernelEx(frame.config, self.function, frame.pointers, 0)
         self.unused.append(frame)
         if status:
             self._check(status, f"launch {self.kernel.name}")
+
+    def _allow(self, shared: int) -> None:
+        """Let a block have more shared memory than it may without asking."""
+        kind = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        kernel, device = self.driver.CUkernel(int(self.loaded.handle)), self.driver.CUdevice(self.ordinal)
+        (status,) = self.driver.cuKernelSetAttribute(kind, shared, kernel, device)
+        self._check(status, f"give a block of {self.kernel.name} {shared} bytes of shared memory")
+        self.shared = shared
 
     def _current(self) -> Any:
         status, context = self.driver.cuCtxGetCurrent()
@@ -102,7 +115,7 @@ class _Launcher:
 class _Frame:
     """Memory for one launch at a time: the arguments, their addresses and the configuration."""
 
-    def __init__(self, driver: Any, kernel: Kernel, arguments: list[int | float]) -> None:
+    def __init__(self, driver: Any, kernel: Kernel, arguments: list[int | float], *, follows: bool) -> None:
         self.pack = struct.Struct("".join(["d" if isinstance(one, float) else "q" for one in arguments])).pack_into
         self.words = ctypes.create_string_buffer(8 * len(arguments))
         start = ctypes.addressof(self.words)
@@ -113,12 +126,21 @@ class _Frame:
         self.config = config = driver.CUlaunchConfig()
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX = kernel.block
+        kinds = driver.CUlaunchAttributeID
+        attributes = []
         if kernel.cluster > 1:
             attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             cluster = attribute.value.clusterDim
             cluster.x, cluster.y, cluster.z = kernel.cluster, 1, 1
-            config.attrs, config.numAttrs = [attribute], 1
+            attributes.append(attribute)
+        if follows:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
 
     def set(self, plan: Plan, stream: int, arguments: list[int | float]) -> None:
         """Say what is launched now."""

@@ -70,10 +70,6 @@ class Batch:
             raise Uncovered("the rows do not lie at one distance")
         return found[2]
 
-    def starts_aligned(self, view: View, stride: int) -> bool:
-        """Whether every row starts at 16 bytes."""
-        return view.offset == 0 and (self.rows == 1 or stride * SIZES[view.dtype] % 16 == 0)
-
     def map(self, view: View) -> Map:
         """Return where the rows of an operand stand that may be repeated or broadcast."""
         found = row_map(view.shape[:-1], view.strides[:-1], self.batch)

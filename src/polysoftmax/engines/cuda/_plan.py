@@ -21,6 +21,7 @@ ROW_FORMULAS: Final = (
     "cross_entropy_slope",
 )
 TWO_INPUTS: Final = frozenset({"softmax_vjp", "log_softmax_vjp", "softmax_pullback", "log_softmax_pullback"})
+STAGED: Final = frozenset({"softmax", "log_softmax"})
 FILTERS: Final = ("truncate", "sample_leading")
 REDUCTIONS: Final = frozenset({"logsumexp", "cross_entropy"})
 
@@ -52,8 +53,11 @@ _C_TYPES: Final = {
 _SCRATCH = 2304
 """Bytes of shared memory for merging in one block, as merges.cuh says."""
 
-_SLOT = 64
+_SLOT = 32
 """Bytes of shared memory that a warp's value takes in a merge, as merges.cuh says."""
+
+_ROOM_FOR_MASSES = 16 << 10
+"""Bytes of shared memory that the masses of blocks of tokens may take, as sample.cuh says."""
 
 _BINS = 2048
 _LISTED = 2048
@@ -61,7 +65,7 @@ _BOARD = 320
 MOST_LEADING: Final = 1024
 """Sums and tokens that fit the shared memory of a filter, bytes beside them, leading tokens, as truncate.cuh says."""
 
-_SHARED = 48 << 10
+USUAL_SHARED: Final = 48 << 10
 """Bytes of shared memory that a block may have without asking."""
 
 _LARGEST_CLUSTER = 8
@@ -79,12 +83,16 @@ _LIGHT = 32
 _FEW_PACKS = 4
 """Accesses under way that hide the latency of memory."""
 
+_STAGED = 12
+"""Accesses of a thread that stay in shared memory, at most."""
+
 
 class Machine(NamedTuple):
-    """What a layout depends on: multiprocessors, and whether blocks can be launched in clusters."""
+    """What a layout depends on: multiprocessors, clusters of blocks, and the shared memory that a block may ask for."""
 
     processors: int
     clusters: bool
+    shared: int = USUAL_SHARED
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ class Kernel:
     held: bool = True
     general: bool = False
     lanes: int = 0
+    staged: int = 0
 
     @property
     def family(self) -> Family:
@@ -113,6 +122,7 @@ class Kernel:
     def name(self) -> str:
         """Name of the kernel, and of its file in the cache."""
         how = f"l{self.lanes}" if self.lanes else ("held" if self.held else "streamed")
+        how += f"_s{self.staged}" if self.staged else ""
         layout = f"w{self.width}_t{self.threads}_b{self.block}_p{self.packs}_c{self.cluster}_{how}{'_g' * self.general}"
         return f"{self.formula}_{self.x}_{self.y}_{self.compute}_{layout}"
 
@@ -125,6 +135,11 @@ class Kernel:
         return max(1, (1024 if is_light else 512) // self.block)
 
     @property
+    def follows(self) -> bool:
+        """Whether it waits for the launch before it, which lets it begin, and not the device."""
+        return self.formula.startswith("sample_draw")
+
+    @property
     def layout(self) -> str:
         """The layout in words."""
         if self.cluster > 1:
@@ -134,12 +149,13 @@ class Kernel:
         else:
             team = f"{self.threads} lane{'s' * (self.threads > 1)} of a warp"
         kept = "" if self.held or self.formula in REDUCTIONS else ", read twice"
+        kept = ", most of them in shared memory" if self.staged else kept
         return f"{team} a row, {self.width} entries an access{kept}"
 
     def declaration(self) -> str:
         """Return the C++ type that tells a kernel what it is."""
         numbers = {"WIDTH": self.width, "THREADS": self.threads, "BLOCK": self.block, "PACKS": self.packs}
-        numbers |= {"CLUSTER": self.cluster, "LANES": self.lanes}
+        numbers |= {"CLUSTER": self.cluster, "LANES": self.lanes, "STAGED": self.staged}
         lines = [
             f"using X = {_C_TYPES[self.x]};",
             f"using Y = {_C_TYPES[self.y]};",
@@ -175,10 +191,17 @@ def plan_rows(
         packs = _power(_over(units, threads))
         kernel = Kernel(formula, x, y, compute, width, threads, _SMALL_BLOCK, packs, general=general)
         return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), 2 * _slots(threads, 1))
+    if formula in STAGED and width > 1 and not general:
+        plan = _plan_staged(formula, x, y, rows, units, machine)
+        if plan is not None:
+            return plan
     few = _FEW_PACKS >> (formula in TWO_INPUTS)
-    # Beside a row of many accesses a thread has no registers for a division by the temperature.
+    # Beside a row of many accesses a thread has no registers for a division by the temperature, or a loss in float64.
     usual, most = (few, few) if general else (2 * few, 4 * few)
-    threads = min(_MOST_THREADS, max(64, _power(_over(units, few))))
+    if formula == "cross_entropy_slope" and compute == "float64":
+        most = usual
+    # What reads only, and has no answer of that size to write, is done sooner with fewer threads and more under way.
+    threads = min(_MOST_THREADS, max(64, _power(_over(units, usual if formula in REDUCTIONS else few))))
     cluster = 1
     if machine.clusters and formula not in REDUCTIONS:
         cluster = min(_LARGEST_CLUSTER, _power(_over(units, threads * usual)))
@@ -197,17 +220,33 @@ def plan_rows(
     return Plan(kernel, rows, 2 * _slots(threads, cluster))
 
 
-def plan_masses(x: str, rows: int, n: int, *, aligned: bool, general: bool, machine: Machine) -> Plan | str:
-    """Choose the layout of the masses of blocks of tokens, or say why there is none.
+def _plan_staged(formula: str, x: str, y: str, rows: int, units: int, machine: Machine) -> Plan | None:
+    """Choose a layout that keeps most of a long row in shared memory, where small blocks leave room for several.
 
-    ``aligned`` says that every row starts at 16 bytes.
+    Registers alone hold as much only in large blocks, two to a multiprocessor: in clusters, these wait for each other.
     """
+    blocks = _over(units, 256 * (_FEW_PACKS + _STAGED))
+    threads, cluster = (256, _power(blocks)) if blocks <= _LARGEST_CLUSTER else (512, _LARGEST_CLUSTER)
+    staged = _over(_over(units, threads * cluster) - _FEW_PACKS, 4) * 4
+    shared = 2 * _slots(threads, cluster) + 16 * threads * staged
+    if not machine.clusters or cluster == 1 or staged > _STAGED or shared > machine.shared:
+        return None
+    if 2 * cluster * rows <= machine.processors:
+        return None
+    compute = "float64" if x == "float64" else "float32"
+    width = 16 // SIZES[x]
+    kernel = Kernel(formula, x, y, compute, width, threads, threads, _FEW_PACKS, cluster, staged=staged)
+    return Plan(kernel, rows, shared)
+
+
+def plan_masses(x: str, rows: int, n: int, *, general: bool, machine: Machine) -> Plan | str:
+    """Choose the layout of the masses of blocks of tokens, or say why there is none."""
     compute = "float64" if x == "float64" else "float32"
     size = block_length(n)
     width = 16 // SIZES[x]
-    if not aligned or size < width:
+    if size < width:
         width = 1
-    lanes = min(size // width, 32 if width == 1 else 16 if compute == "float64" else 8)
+    lanes = min(size // width, 16 if compute == "float64" else 8)
     packs = size // (lanes * width)
     count = _over(n, size)
     threads = min(_MOST_THREADS, max(32, _power(count * lanes)))
@@ -215,23 +254,27 @@ def plan_masses(x: str, rows: int, n: int, *, aligned: bool, general: bool, mach
     cluster = 1
     while machine.clusters and cluster < _LARGEST_CLUSTER and count >= 2 * cluster * groups:
         enough = 2 * cluster * rows > machine.processors
-        if enough and _masses_shared(count, cluster, threads, groups, compute) <= _SHARED:
+        if enough and _masses_shared(count, cluster, threads, groups, compute) <= USUAL_SHARED:
             break
         cluster *= 2
     shared = _masses_shared(count, cluster, threads, groups, compute)
-    if shared > _SHARED:
+    if shared > USUAL_SHARED:
         return f"rows of {n} have more blocks of tokens than fit shared memory"
     kernel = Kernel("sample_masses", x, compute, compute, width, threads, threads, packs, cluster, True, general, lanes)
     return Plan(kernel, rows, shared)
 
 
-def plan_draw(x: str, rows: int, n: int, *, general: bool) -> Plan:
+def plan_draw(x: str, rows: int, n: int, *, general: bool, machine: Machine) -> Plan:
     """Choose the layout of a draw from given masses."""
     compute = "float64" if x == "float64" else "float32"
     size = block_length(n)
     threads = 32 if max(size, _over(n, size)) <= 2 * 32 else _SMALL_BLOCK
-    kernel = Kernel("sample_draw", x, compute, compute, 1, threads, _SMALL_BLOCK, 1, general=general)
-    return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), _SCRATCH)
+    # Blocks begin early, where there is room for them: many small ones would crowd on few multiprocessors.
+    while _SMALL_BLOCK <= threads < _MOST_THREADS and rows * threads < machine.processors * _MOST_THREADS:
+        threads *= 2
+    block = max(threads, _SMALL_BLOCK)
+    kernel = Kernel("sample_draw", x, compute, compute, 1, threads, block, 1, general=general)
+    return Plan(kernel, _over(rows, block // threads), _SCRATCH)
 
 
 def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Plan:
@@ -243,18 +286,20 @@ def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Pl
     width = 16 // SIZES[x] if aligned else 1
     threads = min(_MOST_THREADS, max(64, _power(_over(n, width * _FEW_PACKS))))
     y = compute if formula == "sample_leading" else x
-    kernel = Kernel(formula, x, y, compute, width, threads, threads, _FEW_PACKS)
+    packs = _FEW_PACKS if compute == "float32" else _FEW_PACKS // 2
+    kernel = Kernel(formula, x, y, compute, width, threads, threads, packs)
     return Plan(kernel, rows, _SCRATCH + 8 * _BINS + (4 + max(4, SIZES[x])) * _LISTED + _BOARD)
 
 
 def plan_draw_leading(compute: str, rows: int, k: int) -> Plan:
     """Choose the layout of a draw from few tokens."""
     kernel = Kernel("sample_draw_leading", compute, compute, compute, 1, _SMALL_BLOCK, _SMALL_BLOCK, 1)
-    return Plan(kernel, rows, _SCRATCH + 2 * k * SIZES[compute])
+    return Plan(kernel, rows, _SCRATCH + (2 * SIZES[compute] + 4) * k)
 
 
 def _masses_shared(count: int, cluster: int, threads: int, groups: int, compute: str) -> int:
-    return _slots(threads, cluster) + _over(count, cluster * groups) * groups * SIZES[compute]
+    tops = _over(count, cluster * groups) * groups * SIZES[compute]
+    return _slots(threads, cluster) + (2 * tops if tops <= _ROOM_FOR_MASSES else tops)
 
 
 def _slots(threads: int, cluster: int) -> int:

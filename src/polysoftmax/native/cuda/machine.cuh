@@ -2,6 +2,7 @@
 // tests give the same functions on the host, so that the kernels themselves run there.
 #define DEVICE __device__ __forceinline__
 #define ONCE _Pragma("unroll 1")    // a loop whose body is long
+#define SOME _Pragma("unroll 4")
 
 using Index = long long;
 using Amount = uint64_t;
@@ -9,6 +10,7 @@ using Amount = uint64_t;
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE Index block_index() { return blockIdx.x; }
 DEVICE void block_barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE Word word_across(Word word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); }
 DEVICE bool any_in_warp(bool mine) { return __any_sync(0xffffffffu, mine); }
 
@@ -32,6 +34,20 @@ DEVICE void cluster_arrive() {
 DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait;" ::: "memory");
+#endif
+}
+
+// Of two launches, one after the other, the second may begin once all blocks of the first have said so; what the first has
+// written, the second sees after it has waited. A launch that is not told to begin early has nothing to wait for.
+DEVICE void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+DEVICE void wait_for_last_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -102,6 +118,15 @@ DEVICE void store_16_bytes(void* to, const void* from) {
                  : "memory");
 }
 
+// Copy 16 bytes to shared memory, past the registers. This thread sees them once it has waited for all its copies.
+DEVICE void copy_16_bytes(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((Word)__cvta_generic_to_shared(to)),
+                 "l"(__cvta_generic_to_global(from))
+                 : "memory");
+}
+
+DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 template <bool FIRST, class A, class B>
 struct Either {
     using Type = A;
@@ -147,6 +172,10 @@ struct Pack {
     DEVICE void load(const T* from) {
         UNROLL for (int i = 0; i < SIZE / STEP; i++) ((Unit*)kept)[i] = ((const Unit*)from)[i];
     }
+    // Write to shared memory.
+    DEVICE void put(T* to) const {
+        UNROLL for (int i = 0; i < SIZE / STEP; i++) ((Unit*)to)[i] = ((const Unit*)kept)[i];
+    }
     DEVICE void store(T* to) const {
         if constexpr (STEP == 16) {
             UNROLL for (int i = 0; i < SIZE; i += 16) store_16_bytes((char*)to + i, (const char*)kept + i);
@@ -163,10 +192,12 @@ struct Pack {
             UNROLL for (int i = 1; i < W; i++) kept[i - 1] = kept[i];
         }
     }
-    // Change some bits of the pairs, if these are not 0.
+    // Change some bits of pairs and floats, if these are not 0.
     DEVICE void change(Word bits) {
         if constexpr (IN_PAIRS) {
             for (Word& pair : kept) pair ^= bits;
+        } else if constexpr (sizeof(T) == 4) {
+            for (T& one : kept) one = of_bits<T>(bits_of(one) ^ bits);
         }
     }
 };

@@ -11,11 +11,12 @@ DEVICE S across(const S& mine, int mask) {
     return other;
 }
 
-const int SCRATCH = 2304;    // bytes of shared memory that merging takes in one block: 33 values of up to 64, and room
+const int SCRATCH = 2304;    // bytes of shared memory that merging takes in one block, and room
+const int SLOT = 32;         // bytes of a value at most
 
-// Bytes that a merge takes: a value of up to 64 bytes for every warp of the row.
+// Bytes that a merge takes: a value for every warp of the row.
 template <int THREADS, int CLUSTER>
-constexpr int SLOTS = 64 * (THREADS > 32 ? THREADS / 32 : 1) * CLUSTER;
+constexpr int SLOTS = SLOT * (THREADS > 32 ? THREADS / 32 : 1) * CLUSTER;
 
 template <int THREADS, class S, class Merge>
 DEVICE S merged_in_warp(S mine, Merge merge_two) {
@@ -31,6 +32,7 @@ DEVICE S merged_in_warp(S mine, Merge merge_two) {
 // has to know that all its blocks have begun.
 template <int THREADS, int CLUSTER, class S, class Merge>
 DEVICE S merged_across_warps(S mine, char* memory, Merge merge_two) {
+    static_assert(sizeof(S) <= SLOT, "the value has no room");
     if constexpr (THREADS > 32 || CLUSTER > 1) {
         constexpr int OWN = THREADS / 32, ALL = OWN * CLUSTER;
         S* slots = (S*)memory;

@@ -7,7 +7,8 @@
 //   BLOCK       threads of a block: THREADS, or more for several rows of up to 32 threads each
 //   PACKS       accesses of a thread that are under way together
 //   CLUSTER     blocks that share a row
-//   HELD        whether the row stays in registers; else it is read again to be written
+//   HELD        whether the row stays where it is read to; else it is read again to be written
+//   STAGED      accesses of a thread that stay in shared memory, beside the PACKS in registers
 //   GENERAL     whether there is a temperature or a mask; most calls have neither, and need not pay for the questions
 
 enum Formula {
@@ -69,6 +70,8 @@ struct RowKernel {
     C others = -1;    // 1 - p of the class at the top where that has more than half of the probability; else negative
     C moment, own = 0;    // a mean or sum over the second array, and its entry at the class with more than half
     Index target;
+    int target_position;    // -1 of a class that there is not
+    bool counts;    // and so has a loss
     C target_logit, weight, pull_of_z, cotangent;    // of the row's loss
 
     Pack<X, W> held[PACKS], held_second[HAS_SECOND ? PACKS : 1];
@@ -127,8 +130,22 @@ struct RowKernel {
         }
     }
 
+    // An access of this thread in shared memory.
+    DEVICE X* staged(int j) const {
+        return (X*)(shared + 2 * SLOTS<S::THREADS, S::CLUSTER>) + (j * S::THREADS + thread_index()) * W;
+    }
+
     // Read a chunk: all its accesses first, and then what depends on one.
     DEVICE void load(int chunk) {
+        UNROLL for (int j = 0; j < S::STAGED; j++) {
+            if (has_pack(0, PACKS + j)) {
+                copy_16_bytes(staged(j), x + pack_position(0, PACKS + j));
+            } else {
+                Pack<X, W> none;
+                none.fill(nothing());
+                none.put(staged(j));
+            }
+        }
         UNROLL for (int j = 0; j < PACKS; j++) {
             load_pack(has_pack(chunk, j), pack_position(chunk, j), held[j], held_second[HAS_SECOND ? j : 0]);
         }
@@ -151,6 +168,12 @@ struct RowKernel {
     template <class Body>
     DEVICE void visit_held(int chunk, Body body) {
         UNROLL for (int j = 0; j < PACKS; j++) body(held[j], held_second[HAS_SECOND ? j : 0]);
+        if constexpr (S::STAGED > 0) wait_for_copies();
+        SOME for (int j = 0; j < S::STAGED; j++) {
+            Pack<X, W> pack;
+            pack.load(staged(j));
+            body(pack, pack);
+        }
         if (chunk == 0 && has_extra()) body(held_extra, held_extra_second);
     }
 
@@ -162,6 +185,12 @@ struct RowKernel {
             if (!S::HELD) load(chunk);
             UNROLL for (int j = 0; j < PACKS; j++) {
                 if (has_pack(chunk, j)) body(pack_position(chunk, j), held[j], held_second[HAS_SECOND ? j : 0]);
+            }
+            SOME for (int j = PACKS; j < PACKS + S::STAGED; j++) {
+                if (!has_pack(0, j)) continue;
+                Pack<X, W> pack;
+                pack.load(staged(j - PACKS));
+                body(pack_position(0, j), pack, pack);
             }
         }
         if (has_extra()) body(extra_position(), held_extra, held_extra_second);
@@ -190,6 +219,7 @@ struct RowKernel {
             });
             if constexpr (!IS_PULLBACK) {
                 mine.top = top_of_warp(mine.top);
+                weigh_target();
                 visit([&](const auto& pack, const auto&) { mine.sum += sum_of_terms(pack, mine.top); });
             }
         } else {
@@ -209,6 +239,7 @@ struct RowKernel {
                 });
                 sum.add(terms);
                 sum_of_second.add(others);
+                if (chunk == 0) weigh_target();
             }
             mine.sum = sum.value();
             of_second = sum_of_second.value();
@@ -363,14 +394,14 @@ struct RowKernel {
             probabilities(position, pack, v);
             const C share = weight + pull_of_z;
             UNROLL for (int i = 0; i < N; i++) g[i] = v[i] * share * cotangent;
-            if ((uint64_t)(target - position) < N) {
+            if ((Word)(target_position - position) < N) {
                 UNROLL for (int i = 0; i < N; i++) {
-                    if (target == position + i) g[i] = (v[i] * pull_of_z - lacking_of(v[i]) * weight) * cotangent;
+                    if (target_position == position + i) g[i] = (v[i] * pull_of_z - lacking_of(v[i]) * weight) * cotangent;
                 }
             }
             UNROLL for (int i = 0; i < N; i++) v[i] = g[i];
         } else if constexpr (F == LOG_SOFTMAX) {
-            widen_all(pack, v);
+            widen_again(pack, v);
             UNROLL for (int i = 0; i < N; i++) v[i] = score_below(v[i], total.top, t) - log_total;
             if (S::GENERAL && log_total != log_total) {
                 UNROLL for (int i = 0; i < N; i++) v[i] = mask.exists(position + i) ? v[i] : -infinity<C>();
@@ -383,17 +414,24 @@ struct RowKernel {
         y.store(out + position);
     }
 
-    // The class of the row, and whether the row counts.
-    DEVICE bool read_target() {
-        target = ((const Index*)a.targets)[a.targets_map.offset(row)];
-        bool counts = !a.ignores || target != a.ignore_index;
+    // Whether there is a class to know: the loss is for one thread to write.
+    DEVICE bool has_target() const { return F == CROSS_ENTROPY_SLOPE || (F == CROSS_ENTROPY && member == 0); }
+
+    DEVICE void read_target() {
+        if (has_target()) target = ((const Index*)a.targets)[a.targets_map.offset(row)];
+    }
+
+    // Not before a part of the row is there: whoever waited for the class sooner would have to wait for that part, too.
+    DEVICE void weigh_target() {
+        if (!has_target()) return;
+        counts = !a.ignores || target != a.ignore_index;
         bool known = target >= 0 && target < a.n;
+        target_position = known ? (int)target : -1;
         weight = 1;
         if (a.weight) weight = ((const C*)a.weight)[(known ? target : 0) * a.weight_stride];
         if (!known) weight = nan_of<C>();
         // Now, since whoever waited for it at the end would wait alone.
-        if (F == CROSS_ENTROPY && member == 0) target_logit = known ? (C)widen(x[target]) : nan_of<C>();
-        return counts;
+        if (F == CROSS_ENTROPY) target_logit = known ? (C)widen(x[target]) : nan_of<C>();
     }
 
     DEVICE void find_slope() {
@@ -411,10 +449,8 @@ struct RowKernel {
 
     DEVICE void run() {
         if constexpr (S::CLUSTER > 1) cluster_arrive();
-        // Before the target: what waits for that would wait for these as well.
+        if constexpr (IS_LOSS) read_target();
         if constexpr (S::HELD || F == SOFTMAX_PULLBACK) load(0);
-        bool counts = true;
-        if constexpr (IS_LOSS) counts = read_target();
         if constexpr (F != SOFTMAX_PULLBACK) sum_up();
         if constexpr (F == SOFTMAX_VJP || F == SOFTMAX_PULLBACK) sum_up_weighted();
         if constexpr (F == CROSS_ENTROPY_SLOPE) find_slope();

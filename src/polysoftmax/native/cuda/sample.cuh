@@ -5,6 +5,8 @@
 // whole block. A group of LANES threads adds up a block of tokens: LANES·PACKS·WIDTH is its length. One of the draw says
 // X, C, THREADS, BLOCK and GENERAL; one of the draw from few tokens C and THREADS.
 
+const int ROOM_FOR_MASSES = 16 << 10;    // bytes of shared memory
+
 struct MassArguments {
     const void* x;
     void *top, *mass;
@@ -27,7 +29,8 @@ struct MassKernel {
 
     const MassArguments& a;
     char* shared;
-    C* tops;    // of the blocks of tokens that this thread block has looked at; their masses wait in the answer
+    C *tops, *masses;    // of the blocks of tokens that this thread block has looked at; without room, masses are in the answer
+    int shift;           // how many tokens before the row its first whole access starts
     Index row, count;
     const X* x;
     C* mass;
@@ -40,6 +43,8 @@ struct MassKernel {
         count = (a.n + SIZE - 1) / SIZE;
         x = (const X*)a.x + row * a.x_stride;
         mass = (C*)a.mass + row * count;
+        masses = rounds() * GROUPS * (int)sizeof(C) <= ROOM_FOR_MASSES ? tops + rounds() * GROUPS : nullptr;
+        shift = (int)((unsigned long long)x / sizeof(X) % W);
         t = row_temperature<C>(false, 1);
         if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
     }
@@ -50,13 +55,20 @@ struct MassKernel {
 
     DEVICE int place(int j) const { return (j * LANES + thread_index() % LANES) * W; }
 
-    // Tokens of a block in the lane's accesses; those past the end, and those that the mask hides, are -inf.
+    // Tokens of a block in the lane's accesses; those past the end, and those that the mask hides, are -inf. Of the access
+    // that the block starts in, the block's last tokens take the place of those before it.
     DEVICE void read(Index block, Pack<X, W>* packs) const {
         const X nothing = rounded<X>(-infinity<C>());
         const X* from = x + block * SIZE;
         Index end = a.n - block * SIZE;    // may be none
+        const int before = end >= SIZE ? shift : 0;
         if (end >= SIZE) {
-            UNROLL for (int j = 0; j < PACKS; j++) packs[j].load(from + place(j));
+            UNROLL for (int j = 0; j < PACKS; j++) packs[j].load(from - before + place(j));
+            if (place(0) < before) {
+                UNROLL for (int e = 0; e < W - 1; e++) {
+                    if (e < before) packs[0].set(e, from[SIZE - before + e]);
+                }
+            }
         } else {
             UNROLL for (int j = 0; j < PACKS; j++) {
                 UNROLL for (int e = 0; e < W; e++) packs[j].set(e, place(j) + e < end ? from[place(j) + e] : nothing);
@@ -65,7 +77,8 @@ struct MassKernel {
         if (!S::GENERAL || !mask.where) return;
         UNROLL for (int j = 0; j < PACKS; j++) {
             UNROLL for (int e = 0; e < W; e++) {
-                int i = place(j) + e;
+                Index i = place(j) + e - before;
+                if (i < 0) i += SIZE;
                 if (i < end && !mask.exists(block * SIZE + i)) packs[j].set(e, nothing);
             }
         }
@@ -97,7 +110,11 @@ struct MassKernel {
             Tokens one = look(block);
             if (thread_index() % LANES == 0) {
                 tops[round * GROUPS + group] = one.top;
-                if (block < count) mass[block] = one.mass;
+                if (masses) {
+                    masses[round * GROUPS + group] = one.mass;
+                } else if (block < count) {
+                    mass[block] = one.mass;
+                }
                 total = merge(total, Total<C>{one.top, one.mass}, t);
             }
         }
@@ -118,7 +135,7 @@ struct MassKernel {
         if constexpr (S::THREADS == 32) block_barrier();    // to see what the others have written
         for (Index i = thread_index(); i < rounds() * GROUPS; i += S::THREADS) {
             Index block = block_at(i / GROUPS, (int)(i % GROUPS));
-            if (block < count) mass[block] = mass_under(Tokens{tops[i], mass[block]}, total.top);
+            if (block < count) mass[block] = mass_under(Tokens{tops[i], masses ? masses[i] : mass[block]}, total.top);
         }
         bool first = thread_index() == 0 && (S::CLUSTER == 1 || cluster_rank() == 0);
         if (first) ((C*)a.top)[row] = total.sum == total.sum ? total.top : nan_of<C>();
@@ -143,6 +160,9 @@ struct DrawArguments {
     Mask where;
 };
 
+// The length of a block of tokens is a power of two, and a division would take as long as ten tokens.
+DEVICE int log2_of(Index size) { return bit_length((Word)size) - 1; }
+
 // The key of a row.
 template <class Arguments>
 DEVICE Words key_of(const Arguments& a, Index row) {
@@ -158,12 +178,12 @@ struct DrawKernel {
 
     const DrawArguments& a;
     char* shared;
-    int member;
-    Index row, count;
+    int member, count;
+    Index row;
     bool present;
     const C* mass;
     const X* x;
-    C top;
+    C top, first = 0;    // the first mass that this thread looks at: read before the key is waited for
     Words key;
     RowTemperature<C> t;
     MaskedRow mask;
@@ -174,8 +194,9 @@ struct DrawKernel {
         row = block_index() * ROWS + thread_index() / S::THREADS;
         present = row < a.rows;
         if (!present) row = 0;
-        count = (a.n + a.size - 1) / a.size;
+        count = ((int)a.n - 1 >> log2_of(a.size)) + 1;
         mass = (const C*)a.mass + a.mass_map.offset(row);
+        if (member < count) first = mass[member];
         x = (const X*)a.x + a.x_map.offset(row);
         top = ((const C*)a.top)[a.top_map.offset(row)];
         key = key_of(a, row);
@@ -183,24 +204,31 @@ struct DrawKernel {
         if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
     }
 
-    DEVICE Best<C> best_block(C* total) const {
+    // The best block of tokens, and the mass of all.
+    struct Blocks {
+        Best<C> best;
+        C total;
+    };
+
+    DEVICE Blocks best_block() const {
         Best<C> best{-infinity<C>(), count};
         LongSum<C> sum;
-        for (Index i = member; i < count; i += S::THREADS) {
-            sum.add(mass[i]);
-            C score = log(mass[i]);
-            best = merge(best, Best<C>{noisy_score(score, t, key, i, BLOCK_VARIATES), i});
+        C next = first;
+        for (int i = member; i < count; i += S::THREADS) {
+            C now = next;
+            if (i + S::THREADS < count) next = mass[i + S::THREADS];
+            sum.add(now);
+            best = merge(best, Best<C>{noisy_score(log(now), t, key, i, BLOCK_VARIATES), i});
         }
-        *total = sum.value();
-        return best;
+        return Blocks{best, sum.value()};
     }
 
-    DEVICE C distance(Index i) const { return score_below((C)widen(x[i]), top, t); }
+    DEVICE C distance(int i) const { return score_below((C)widen(x[i]), top, t); }
 
-    DEVICE Best<C> best_token(Index block) const {
-        Best<C> best{-infinity<C>(), a.n};
-        Index end = (block + 1) * a.size < a.n ? (block + 1) * a.size : a.n;
-        for (Index i = block * a.size + member; i < end; i += S::THREADS) {
+    DEVICE Best<C> best_token(int block) const {
+        const int size = (int)a.size, n = (int)a.n, start = block * size, end = n - start < size ? n : start + size;
+        Best<C> best{-infinity<C>(), n};
+        for (int i = start + member; i < end; i += S::THREADS) {
             C score = S::GENERAL && !mask.exists(i) ? -infinity<C>() : distance(i);
             best = merge(best, Best<C>{noisy_score(score, t, key, i, TOKEN_VARIATES), i});
         }
@@ -208,14 +236,14 @@ struct DrawKernel {
     }
 
     DEVICE void run() {
-        auto merge_scores = [](const Best<C>& p, const Best<C>& q) { return merge(p, q); };
-        C total;
-        Best<C> best = best_block(&total);
-        best = merged<S::THREADS>(best, shared, merge_scores);
-        total = merged<S::THREADS>(total, shared, [](C p, C q) { return p + q; });
-        Best<C> token{-infinity<C>(), a.n};
-        if (best.index < count) token = best_token(best.index);
-        token = merged<S::THREADS>(token, shared, merge_scores);
+        auto found = merged_once<S::THREADS, 1>(best_block(), shared, [](const Blocks& p, const Blocks& q) {
+            return Blocks{merge(p.best, q.best), p.total + q.total};
+        });
+        const C total = found.total;
+        Best<C> token{-infinity<C>(), (int)a.n};
+        if (found.best.index < count) token = best_token(found.best.index);
+        token = merged_once<S::THREADS, 1>(
+            token, shared + SLOTS<S::THREADS, 1>, [](const Best<C>& p, const Best<C>& q) { return merge(p, q); });
         if (member != 0 || !present) return;
         bool drawn = finite(top) && total > 0 && token.index < a.n;
         a.tokens[row] = drawn ? token.index : -1;
@@ -255,6 +283,7 @@ struct LeadingKernel {
     Words key;
     RowTemperature<C> t;
     C *terms, *kept;    // exp((x - top) / T) of all tokens, and of those that the other filters leave; else 0
+    int* blocks;        // in which a token stands
 
     DEVICE LeadingKernel(const LeadingArguments& arguments, char* shared) : a(arguments), shared(shared) {
         member = thread_index();
@@ -266,6 +295,7 @@ struct LeadingKernel {
         t = a.temperature.as_temperature<C>(row);
         terms = (C*)(shared + SCRATCH);
         kept = terms + a.k;
+        blocks = (int*)(kept + a.k);
     }
 
     DEVICE C distance(Index i) const { return score_below(x[i], top, t); }
@@ -281,7 +311,10 @@ struct LeadingKernel {
     DEVICE void filter() {
         double p = a.p.of<C>(row), min_p = a.min_p.of<C>(row);
         bool answered = p >= 0 && p <= 1 && min_p >= 0 && min_p <= 1;
-        for (Index i = member; i < a.k; i += S::THREADS) terms[i] = exp(distance(i));
+        for (Index i = member; i < a.k; i += S::THREADS) {
+            terms[i] = exp(distance(i));
+            blocks[i] = index[i] >> log2_of(a.size);
+        }
         block_barrier();
         double target = p < 1 ? p * sum_of_terms(terms, [](Index) { return true; }) : 0;
         for (Index i = member; i < a.k; i += S::THREADS) {
@@ -295,19 +328,19 @@ struct LeadingKernel {
     }
 
     DEVICE Best<C> best_block() const {
-        Best<C> best{-infinity<C>(), a.k};
-        for (Index i = member; i < a.k; i += S::THREADS) {
-            Index block = index[i] / a.size;
-            C score = log((C)sum_of_terms(kept, [&](Index j) { return index[j] / a.size == block; }));
+        Best<C> best{-infinity<C>(), (int)a.k};
+        for (int i = member; i < a.k; i += S::THREADS) {
+            const int block = blocks[i];
+            C score = log((C)sum_of_terms(kept, [&](Index j) { return blocks[j] == block; }));
             best = merge(best, Best<C>{noisy_score(score, t, key, block, BLOCK_VARIATES), i});
         }
         return best;
     }
 
-    DEVICE Best<C> best_token(Index block) const {
-        Best<C> best{-infinity<C>(), a.k};
-        for (Index i = member; i < a.k; i += S::THREADS) {
-            if (index[i] / a.size != block || !(kept[i] > 0)) continue;
+    DEVICE Best<C> best_token(int block) const {
+        Best<C> best{-infinity<C>(), (int)a.k};
+        for (int i = member; i < a.k; i += S::THREADS) {
+            if (blocks[i] != block || !(kept[i] > 0)) continue;
             best = merge(best, Best<C>{noisy_score(distance(i), t, key, index[i], TOKEN_VARIATES), i});
         }
         return best;
@@ -318,8 +351,8 @@ struct LeadingKernel {
         filter();
         C total = (C)sum_of_terms(kept, [](Index) { return true; });
         Best<C> best = merged<S::THREADS>(best_block(), shared, merge_scores);
-        Best<C> token{-infinity<C>(), a.k};
-        if (best.index < a.k) token = best_token(index[best.index] / a.size);
+        Best<C> token{-infinity<C>(), (int)a.k};
+        if (best.index < a.k) token = best_token(blocks[best.index]);
         token = merged<S::THREADS>(token, shared, merge_scores);
         if (member != 0) return;
         bool drawn = total > 0 && token.index < a.k;
@@ -354,15 +387,18 @@ struct LeadingKernel {
 
 template <class S>
 DEVICE void run_masses(const MassArguments& arguments, char* shared) {
+    let_next_launch_begin();
     MassKernel<S>(arguments, shared).run();
 }
 
 template <class S>
 DEVICE void run_draw(const DrawArguments& arguments, char* shared) {
+    wait_for_last_launch();
     DrawKernel<S>(arguments, shared).run();
 }
 
 template <class S>
 DEVICE void run_leading(const LeadingArguments& arguments, char* shared) {
+    wait_for_last_launch();
     LeadingKernel<S>(arguments, shared).run();
 }

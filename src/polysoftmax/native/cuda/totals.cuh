@@ -168,7 +168,7 @@ DEVICE Amount amount_of(C probability, C scale) {
 template <class C>
 struct Best {
     C score;
-    Index index;
+    int index;
 };
 
 template <class C>
@@ -178,7 +178,7 @@ DEVICE Best<C> merge(Best<C> a, Best<C> b) {
 
 // A score with its variate: at T = 0 there is none, and the entries that are left are equal.
 template <class C>
-DEVICE C noisy_score(C score, const RowTemperature<C>& t, Words key, Index index, Word domain) {
+DEVICE C noisy_score(C score, const RowTemperature<C>& t, Words key, int index, Word domain) {
     if (score == -infinity<C>()) return score;
     if (t.is_zero()) return 0;
     return score + (C)gumbel_of(random_words(key, (Word)index, domain).first);

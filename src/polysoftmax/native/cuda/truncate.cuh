@@ -139,29 +139,38 @@ struct FilterKernel {
 
     // Call body(index of the first, entries, how many there are) for every access of this thread: W, or one of those
     // outside the whole accesses, with -inf after it. All that are under way together are waited for, and there is one
-    // body for all: most are too long to stand there several times.
+    // body for all: most are too long to stand there several times. The threads of a warp take each step together, those
+    // that have nothing left with no entry: apart, they would read and write apart.
     template <class Body>
     DEVICE void visit(Body body) const {
-        bool has_extra = W > 1 && (Word)member < extra;
-        for (Word chunk = member; chunk < packs || has_extra; chunk += S::THREADS * PACKS) {
+        const Word lane = member % 32, leader = member - lane;
+        bool has_extra = W > 1 && leader < extra;
+        for (Word chunk = leader; chunk < packs || has_extra; chunk += S::THREADS * PACKS) {
             Pack<X, W> held[PACKS];
-            Word at = head + chunk * W;
-            int accesses = 0, count = W;
+            Word at = head + (chunk + lane) * W;
+            int accesses = 0, whole = 0, single = 0;
+            // First, since registers that are read to cannot be written to before all has come.
+            for (Pack<X, W>& one : held) one.fill(nothing());
             UNROLL for (int j = 0; j < PACKS; j++) {
-                if (chunk + j * S::THREADS >= packs) continue;
+                if (chunk + j * S::THREADS < packs) accesses = j + 1;
+                if (chunk + lane + j * S::THREADS >= packs) continue;
                 held[j].load(x + at + (Index)j * S::THREADS * W);
-                accesses = j + 1;
+                whole = j + 1;
             }
             if (accesses == 0) {
-                at = (Word)member < head ? member : n - extra + member;
-                held[0].fill(nothing());
-                held[0].set(0, x[at]);
-                accesses = count = 1;
+                if ((Word)member < extra) {
+                    at = (Word)member < head ? member : n - extra + member;
+                    held[0].set(0, x[at]);
+                    single = 1;
+                }
+                accesses = 1;
                 has_extra = false;
             }
-            ONCE for (; accesses > 0; accesses--, at += S::THREADS * W) {
+            ONCE for (; accesses > 0; accesses--, whole--, at += S::THREADS * W) {
+                const int count = whole > 0 ? W : single;
                 hide(at, held[0], count);
                 body(at, held[0], count);
+                warp_barrier();
                 UNROLL for (int j = 1; j < PACKS; j++) held[j - 1] = held[j];
             }
         }
@@ -179,7 +188,7 @@ struct FilterKernel {
     DEVICE void write_access(Word at, const Pack<X, W>& pack, int count) const {
         if (count == W) {
             pack.store(out + at);
-        } else {
+        } else if (count > 0) {
             out[at] = pack.get(0);
         }
     }
@@ -231,6 +240,18 @@ struct FilterKernel {
     }
     DEVICE Amount weight_at(Gap gap, bool by_mass) const { return weight_of(widen(entry_at_gap(gap)), by_mass); }
 
+    // The same of the entries of an access, all under way together, and with one question about the temperature.
+    DEVICE void weigh(const C* value, bool by_mass, Amount* weight) const {
+        UNROLL for (int e = 0; e < W; e++) weight[e] = 1;
+        if (LEADING || !by_mass) return;
+        C z[W];
+        UNROLL for (int e = 0; e < W; e++) z[e] = halved_distance(value[e], top, t.half);
+        if (t.given) {
+            UNROLL for (int e = 0; e < W; e++) z[e] = over_temperature(z[e], t.divisor, t.bound);
+        }
+        UNROLL for (int e = 0; e < W; e++) weight[e] = amount_of(exp(z[e]), scale);
+    }
+
     DEVICE static C bounded(C distance) {
         const C most = largest<C>;
         return distance < most ? distance : most;
@@ -271,13 +292,16 @@ struct FilterKernel {
         }
 
         DEVICE void flush() {
-            if (!sum) return;
-            Word part = (Word)sum, before = add_in_block(&kernel.low[bin], part);
-            Word rest = (Word)(sum >> 32) + ((Word)(before + part) < part ? 1 : 0);
-            if (rest) add_in_block(&kernel.high[bin], rest);
+            if (sum) kernel.add_to_bin(bin, sum);
             sum = 0;
         }
     };
+
+    DEVICE void add_to_bin(int bin, Amount more) const {
+        Word part = (Word)more, before = add_in_block(&low[bin], part);
+        Word rest = (Word)(more >> 32) + ((Word)(before + part) < part ? 1 : 0);
+        if (rest) add_in_block(&high[bin], rest);
+    }
 
     DEVICE void clear_bins() const {
         for (int i = member; i < BINS; i += S::THREADS) low[i] = high[i] = 0;
@@ -285,10 +309,11 @@ struct FilterKernel {
     }
 
     // The sum of what the lanes before this one have; `all` becomes that of the warp.
-    DEVICE Amount before_lane(Amount& all) const {
-        Amount before = 0;
+    template <class Sum>
+    DEVICE Sum before_lane(Sum& all) const {
+        Sum before = 0;
         UNROLL for (int mask = 1; mask < 32; mask *= 2) {
-            Amount other = across(all, mask);
+            Sum other = across(all, mask);
             if (member & mask) before += other;
             all += other;
         }
@@ -356,7 +381,7 @@ struct FilterKernel {
 
     // The parts are far above most tokens: four times as far down as the least of them there is next to nothing.
     DEVICE Bounds bounds_of(const Pack<X, W>& parts, const Parts& found, Amount k) const {
-        Bounds bounds{-1, 0, 4 * bounded((top - found.least) / 4)};
+        Bounds bounds{-1, 0, bounded(4 * (top - found.least))};
         if (n <= LISTED || !finite(top)) return bounds;
         if (k > 0 && 2 * k <= (Amount)found.count) bounds.for_count = top - bound_of(parts, found, k);
         // What is not among the first k does not count for the total.
@@ -364,26 +389,60 @@ struct FilterKernel {
         return bounds;
     }
 
-    // Add up the tokens of a prefix in each step of a range. The answer is what there is of them beyond it.
+    // Which entries of an access a prefix holds.
+    DEVICE Word held_by(const Prefix& whole, Word at, const Pack<X, W>& pack, int count) const {
+        Word found = 0;
+        each(pack, count, [&](int e, X entry) { found |= whole.holds(gap_of(entry), at + e) ? (Word)1 << e : 0; });
+        return found;
+    }
+
+    // Add up a warp's tokens in the steps of a range. Where many are equal, threads would wait for each other.
+    DEVICE void add_side_by_side(const C* value, int count, const Range& range, bool by_mass) const {
+        const int lane = member % 32;
+        ONCE for (int start = 0; start < count; start += 32) {
+            const bool there = start + lane < count;
+            const C own = value[there ? start + lane : start];
+            const int bin = bin_of(step_of(range, own));
+            Amount weight = there ? weight_of(own, by_mass) : 0;
+            if (!any_in_warp(bin != bin_of(step_of(range, value[start])))) {
+                weight = merged_in_warp<32>(weight, sum_of_two);
+                if (lane != 0) weight = 0;
+            }
+            if (weight) add_to_bin(bin, weight);
+        }
+    }
+
+    // Add up the tokens of a prefix in each step of a range. The answer is what there is of them, beyond it too.
     DEVICE Amount add_up(const Prefix& whole, const Range& range, bool by_mass) const {
+        static_assert(S::THREADS * W * sizeof(C) <= LISTED * (sizeof(Gap) + sizeof(Word)), "no room for all of a warp");
+        C* in_range = (C*)gaps + member / 32 * 32 * W;    // of the warp's accesses, in the place of the list
         clear_bins();
-        Adder adder{*this};
-        Amount beyond = 0;
+        Amount total = 0;
         const bool all = whole.end >= first && whole.limit == n;
         visit([&](Word at, const Pack<X, W>& pack, int count) {
-            each(pack, count, [&](int e, X entry) {
-                if (!all && !whole.holds(gap_of(entry), at + e)) return;
-                C value = widen(entry), step = step_of(range, value);
-                Amount weight = weight_of(value, by_mass);
-                if (step <= range.far) {
-                    adder.add(bin_of(step), weight);
-                } else if (value > -infinity<C>()) {
-                    beyond += weight;
-                }
-            });
+            C value[W];
+            Amount weight[W];
+            widen_all(pack, value);
+            weigh(value, by_mass, weight);
+            Word counts = ~(Word)0, near = 0, own = 0;
+            if (!all) counts = held_by(whole, at, pack, count);
+            UNROLL for (int e = 0; e < W; e++) {
+                bool one = counts >> e & 1 && value[e] > -infinity<C>();    // what is -inf may be no entry at all
+                total += one ? weight[e] : 0;
+                one = one && step_of(range, value[e]) <= range.far;
+                near |= one ? (Word)1 << e : 0;
+                own += one;
+            }
+            if (!any_in_warp(near)) return;
+            // Most lanes have few of them: put side by side, they take as many steps less.
+            Word found = own, place = before_lane(found);
+            UNROLL for (int e = 0; e < W; e++) {
+                if (near >> e & 1) in_range[place++] = value[e];
+            }
+            warp_barrier();
+            add_side_by_side(in_range, (int)found, range, by_mass);
         });
-        adder.flush();
-        return merged<S::THREADS>(beyond, shared, sum_of_two);
+        return merged<S::THREADS>(total, shared, sum_of_two);
     }
 
     // List what is in a range of a prefix, which holds all that comes before the range. That is written, too, what is
@@ -395,12 +454,17 @@ struct FilterKernel {
         List mine{~(Gap)0, 0, 0};
         Word place = 0;
         visit([&](Word at, Pack<X, W>& pack, int count) {
-            Word keep = ~(Word)0;
-            bool some = false;
-            UNROLL for (int e = 0; e < W; e++) some |= range.holds(step_of(range, widen(pack.get(e))));
-            if (some) {
+            Word inside = 0, keep = ~(Word)0;
+            C value[W];
+            widen_all(pack, value);
+            UNROLL for (int e = 0; e < W; e++) {
+                C step = step_of(range, value[e]);
+                if (range.holds(step)) inside |= (Word)1 << e;
+                if (!LEADING && step > range.far) keep &= ~((Word)1 << e);
+            }
+            if (inside) {
                 each(pack, count, [&](int e, X entry) {
-                    if (!range.holds(step_of(range, widen(entry)))) return;
+                    if (!(inside >> e & 1)) return;
                     Gap gap = gap_of(entry);
                     if (!whole.holds(gap, at + e)) {
                         keep &= ~((Word)1 << e);
@@ -413,9 +477,6 @@ struct FilterKernel {
                 });
             }
             if constexpr (!LEADING) {
-                UNROLL for (int e = 0; e < W; e++) {
-                    if (step_of(range, widen(pack.get(e))) > range.far) keep &= ~((Word)1 << e);
-                }
                 keep &= probable(pack, keep, count);
                 write_kept(at, pack, keep, count);
             }
@@ -531,10 +592,10 @@ struct FilterKernel {
         while (!complete) {
             if (!direct) {
                 range = range_to(by_mass ? bounds.for_mass : bounds.usual);
-                const Amount beyond = add_up(whole, range, by_mass);
-                Place place = place_of([&](Amount all) { return by_mass ? share_of(share(), all + beyond) : k; });
+                const Amount total = add_up(whole, range, by_mass);
+                Place place = place_of([&](Amount) { return by_mass ? share_of(share(), total) : k; });
                 need = place.left;
-                if (!LEADING && !by_mass && place.bin == BINS && need >= beyond) {
+                if (!LEADING && !by_mass && place.bin == BINS && need >= total - place.all) {
                     return Prefix{gap_of(nothing()), 0};    // no more than k exist
                 }
                 range = place.bin < BINS ? only(range, place.bin) : after(range);
@@ -606,7 +667,7 @@ struct FilterKernel {
     DEVICE void run() {
         const double k = a.k.of<C>(row);
         Pack<X, W> parts;
-        Parts found = find_parts(parts, 4 * k <= S::THREADS);
+        Parts found = find_parts(parts, k > 0 && 4 * k <= S::THREADS);
         top = with_positive_zero(found.top);    // of 0 and -0, merging may take either
         first = order_of(rounded<X>(top));
         bool known = found.odd == found.odd;
@@ -645,5 +706,6 @@ struct FilterKernel {
 
 template <class S>
 DEVICE void run_filter(const FilterArguments& arguments, char* shared) {
+    let_next_launch_begin();
     FilterKernel<S>(arguments, shared).run();
 }
