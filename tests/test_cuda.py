@@ -98,7 +98,7 @@ def test_arguments_of_a_loss_and_of_a_draw(device):
     given = named("ROW", device.launched[0][1])
     assert (given["ignores"], given["ignore_index"], given["z_loss"], given["weight_stride"]) == (1, -1, 0.5, 1)
     assert [given[f"targets_row_{one}"] for one in ("inner", "period", "stride")] == [1, 4, 1]
-    ps.sample(x, 3, temperature=0.5, return_logprobs=True)
+    ps.sample(x, 3, temperature=0.5)
     masses, draw = device.launched[1:]
     assert named("MASS", masses[1])["temperature_value"] == 0.5
     given = named("DRAW", draw[1])
@@ -106,7 +106,6 @@ def test_arguments_of_a_loss_and_of_a_draw(device):
     # One key, from which the kernel makes those of the rows.
     assert [given[f"keys_{one}"] for one in ("row_inner", "row_period", "row_stride", "stride")] == [1, 1, 0, 1]
     assert given["folds"] == 1
-    assert given["logprobs"] != 0
     where = np.ones((4, 1000), bool)
     ps.sample(x, ps.random.split(3, 4), where=where)
     masses, draw = (named(*one) for one in zip(("MASS", "DRAW"), (one[1] for one in device.launched[3:]), strict=True))

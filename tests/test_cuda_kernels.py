@@ -18,6 +18,7 @@ import pytest
 import polysoftmax as ps
 from polysoftmax import _formula, engines
 from polysoftmax._formula import Call
+from polysoftmax._probability import LOG_PROB
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import SOFTMAX
 from polysoftmax.engines import cuda
@@ -663,7 +664,8 @@ def test_the_operator_answers_on_the_device_of_fake_tensors():
         assert (dx.device, dx.dtype, dx.shape) == (x.device, torch.float32, x.shape)
         key = torch.empty(6, 2, device="cuda:0", dtype=torch.int32)
         nothing = (None,) * 5
-        options = {"top_k": None, "is_one_key": False, "logprobs": True}
-        tokens, logprobs = answer(SAMPLE, torch.bfloat16, x, key, *nothing, **options)
-    assert (tokens.device, tokens.dtype, tokens.shape) == (x.device, torch.int64, (6, 1))
-    assert (logprobs.dtype, logprobs.shape) == (torch.float32, (6, 1))
+        options = {"top_k": None, "is_one_key": False, "draws": 2, "replace": True}
+        (tokens,) = answer(SAMPLE, torch.int64, x, key, *nothing, **options)
+        (logprobs,) = answer(LOG_PROB, torch.float32, x, tokens, *nothing, top_k=None)
+    assert (tokens.device, tokens.dtype, tokens.shape) == (x.device, torch.int64, (6, 2))
+    assert (logprobs.dtype, logprobs.shape) == (torch.float32, (6, 2))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from polysoftmax._formula import Call
+from polysoftmax._probability import LOG_PROB
 from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import _library, chosen, cuda, native
 from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_recorded
@@ -31,7 +32,7 @@ _BY_NAME = {one.name: one for one in native.KERNELS}
 
 _IN_KERNELS = {
     "native": {one.name for one in native.KERNELS},
-    "cuda": {one.name for one in (*CUDA_KERNELS, SAMPLE)},
+    "cuda": {one.name for one in (*CUDA_KERNELS, SAMPLE, LOG_PROB)},
 }
 """What the operator runs in each engine; the rest is in the graph as it stands."""
 

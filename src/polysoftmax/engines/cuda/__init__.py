@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from polysoftmax._arrays import library
 from polysoftmax._ops import Ops, ops_of
+from polysoftmax._probability import LOG_PROB
 from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
-from polysoftmax.engines.cuda import _steps
+from polysoftmax.engines.cuda import _log_prob, _steps
 from polysoftmax.engines.cuda._calls import evaluate, launch_for_last_axis, prepare
 from polysoftmax.engines.cuda._kind import Launch
 
@@ -38,6 +39,8 @@ def launch(call: Call, operands: tuple[Array, ...]) -> Any:
         return call.in_steps(launch, operands)
     if call.formula is SAMPLE:
         return _steps.run(call, operands, launch_or_evaluate)
+    if call.formula is LOG_PROB:
+        return _log_prob.run(call, operands, launch_or_evaluate)
     return launch_or_evaluate(call, operands)
 
 

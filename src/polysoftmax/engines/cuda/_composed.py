@@ -39,10 +39,10 @@ class Composed:
         result = operands[0].dtype if formula is TRUNCATE else self._call.compute
         return self._run(Call(formula, options, operands[0].ndim - 1, self._call.compute, result), operands)
 
-    def answer(self) -> tuple[Array, ...]:
+    def answer(self) -> Array:
         """Return what the call answers."""
-        return self._call.without_axis(self.answer_of_rows())
+        return self._call.answer(self.answer_of_rows())
 
-    def answer_of_rows(self) -> tuple[Array, ...]:
+    def answer_of_rows(self) -> Array:
         """Return what the formula answers, with the axis."""
-        return self._call.formula.function(self, *self._operands, **self._call.options)  # type: ignore[no-any-return]
+        return self._call.formula.function(self, *self._operands, **self._call.options)

@@ -168,7 +168,7 @@ def _draw_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launc
     )
     general = temperature is not None or where is not None
     plan = plan_draw(x.dtype, batch.rows, n, general=general, machine=device.machine)
-    return Launch(device, plan, (), _drawn(batch, call), after)
+    return Launch(device, plan, (), _drawn(batch), after)
 
 
 def _truncate_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
@@ -230,13 +230,12 @@ def _draw_leading_launch(call: Call, operands: tuple[Any, ...], device: Device) 
         *(*batch.parameter(temperature), *batch.parameter(p), *batch.parameter(min_p, 0.0)),
     )
     plan = plan_draw_leading(batch.compute, batch.rows, batch.n)
-    return Launch(device, plan, (), _drawn(batch, call), after)
+    return Launch(device, plan, (), _drawn(batch), after)
 
 
-def _drawn(batch: Batch, call: Call) -> tuple[tuple[tuple[int, ...], Any] | None, ...]:
-    """Return what the answers of a draw are: tokens, and their log-probabilities if asked for."""
-    shape = (*batch.batch, 1)
-    return (shape, "int64"), (shape, call.compute) if call.options["logprobs"] else None
+def _drawn(batch: Batch) -> tuple[tuple[tuple[int, ...], Any], ...]:
+    """Return what the answer of a draw is: tokens."""
+    return (((*batch.batch, 1), "int64"),)
 
 
 SAMPLING = {

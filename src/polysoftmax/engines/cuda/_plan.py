@@ -37,8 +37,8 @@ class Family(NamedTuple):
 _ROWS: Final = Family("ROW", "run_rows", is_tuple=False)
 _FAMILIES: Final = {
     "sample_masses": Family("MASS", "run_masses", is_tuple=True),
-    "sample_draw": Family("DRAW", "run_draw", is_tuple=True),
-    "sample_draw_leading": Family("LEADING", "run_leading", is_tuple=True),
+    "sample_draw": Family("DRAW", "run_draw", is_tuple=False),
+    "sample_draw_leading": Family("LEADING", "run_leading", is_tuple=False),
     "sample_leading": Family("FILTER", "run_filter", is_tuple=True),
     "truncate": Family("FILTER", "run_filter", is_tuple=False),
 }

@@ -29,15 +29,15 @@ class _Program:
             before.append(launch)
         self._before, self._last, self._words = tuple(before), launches[-1], end // 4
 
-    def run(self, values: list[int | float]) -> tuple[Array, ...]:
-        """Launch all, and return the answers of the last."""
+    def run(self, values: list[int | float]) -> Any:
+        """Launch all, and return what the last answers."""
         device = self._last.device
         # One array for all that is gone in the end: to make one takes as long as half of a launch.
         scratch = device.empty((self._words,), "int32")
         start = device.pointer(scratch)
         for one in self._before:
             one.make(values, start)
-        return tuple(self._last.make(values))
+        return self._last.run(values)
 
 
 _COMPOSED = "there are other steps than launches"
@@ -58,9 +58,9 @@ def run(call: Call, operands: tuple[Array, ...], step: Callable[[Call, tuple[Arr
     if found is _COMPOSED:
         return Composed(call, operands, step).answer()
     steps = _Steps(call, operands)
-    answers = Composed(call, steps.operands, steps.take).answer_of_rows()
-    remember(key, steps.program(answers) or _COMPOSED)
-    return call.without_axis(answers)
+    answer = Composed(call, steps.operands, steps.take).answer_of_rows()
+    remember(key, steps.program(answer) or _COMPOSED)
+    return call.answer(answer)
 
 
 class _Steps:
@@ -94,9 +94,9 @@ class _Steps:
         self._last = made
         return launch.answer(made)
 
-    def program(self, answers: tuple[Array, ...]) -> _Program | None:
+    def program(self, answer: Array) -> _Program | None:
         """Return the launches; None if there was another step, or an array that was made on the way."""
-        is_known = self._is_known and list(map(id, answers)) == list(map(id, self._last))
+        is_known = self._is_known and [id(answer)] == list(map(id, self._last))
         if not (is_known and self._launches):
             return None
         return _Program([*self._launches[:-1], self._launches[-1].squeezed() if self._squeeze else self._launches[-1]])

@@ -144,7 +144,6 @@ struct MassKernel {
 
 struct DrawArguments {
     Index* tokens;
-    void* logprobs;
     const void* mass;
     RowMap mass_map;
     const void* x;
@@ -247,13 +246,11 @@ struct DrawKernel {
         if (member != 0 || !present) return;
         bool drawn = finite(top) && total > 0 && token.index < a.n;
         a.tokens[row] = drawn ? token.index : -1;
-        if (a.logprobs) ((C*)a.logprobs)[row] = drawn ? distance(token.index) - log(total) : nan_of<C>();
     }
 };
 
 struct LeadingArguments {
     Index* tokens;
-    void* logprobs;
     const void* x;
     RowMap x_map;
     const int* index;
@@ -357,7 +354,6 @@ struct LeadingKernel {
         if (member != 0) return;
         bool drawn = total > 0 && token.index < a.k;
         a.tokens[row] = drawn ? index[token.index] : -1;
-        if (a.logprobs) ((C*)a.logprobs)[row] = drawn ? distance(token.index) - log(total) : nan_of<C>();
     }
 };
 
@@ -366,22 +362,22 @@ struct LeadingKernel {
         MASK_PARAMETERS
 #define MASS_ARGUMENTS {x, top, mass, n, rows, x_stride, GIVEN(temperature), MASK}
 #define DRAW_PARAMETERS                                                                                            \
-    Index *tokens, void *logprobs, const void *mass, MAP_PARAMETERS(mass_row), const void *x, MAP_PARAMETERS(x_row), \
+    Index *tokens, const void *mass, MAP_PARAMETERS(mass_row), const void *x, MAP_PARAMETERS(x_row),                 \
         Index n, Index rows, Index size, const void *top, MAP_PARAMETERS(top_row), const int *keys,                \
         MAP_PARAMETERS(keys_row), Index keys_stride, Index folds, GIVEN_PARAMETERS(temperature), MASK_PARAMETERS
 #define DRAW_ARGUMENTS                                                                                             \
     {                                                                                                              \
-        tokens, logprobs, mass, MAP(mass_row), x, MAP(x_row), n, rows, size, top, MAP(top_row), keys,              \
+        tokens, mass, MAP(mass_row), x, MAP(x_row), n, rows, size, top, MAP(top_row), keys,                        \
             MAP(keys_row), keys_stride, folds, GIVEN(temperature), MASK                                            \
     }
 #define LEADING_PARAMETERS                                                                                         \
-    Index *tokens, void *logprobs, const void *x, MAP_PARAMETERS(x_row), const int *index,                         \
+    Index *tokens, const void *x, MAP_PARAMETERS(x_row), const int *index,                                         \
         MAP_PARAMETERS(index_row), Index k, Index rows, Index size, const void *top, MAP_PARAMETERS(top_row),      \
         const int *keys, MAP_PARAMETERS(keys_row), Index keys_stride, Index folds, GIVEN_PARAMETERS(temperature),  \
         GIVEN_PARAMETERS(p), GIVEN_PARAMETERS(min_p)
 #define LEADING_ARGUMENTS                                                                                          \
     {                                                                                                              \
-        tokens, logprobs, x, MAP(x_row), index, MAP(index_row), k, rows, size, top, MAP(top_row), keys,            \
+        tokens, x, MAP(x_row), index, MAP(index_row), k, rows, size, top, MAP(top_row), keys,                      \
             MAP(keys_row), keys_stride, folds, GIVEN(temperature), GIVEN(p), GIVEN(min_p)                          \
     }
 
