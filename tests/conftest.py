@@ -8,6 +8,7 @@ import gc
 import itertools
 import os
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,9 +38,11 @@ _FILES = {
     Backend.STRICT_2025: {_CONTRACT},
     # A write to an input is found on every backend; here, memory that is taken to be writable.
     Backend.NUMPY_READONLY: {_CONTRACT, "test_losses", "test_sampling", "test_truncation"},
+    # All but laws and peers, which are about the formulas' numbers; these are those of NumPy, a graph for each call.
+    Backend.DASK: {_CONTRACT, "test_dtypes", "test_keys", *(f"test_{name}" for name in _FUNCTIONS)},
     # The programs of `jax` in float64, whose second derivatives have tests of their own, and 64-bit integers.
-    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_peers", "test_random", "test_sampling"},
-    # All but laws and peers, which are about the formulas' numbers; these are those of eager PyTorch.
+    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling"},
+    # As for Dask; the numbers are those of eager PyTorch.
     Backend.TORCH_COMPILE: {_CONTRACT, *(f"test_{name}" for name in _FUNCTIONS)},
 }
 """The files of tests that a backend runs in, where another backend runs the same code in the rest."""
@@ -77,9 +80,24 @@ def _backends() -> list[Backend]:
     return _asked() or [one for one in Backend if not (one.capability.gpu and missing(one))]
 
 
+def _share_programs_of_jax(config: pytest.Config) -> None:
+    """Keep JAX's programs in a folder that workers and subprocesses share, as each worker forgets its own with a file.
+
+    They are XLA's own, read back: nothing is computed in another way. The folder goes with the run.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="polysoftmax-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(keep): on which backends a test runs, as a function of Capability")
     config.addinivalue_line("markers", "enough(keep): where it need not run, as another test runs the same code there")
+    _share_programs_of_jax(config)
     asked = _asked()
     if asked and all(one.capability.gpu for one in asked):
         absent = list(filter(None, map(missing, asked)))

@@ -34,7 +34,7 @@ def _gradient(lib: Adapter, x: list[float]) -> np.ndarray:
     if lib.backend.library == "jax":
         import jax
 
-        return lib.values(jax.grad(polysoftmax.logsumexp)(values))
+        return lib.values(jax.jit(jax.grad(polysoftmax.logsumexp))(values))
     values = values.requires_grad_()
     polysoftmax.logsumexp(values).backward()
     return lib.values(values.grad)
