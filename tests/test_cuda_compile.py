@@ -116,8 +116,8 @@ def test_the_oldest_nvrtc_that_the_extra_admits_compiles_every_family():
     """In a process of its own, which loads it."""
     if not OLDEST_NVRTC:
         pytest.skip("POLYSOFTMAX_TEST_NVRTC names no folder with the oldest NVRTC, as make test has it")
-    dtype = "float32_float32_float32"
-    command = [sys.executable, "-m", "polysoftmax.engines.cuda", "--heaviest", "--match", dtype, "--nvrtc", OLDEST_NVRTC]
+    options = ["--heaviest", "--match", "float32_float32_float32", "--nvrtc", OLDEST_NVRTC]
+    command = [sys.executable, "-m", "polysoftmax.engines.cuda", *options]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr[-4000:]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
