@@ -83,12 +83,16 @@ clean: ## Remove the environment and all that was built.
 	rm -f src/polysoftmax/native/libpolysoftmax.so
 	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# What comes with an installation need not be installed by itself.
+BESIDE_test := all
+BESIDE_dev := all test lint docs
+
 # Without isolation, so that the build folder stays valid and a change of one C++ file compiles that file alone.
 $(VENV)/installed-%: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build-tools
 	@echo "Installing polysoftmax[$*] into $(VENV); the first time, this takes a few minutes."
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 	    --no-build-isolation -e '.[$*]'
-	@touch $@
+	@touch $@ $(BESIDE_$*:%=$(VENV)/installed-%)
 
 $(VENV)/build-tools: | $(BIN)/pip
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check cmake ninja scikit-build-core
