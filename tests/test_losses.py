@@ -11,6 +11,7 @@ import pytest
 
 import polysoftmax
 from polysoftmax.testing import FORMATS, Adapter, Backend, rounded
+from tests.quick_programs import run_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -434,7 +435,7 @@ def test_second_order(function: str) -> None:
     with jax.enable_x64(True):
         x = jax.numpy.asarray(row)
         ways = (jax.jacfwd(jax.jacfwd(ours)), jax.jacrev(jax.jacrev(ours)), jax.hessian(ours))
-        for found in jax.jit(lambda x: [way(x) for way in ways])(x):  # eagerly every step is a program to compile
+        for found in run_once(lambda x: [way(x) for way in ways], x):
             np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-13)
     x = torch.asarray(row, dtype=torch.float64)
     for hessian in (torch.func.jacfwd(torch.func.jacfwd(ours)), torch.func.hessian(ours)):
@@ -467,7 +468,7 @@ def test_second_order_where_the_gradient_is_0(loss: str) -> None:
             return AT_REST[loss](x, jax.numpy.zeros(3))
 
         ways = (jax.grad(of_jax), jax.jacfwd(jax.jacfwd(of_jax)), jax.jacrev(jax.jacrev(of_jax)), jax.hessian(of_jax))
-        slope_, *hessians = jax.jit(lambda x: [way(x) for way in ways])(x)
+        slope_, *hessians = run_once(lambda x: [way(x) for way in ways], x)
         assert np.abs(slope_).max() < 1e-15
         for hessian in hessians:
             np.testing.assert_allclose(hessian, want, rtol=1e-13)
