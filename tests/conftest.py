@@ -39,7 +39,7 @@ _FILES = {
     # A write to an input is found on every backend; here, memory that is taken to be writable.
     Backend.NUMPY_READONLY: {_CONTRACT, "test_losses", "test_sampling", "test_truncation"},
     # All but laws and peers, which are about the formulas' numbers; these are those of NumPy, a graph for each call.
-    Backend.DASK: {_CONTRACT, "test_dtypes", "test_keys", *(f"test_{name}" for name in _FUNCTIONS)},
+    Backend.DASK: {_CONTRACT, "test_dtypes", *(f"test_{name}" for name in _FUNCTIONS)},
     # The programs of `jax` in float64, whose second derivatives have tests of their own, and 64-bit integers.
     Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling"},
     # As for Dask; the numbers are those of eager PyTorch.
@@ -50,11 +50,17 @@ _FILES = {
 _DTYPES = {
     # 16 bits where a compiler may leave their roundings out; for PyTorch's, see test_torch_programs.py.
     Backend.JAX: ("float32",),
-    Backend.JAX_FUSED: ("float32", "bfloat16"),
+    Backend.JAX_FUSED: ("bfloat16",),
     Backend.JAX_X64: ("float64",),
     Backend.TORCH_COMPILE: ("float32",),
 }
-"""The dtypes of a test outside the contract, where each is a compilation of a second or more."""
+"""The dtypes of a test outside the contract, where each is a compilation of a second or more.
+
+A test that takes no dtype takes the default, float32.
+"""
+
+_FUSED_DTYPES = {"test_accuracy": ("float32", "bfloat16"), "test_confident": ("float32",)}
+"""Where float32 matters, as a product is contracted with what follows."""
 
 
 def _runs_in(backend: Backend, engine: str, file: str) -> bool:
@@ -62,6 +68,14 @@ def _runs_in(backend: Backend, engine: str, file: str) -> bool:
     if backend.capability.compiles and engine == "portable":
         return file == _CONTRACT
     return _EVERYTHING or file in _FILES.get(backend, {file})
+
+
+def _dtypes_in(backend: Backend, file: str) -> tuple[str, ...]:
+    if _EVERYTHING or file == _CONTRACT:
+        return backend.capability.dtypes
+    if backend is Backend.JAX_FUSED and file in _FUSED_DTYPES:
+        return _FUSED_DTYPES[file]
+    return _DTYPES.get(backend, backend.capability.dtypes)
 
 
 def _asked() -> list[Backend]:
@@ -134,7 +148,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not all(one(can) for one in keep):
             continue
         marks = [pytest.mark.gpu] if can.gpu else []
-        dtypes = can.dtypes if _EVERYTHING or file == _CONTRACT else _DTYPES.get(backend, can.dtypes)
+        dtypes = _dtypes_in(backend, file)
         for engine in can.engines:
             if not _runs_in(backend, engine, file):
                 continue

@@ -43,6 +43,11 @@ UNMASKED = [name for name, (_, exists, _) in LINES.items() if all(exists)]
 differentiable = pytest.mark.backends(lambda can: can.autodiff and (can.traced or can.gpu or not can.compiles))
 
 
+# PyTorch compiles the lines of the contract here; Jacobians, products of every shape and the gradient for one
+# temperature are in test_torch_compiled.py.
+compiled_elsewhere = pytest.mark.enough(lambda can: "compile" not in can.how)
+
+
 def scores(row: Any, t: float, exists: Any) -> list[Any]:
     """Return z = (x - max) / T of a row of floats, -inf for what does not exist."""
     kept = [mpmath.mpf(one) if e else mpmath.ninf for one, e in zip(row, exists, strict=True)]
@@ -106,11 +111,13 @@ def close(lib: Adapter, y: Any, want: Any, dtype: str, scale: Any = 1.0, units: 
 PUBLISHED = ((0.0819, -0.0220, -0.0599), (-0.0220, 0.1848, -0.1628), (-0.0599, -0.1628, 0.2227))
 
 
+@compiled_elsewhere
 def test_published_jacobian(lib: Adapter) -> None:
     y = lib.call(polysoftmax.softmax_jacobian, lib.asarray((1.0, 2.0, 3.0), lib.can.default_float))
     np.testing.assert_allclose(lib.values(y), PUBLISHED, rtol=0, atol=0.5e-4)
 
 
+@compiled_elsewhere
 @pytest.mark.parametrize("op", OPS)
 def test_jacobians(lib: Adapter, dtype: str, op: str) -> None:
     function = getattr(polysoftmax, f"{op}_jacobian")
@@ -121,8 +128,9 @@ def test_jacobians(lib: Adapter, dtype: str, op: str) -> None:
     close(lib, lib.call(function, x, temperature=t), exact(jacobian, op, rows, TEMPERATURES), dtype, scale=2.0)
 
 
+@compiled_elsewhere
 @pytest.mark.parametrize("op", OPS)
-def test_products_with_the_jacobian(lib: Adapter, dtype: str, op: str, *, everything: bool) -> None:
+def test_products_with_the_jacobian(lib: Adapter, dtype: str, op: str) -> None:
     x, v = lib.asarray(LOGITS, dtype), lib.asarray(VECTORS, dtype)
     t = lib.asarray(TEMPERATURES, FORMATS[dtype].compute.name)
     rows = rounded(LOGITS, dtype)
@@ -131,8 +139,6 @@ def test_products_with_the_jacobian(lib: Adapter, dtype: str, op: str, *, everyt
     jvp, vjp = getattr(polysoftmax, f"{op}_jvp"), getattr(polysoftmax, f"{op}_vjp")
     close(lib, lib.call(jvp, x, v), moved, dtype, scale=8.0)
     close(lib, lib.call(vjp, x, v), pulled, dtype, scale=8.0)
-    if "compile" in lib.can.how and not everything:
-        return  # the lines of the contract have temperatures, and each program takes PyTorch a second
     moved = exact(forward, op, rows, VECTORS, TEMPERATURES)
     pulled = [one for one, _ in exact(backward, op, rows, VECTORS, TEMPERATURES)]
     close(lib, lib.call(jvp, x, v, temperature=t), moved, dtype, scale=16.0)
@@ -356,6 +362,7 @@ def test_gradients_of_losses_at_every_line_of_the_contract(lib: Adapter, name: s
 
 
 @pytest.mark.backends(lambda can: can.autodiff)
+@compiled_elsewhere
 @pytest.mark.parametrize("op", OPS)
 def test_gradient_for_one_temperature(lib: Adapter, op: str) -> None:
     dtype = lib.can.default_float
