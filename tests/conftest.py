@@ -31,7 +31,7 @@ _CONTRACT = "test_contract"
 _EVERYTHING = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
 """Whether every backend runs in every file and dtype, which takes hours."""
 
-_FUNCTIONS = ("accuracy", "derivatives", "edges", "losses", "random", "sampling", "truncation")
+_FUNCTIONS = ("accuracy", "derivatives", "edges", "loss_derivatives", "losses", "random", "sampling", "truncation")
 
 _FILES = {
     # The same calls as in 2024.12, whose standard has fewer functions.
