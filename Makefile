@@ -37,7 +37,7 @@ test: export POLYSOFTMAX_TEST_NVRTC ?= $(abspath $(NVRTC_OLDEST))
 test: $(VENV)/installed-test $(NVRTC_OLDEST) ## Run the whole test suite: every backend found, engines on and portable.
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-QUICK := contract losses loss_derivatives sampling truncation same_bits native_rows native_draws errors engines package matrix
+QUICK := contract losses loss_derivatives sampling sampling_calls truncation same_bits native_rows native_bits native_draws errors engines package matrix
 
 test-quick: export POLYSOFTMAX_TEST_BACKENDS ?= numpy,torch
 test-quick: $(VENV)/installed-test ## Run two minutes' worth of tests: NumPy and eager PyTorch, most functions, the C++ kernels.

@@ -31,17 +31,27 @@ _CONTRACT = "test_contract"
 _EVERYTHING = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
 """Whether every backend runs in every file and dtype, which takes hours."""
 
-_FUNCTIONS = ("accuracy", "derivatives", "edges", "loss_derivatives", "losses", "random", "sampling", "truncation")
+_FUNCTIONS = (
+    "accuracy",
+    "derivatives",
+    "edges",
+    "loss_derivatives",
+    "losses",
+    "random",
+    "sampling",
+    "sampling_calls",
+    "truncation",
+)
 
 _FILES = {
     # The same calls as in 2024.12, whose standard has fewer functions.
     Backend.STRICT_2025: {_CONTRACT},
     # A write to an input is found on every backend; here, memory that is taken to be writable.
-    Backend.NUMPY_READONLY: {_CONTRACT, "test_losses", "test_sampling", "test_truncation"},
+    Backend.NUMPY_READONLY: {_CONTRACT, "test_losses", "test_sampling", "test_sampling_calls", "test_truncation"},
     # All but laws and peers, which are about the formulas' numbers; these are those of NumPy, a graph for each call.
     Backend.DASK: {_CONTRACT, "test_dtypes", *(f"test_{name}" for name in _FUNCTIONS)},
     # The programs of `jax` in float64, whose second derivatives have tests of their own, and 64-bit integers.
-    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling"},
+    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling", "test_sampling_calls"},
     # As for Dask; the numbers are those of eager PyTorch.
     Backend.TORCH_COMPILE: {_CONTRACT, *(f"test_{name}" for name in _FUNCTIONS)},
 }

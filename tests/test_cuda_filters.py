@@ -10,7 +10,7 @@ from polysoftmax._formula import Call
 from polysoftmax._sampling import LEADING
 from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines import cuda
-from tests.test_cuda_kernels import device, dtype_of, folder, needs_compiler, portable
+from tests.host_gpu import device, dtype_of, folder, needs_compiler, portable
 
 __all__ = ["device", "folder"]  # fixtures
 

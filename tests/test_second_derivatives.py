@@ -11,18 +11,7 @@ import numpy as np
 import pytest
 
 import polysoftmax
-from tests.derivative_cases import (
-    INF,
-    LOGITS,
-    NAN,
-    OPS,
-    VECTORS,
-    WEIGHTS,
-    backward,
-    exact,
-    scores,
-    shares,
-)
+from tests.derivative_cases import INF, LOGITS, NAN, OPS, VECTORS, WEIGHTS, backward, exact, scores, shares
 from tests.quick_programs import run_once
 
 if TYPE_CHECKING:
