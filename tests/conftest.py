@@ -107,15 +107,16 @@ def _backends() -> list[Backend]:
 def _share_programs_of_jax(config: pytest.Config) -> None:
     """Keep JAX's programs in a folder that workers and subprocesses share, as each worker forgets its own with a file.
 
-    They are XLA's own, read back: nothing is computed in another way. The folder goes with the run.
+    They are XLA's own, read back: nothing is computed in another way. The folder goes with the run, but for one that
+    JAX_COMPILATION_CACHE_DIR names.
     """
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = tempfile.TemporaryDirectory(prefix="polysoftmax-tests-", ignore_cleanup_errors=True)
     config.add_cleanup(folder.cleanup)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
