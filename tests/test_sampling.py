@@ -12,12 +12,14 @@ from scipy import stats
 import polysoftmax
 from polysoftmax import random
 from polysoftmax._sampling import block_length
-from tests.sampling_cases import INF, NAN, draws, eager, logits, once, ordered, reference, shares, tokens
+from tests.sampling_cases import INF, NAN, compiled, draws, eager, logits, once, ordered, reference, shares, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polysoftmax.testing import Adapter
+
+__all__ = ["compiled"]  # a fixture
 
 
 def test_block_lengths_are_frozen() -> None:

@@ -10,10 +10,12 @@ import pytest
 
 import polysoftmax
 from polysoftmax import random
-from tests.sampling_cases import INF, draws, eager, logits, reference, shares, tokens
+from tests.sampling_cases import INF, compiled, draws, eager, logits, reference, shares, tokens
 
 if TYPE_CHECKING:
     from polysoftmax.testing import Adapter
+
+__all__ = ["compiled"]  # a fixture
 
 # Keys.
 
