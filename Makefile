@@ -37,7 +37,7 @@ test: export POLYSOFTMAX_TEST_NVRTC ?= $(abspath $(NVRTC_OLDEST))
 test: $(VENV)/installed-test $(NVRTC_OLDEST) ## Run the whole test suite: every backend found, engines on and portable.
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-QUICK := contract losses sampling truncation same_bits native_rows native_draws errors engines package matrix
+QUICK := contract losses loss_derivatives sampling sampling_calls truncation same_bits native_rows native_bits native_draws errors engines package matrix
 
 test-quick: export POLYSOFTMAX_TEST_BACKENDS ?= numpy,torch
 test-quick: $(VENV)/installed-test ## Run two minutes' worth of tests: NumPy and eager PyTorch, most functions, the C++ kernels.
@@ -83,12 +83,16 @@ clean: ## Remove the environment and all that was built.
 	rm -f src/polysoftmax/native/libpolysoftmax.so
 	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# What comes with an installation need not be installed by itself.
+BESIDE_test := all
+BESIDE_dev := all test lint docs
+
 # Without isolation, so that the build folder stays valid and a change of one C++ file compiles that file alone.
 $(VENV)/installed-%: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build-tools
 	@echo "Installing polysoftmax[$*] into $(VENV); the first time, this takes a few minutes."
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 	    --no-build-isolation -e '.[$*]'
-	@touch $@
+	@touch $@ $(BESIDE_$*:%=$(VENV)/installed-%)
 
 $(VENV)/build-tools: | $(BIN)/pip
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check cmake ninja scikit-build-core

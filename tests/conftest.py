@@ -8,6 +8,7 @@ import gc
 import itertools
 import os
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,16 +31,28 @@ _CONTRACT = "test_contract"
 _EVERYTHING = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
 """Whether every backend runs in every file and dtype, which takes hours."""
 
-_FUNCTIONS = ("accuracy", "derivatives", "edges", "losses", "random", "sampling", "truncation")
+_FUNCTIONS = (
+    "accuracy",
+    "derivatives",
+    "edges",
+    "loss_derivatives",
+    "losses",
+    "random",
+    "sampling",
+    "sampling_calls",
+    "truncation",
+)
 
 _FILES = {
     # The same calls as in 2024.12, whose standard has fewer functions.
     Backend.STRICT_2025: {_CONTRACT},
     # A write to an input is found on every backend; here, memory that is taken to be writable.
-    Backend.NUMPY_READONLY: {_CONTRACT, "test_losses", "test_sampling", "test_truncation"},
+    Backend.NUMPY_READONLY: {_CONTRACT, "test_losses", "test_sampling", "test_sampling_calls", "test_truncation"},
+    # All but laws and peers, which are about the formulas' numbers; these are those of NumPy, a graph for each call.
+    Backend.DASK: {_CONTRACT, "test_dtypes", *(f"test_{name}" for name in _FUNCTIONS)},
     # The programs of `jax` in float64, whose second derivatives have tests of their own, and 64-bit integers.
-    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_peers", "test_random", "test_sampling"},
-    # All but laws and peers, which are about the formulas' numbers; these are those of eager PyTorch.
+    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling", "test_sampling_calls"},
+    # As for Dask; the numbers are those of eager PyTorch.
     Backend.TORCH_COMPILE: {_CONTRACT, *(f"test_{name}" for name in _FUNCTIONS)},
 }
 """The files of tests that a backend runs in, where another backend runs the same code in the rest."""
@@ -47,11 +60,17 @@ _FILES = {
 _DTYPES = {
     # 16 bits where a compiler may leave their roundings out; for PyTorch's, see test_torch_programs.py.
     Backend.JAX: ("float32",),
-    Backend.JAX_FUSED: ("float32", "bfloat16"),
+    Backend.JAX_FUSED: ("bfloat16",),
     Backend.JAX_X64: ("float64",),
     Backend.TORCH_COMPILE: ("float32",),
 }
-"""The dtypes of a test outside the contract, where each is a compilation of a second or more."""
+"""The dtypes of a test outside the contract, where each is a compilation of a second or more.
+
+A test that takes no dtype takes the default, float32.
+"""
+
+_FUSED_DTYPES = {"test_accuracy": ("float32", "bfloat16"), "test_confident": ("float32",)}
+"""Where float32 matters, as a product is contracted with what follows."""
 
 
 def _runs_in(backend: Backend, engine: str, file: str) -> bool:
@@ -59,6 +78,14 @@ def _runs_in(backend: Backend, engine: str, file: str) -> bool:
     if backend.capability.compiles and engine == "portable":
         return file == _CONTRACT
     return _EVERYTHING or file in _FILES.get(backend, {file})
+
+
+def _dtypes_in(backend: Backend, file: str) -> tuple[str, ...]:
+    if _EVERYTHING or file == _CONTRACT:
+        return backend.capability.dtypes
+    if backend is Backend.JAX_FUSED and file in _FUSED_DTYPES:
+        return _FUSED_DTYPES[file]
+    return _DTYPES.get(backend, backend.capability.dtypes)
 
 
 def _asked() -> list[Backend]:
@@ -77,9 +104,25 @@ def _backends() -> list[Backend]:
     return _asked() or [one for one in Backend if not (one.capability.gpu and missing(one))]
 
 
+def _share_programs_of_jax(config: pytest.Config) -> None:
+    """Keep JAX's programs in a folder that workers and subprocesses share, as each worker forgets its own with a file.
+
+    They are XLA's own, read back: nothing is computed in another way. The folder goes with the run, but for one that
+    JAX_COMPILATION_CACHE_DIR names.
+    """
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="polysoftmax-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(keep): on which backends a test runs, as a function of Capability")
     config.addinivalue_line("markers", "enough(keep): where it need not run, as another test runs the same code there")
+    _share_programs_of_jax(config)
     asked = _asked()
     if asked and all(one.capability.gpu for one in asked):
         absent = list(filter(None, map(missing, asked)))
@@ -116,7 +159,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not all(one(can) for one in keep):
             continue
         marks = [pytest.mark.gpu] if can.gpu else []
-        dtypes = can.dtypes if _EVERYTHING or file == _CONTRACT else _DTYPES.get(backend, can.dtypes)
+        dtypes = _dtypes_in(backend, file)
         for engine in can.engines:
             if not _runs_in(backend, engine, file):
                 continue

@@ -10,7 +10,7 @@ from polysoftmax._formula import Call
 from polysoftmax._sampling import LEADING
 from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines import cuda
-from tests.test_cuda_kernels import device, dtype_of, folder, needs_compiler, portable
+from tests.host_gpu import device, dtype_of, folder, needs_compiler, portable
 
 __all__ = ["device", "folder"]  # fixtures
 
@@ -54,6 +54,11 @@ LENGTHS = [
 ]
 
 
+def some(values, n):
+    """Return every other value for rows that no list holds, whose threads take the host a second to go through."""
+    return values[:: 2 if n > 4096 else 1]
+
+
 def assert_same_rows(device, x, **options):
     with np.errstate(all="ignore"):
         y = ps.truncate(x, **options)
@@ -67,7 +72,7 @@ def assert_same_rows(device, x, **options):
 @pytest.mark.parametrize(("dtype", "n"), LENGTHS)
 def test_top_k_of_every_size(device, dtype, n):
     x = rows_of(np.random.default_rng(n), dtype, n, 512)
-    for k in sorted({1, 2, 7, 50, 300, 1024, 2500, n // 2, n - 1, n, n + 1}):
+    for k in some(sorted({1, 2, 7, 50, 300, 1024, 2500, n // 2, n - 1, n, n + 1}), n):
         if k:
             assert_same_rows(device, x, top_k=k)
 
@@ -76,9 +81,9 @@ def test_top_k_of_every_size(device, dtype, n):
 @pytest.mark.parametrize(("dtype", "n"), LENGTHS)
 def test_top_p_of_every_size(device, dtype, n):
     x = rows_of(np.random.default_rng(n), dtype, n, 512)
-    for p in (0.0, 1e-6, 0.1234, 0.5, 0.9, 0.999, 1 - 2.0**-20, 1 - 2.0**-24):
+    for p in some((0.0, 1e-6, 0.1234, 0.5, 0.9, 0.999, 1 - 2.0**-20, 1 - 2.0**-24), n):
         assert_same_rows(device, x, top_p=p)
-    for temperature in (0.0, 1e-3, 0.5, 30.0, np.inf):
+    for temperature in some((0.0, 1e-3, 0.5, 30.0, np.inf), n):
         assert_same_rows(device, x, top_p=0.7, temperature=temperature)
 
 
@@ -87,7 +92,7 @@ def test_top_p_of_every_size(device, dtype, n):
 def test_filters_one_after_another(device, dtype, n):
     rng = np.random.default_rng(n)
     x = rows_of(rng, dtype, n, 512)
-    for k in (2, 60, n // 2, n - 2):
+    for k in some((2, 60, n // 2, n - 2), n):
         for options in ({"top_p": 0.8}, {"min_p": 0.3}, {"top_p": 0.413, "min_p": 0.01, "temperature": 2.0}):
             assert_same_rows(device, x, top_k=max(1, k), **options)
     assert_same_rows(device, x, min_p=0.5)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import polysoftmax as ps
+from tests.quick_programs import run_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,9 +133,6 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 """Each function of logits, temperatures and weights, and its formula."""
 
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""For a program that runs once: most of the time goes into its compilation."""
-
 WAYS = ("jacfwd", "jacrev", "linearize", "checkpoint", "vmap", "hessian", "jvp of vjp")
 
 
@@ -165,8 +163,7 @@ def found(name: str) -> dict[str, Any]:
 
     with jax.enable_x64(True):
         arrays = [jnp.asarray(one) for one in (POINT, DIRECTION, BATCH)]
-        program = jax.jit(transformed).lower(*arrays).compile(compiler_options=QUICKLY)
-        return {way: np.asarray(y) for way, y in program(*arrays).items()}
+        return {way: np.asarray(y) for way, y in run_once(transformed, *arrays).items()}
 
 
 def jacobian_of(formula: Callable[..., Any], q: np.ndarray) -> np.ndarray:

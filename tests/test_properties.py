@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     Floats = NDArray[Any]
 
+# JAX in its programs, whose formulas its own calls run, too.
+pytestmark = pytest.mark.enough(lambda can: can.traced or not can.compiles)
+
 SHAPE = (4, 6)
 LOG2_N = math.log2(SHAPE[-1])
 FORMULAS = ("softmax", "log_softmax", "logsumexp")

@@ -97,7 +97,7 @@ def expected(x: np.ndarray, t: np.ndarray, options: dict[str, Any]) -> tuple[np.
     return (drawn - p) / t[:, None], (mean - x[np.arange(len(x)), token]) / t**2
 
 
-WORTH = {"by_torch_compile": ("all of few",), "by_jax": ("all of few",), "by_work_before": ("plain", "all of few")}
+WORTH = {"by_torch_compile": ("all of few",), "by_jax": ("few",), "by_work_before": ("all of few",)}
 WORTH["by_jit"] = ("plain", "all of few", "all of many")
 """The options that are enough where each is a compilation of many seconds."""
 

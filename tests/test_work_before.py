@@ -156,7 +156,8 @@ def compare(name: str, work: str, dtype: str, given: tuple[Any, ...], x: Any) ->
     """Compare a function of work, in one program, with the function of what another program has computed."""
     function = FUNCTIONS[name]
     found = jax.jit(lambda *a: function(WORK[work](*a)))(*given)
-    jax.tree.map(lambda a, b: close(a, b, dtype, absolute=name in CANCELS), found, function(x))
+    # Both are programs: step by step, each of a derivative's would be one to compile.
+    jax.tree.map(lambda a, b: close(a, b, dtype, absolute=name in CANCELS), found, jax.jit(function)(x))
 
 
 def cases() -> list[Any]:

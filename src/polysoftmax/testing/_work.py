@@ -6,6 +6,7 @@ in memory never show that.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,15 @@ def unmultiplied(x: NDArray[np.float64], dtype: str) -> tuple[NDArray[np.float64
 
     Where no one factor reaches every value, as in a narrow dtype, each has its own.
     """
+    return _unmultiplied(x.tobytes(), x.shape, dtype)
+
+
+# Functions are looped over outside, so that a million values are searched once for all of them.
+@functools.lru_cache(maxsize=8)
+def _unmultiplied(
+    content: bytes, shape: tuple[int, ...], dtype: str
+) -> tuple[NDArray[np.float64], float | NDArray[np.float64]]:
+    x = np.frombuffer(content, np.float64).reshape(shape)
     v, each, found = x, np.ones_like(x), np.isnan(x)
     for k in range(FORMATS[dtype].precision - 3, 2, -1):
         for c in (1 - 2.0**-k, 1 + 2.0**-k):
