@@ -9,10 +9,17 @@
 #include "rows.hpp"
 #include "truncation.hpp"
 
-constexpr int vector = 8, abreast = 2, group = vector * abreast;
+// Lanes of a vector, and the entries whose number arrays are filled up to. Words are computed in four vectors at a time, or
+// two at an end: one alone would wait for its own results.
+constexpr int vector = 8, group = 2 * vector;
 using Times = Lanes<float>::Type;
-using Places = Lanes<float>::Places;
+using Places = int32_t __attribute__((vector_size(32), may_alias));
 using WordLanes = Word __attribute__((vector_size(32), may_alias));
+
+BOTH Times& lanes(float* of) { return *(Times*)of; }
+BOTH const Times& lanes(const float* of) { return *(const Times*)of; }
+BOTH Places& lanes(int32_t* of) { return *(Places*)of; }
+BOTH WordLanes& lanes(Word* of) { return *(WordLanes*)of; }
 
 // 1 / w, the time that a token takes for its E. Below the normal numbers w is not precise: what weighs so little may not
 // win unless the sums say so (`last_call`).
@@ -31,21 +38,21 @@ constexpr float last_call = 1e27f;
 // `last_call`, by 1.5e-5 at most each (in float: an ulp of either part, half an ulp of the sum), and the bound by 1e-6.
 constexpr float clear_lead = 1 + 0x1p-13f;
 
-// At most -log(1 - u), and that within a hundredth up to u = 1/2: the series of u·(6 - u) / (6 - 4u) is
-// u + u²/2 + u³/3 + 2/9·u⁴ + 4/27·u⁵ + ..., none of whose coefficients is above that of the logarithm.
+// At most -log(1 - u), and that within a thousandth up to u = 1/2. With s = u / (2 - u), the logarithm is 2s·Σ s^2k / (2k + 1),
+// and this is 2s / (1 - s²/3) = 2s·Σ s^2k / 3^k, none of whose coefficients is greater.
 BOTH Times least_time(WordLanes word) {
     const Times u = __builtin_convertvector((Places)(word >> 1), Times) * 0x1p-31f;
-    return u * (6 - u) / (6 - 4 * u);
+    return u * (6 - 3 * u) / (6 - u * (6 - u));
 }
 
-// The first word of each block, as `random_words` computes it, for vectors of counters: one vector alone would wait for its
-// own results. K is a word for all lanes, or has one for each.
-template <class K>
-BOTH void draw_words(const K (&first)[abreast], const K (&second)[abreast], Domain domain, WordLanes (&a)[abreast]) {
+// `random_words` for vectors of counters a, which become the first words; b become the second ones. K is a word for all
+// lanes, or has one for each.
+template <int abreast, class K>
+BOTH void draw_words(const K (&first)[abreast], const K (&second)[abreast], Domain domain, WordLanes (&a)[abreast],
+                     WordLanes (&b)[abreast]) {
     constexpr int rotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
-    WordLanes b[abreast];
     K schedule[3][abreast];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < abreast; v++) {
         schedule[0][v] = first[v];
         schedule[1][v] = second[v];
@@ -58,13 +65,13 @@ BOTH void draw_words(const K (&first)[abreast], const K (&second)[abreast], Doma
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             const int by = rotations[round % 2][i];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < abreast; v++) {
                 a[v] += b[v];
                 b[v] = (b[v] << by | b[v] >> (32 - by)) ^ a[v];
             }
         }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < abreast; v++) {
             a[v] += schedule[(round + 1) % 3][v];
             b[v] += schedule[(round + 2) % 3][v] + (Word)(round + 1);
@@ -72,11 +79,40 @@ BOTH void draw_words(const K (&first)[abreast], const K (&second)[abreast], Doma
     }
 }
 
-// The least time in each lane, whose it is, and the second.
+// How many vectors are computed with at a time.
+template <int number>
+struct Abreast {
+    static constexpr int count = number;
+};
+
+// Call f for vectors from `start` on, with their number.
+template <class F>
+BOTH void in_vectors(int64_t count, F f) {
+    int64_t start = 0;
+    for (; count - start > 2 * vector; start += 4 * vector) f(Abreast<4>(), start);
+    if (start < count) f(Abreast<2>(), start);
+}
+
+// The least time in each lane, whose it is and by which word, and the second.
 struct Leaders {
     Times best = Times{} + infinity<float>(), second = best;
     Places at = {};
+    WordLanes word = {};
 
+    BOTH void meet(WordLanes drawn, Times slowness, Places whose) {
+        const Times time = least_time(drawn) * slowness;
+        word = time < best ? drawn : word;
+        meet(time, whose);
+    }
+
+    // Afterwards the first lane has the leader of all; words stay in their lanes.
+    BOTH void meet_across() {
+        meet_turned(Places{4, 5, 6, 7, 0, 1, 2, 3});
+        meet_turned(Places{2, 3, 0, 1, 6, 7, 4, 5});
+        meet_turned(Places{1, 0, 3, 2, 5, 4, 7, 6});
+    }
+
+  private:
     BOTH void meet(Times time, Places whose) {
         const Places sooner = time < best;
         const Times later = sooner ? best : time;
@@ -85,24 +121,10 @@ struct Leaders {
         best = sooner ? time : best;
     }
 
-    BOTH void meet(const Leaders& others) {
-        second = others.second < second ? others.second : second;
-        meet(others.best, others.at);
-    }
-
-    BOTH void meet_across() {
-        meet(turned(Places{4, 5, 6, 7, 0, 1, 2, 3}));
-        meet(turned(Places{2, 3, 0, 1, 6, 7, 4, 5}));
-        meet(turned(Places{1, 0, 3, 2, 5, 4, 7, 6}));
-    }
-
-  private:
-    BOTH Leaders turned(Places by) const {
-        Leaders y;
-        y.best = __builtin_shuffle(best, by);
-        y.second = __builtin_shuffle(second, by);
-        y.at = __builtin_shuffle(at, by);
-        return y;
+    BOTH void meet_turned(Places by) {
+        const Times others = __builtin_shuffle(second, by);
+        second = others < second ? others : second;
+        meet(__builtin_shuffle(best, by), __builtin_shuffle(at, by));
     }
 };
 
@@ -112,111 +134,133 @@ struct Batch {
     int64_t count = 0;
     alignas(64) Word first[most] = {}, second[most] = {}, fold[most] = {};    // the key, and what it is folded with
     alignas(64) int32_t slot[most] = {}, run[most] = {};    // the row, and the place of the chosen block among its blocks
+    // Who leads, by which word; the bound of the second's time.
     alignas(64) int32_t leader[most] = {};
-    alignas(64) Word counter[most] = {};                    // of the leader
+    alignas(64) Word word[most] = {};
     alignas(64) float slowness[most] = {}, rival[most] = {}, limit[most] = {};
     int64_t* token[most];
 
-    void add(int64_t row, Words key, Word by, int64_t* to) {
+    BOTH void add(int64_t row, Words key, Word by, int64_t* to) {
         first[count] = key.first;
         second[count] = key.second;
         fold[count] = by;
         slot[count] = (int32_t)row;
-        run[count] = 0;
         token[count++] = to;
     }
 
     Words key(int64_t d) const { return Words{first[d], second[d]}; }
 
-    // For lanes in vectors, of which those behind the last draw hold what an earlier one has left.
-    int64_t in_groups() const { return (count + group - 1) / group * group; }
-
     // The first draw with a key takes the key itself.
     APART void fold_keys() {
-        const int64_t draws = in_groups();
-#pragma GCC ivdep
-        for (int64_t d = 0; d < draws; d++) {
-            const Words own{first[d], second[d]}, next = random_words(own, fold[d], NEW_KEYS);
-            first[d] = fold[d] ? next.first : own.first;
-            second[d] = fold[d] ? next.second : own.second;
-        }
+        in_vectors(count, [&](auto abreast, int64_t start) {
+            constexpr int vectors = abreast.count;
+            WordLanes k0[vectors], k1[vectors], a[vectors], b[vectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                k0[v] = lanes(first + start + v * vector);
+                k1[v] = lanes(second + start + v * vector);
+                a[v] = lanes(fold + start + v * vector);
+            }
+            draw_words(k0, k1, NEW_KEYS, a, b);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                const WordLanes by = lanes(fold + start + v * vector);
+                lanes(first + start + v * vector) = by != 0 ? a[v] : k0[v];
+                lanes(second + start + v * vector) = by != 0 ? b[v] : k1[v];
+            }
+        });
     }
 
     // Let the sums decide what is too close to call: `decide(d)` for these draws.
     template <class F>
-    void settle(Domain domain, F decide) {
-        set_limits(domain);
+    BOTH void settle(F decide) {
+        set_limits();
         for (int64_t d = 0; d < count; d++) {
-            if (!(rival[d] > limit[d] && limit[d] < last_call)) decide(d);
+            if (!(rival[d] > limit[d])) decide(d);
         }
     }
 
   private:
-    APART void set_limits(Domain domain) {
-        const int64_t draws = in_groups();
+    // The time of the leader and some more; those behind the last draw only complete a vector.
+    APART void set_limits() {
+        const int64_t draws = (count + group - 1) / group * group;
 #pragma GCC ivdep
         for (int64_t d = 0; d < draws; d++) {
-            const Word word = random_words(Words{first[d], second[d]}, counter[d], domain).first;
-            limit[d] = -log1p(-uniform_of(word)) * slowness[d] * clear_lead;
+            const float time = -log1p(-uniform_of(word[d])) * slowness[d] * clear_lead;
+            limit[d] = time < last_call ? time : infinity<float>();
         }
     }
 };
 
-// The race of `count` tokens with one key. `slowness` goes on to the end of a group, where nothing wins; `counters(i)` are
-// those of tokens i and behind it.
+// The race of `count` candidates with one key. `slowness` goes on to the end of a group, where nothing wins; `counters(i)`
+// are those of candidates i and behind it.
 template <class Counters>
 BOTH void race_along(Batch& batch, int64_t d, Domain domain, const float* slowness, int64_t count, Counters counters) {
-    const Word first[abreast] = {batch.first[d], batch.first[d]}, second[abreast] = {batch.second[d], batch.second[d]};
+    const Word key_first = batch.first[d], key_second = batch.second[d];
     Leaders leaders;
-    for (int64_t start = 0; start < count; start += group) {
-        WordLanes words[abreast] = {counters(start), counters(start + vector)};
-        draw_words(first, second, domain, words);
-#pragma GCC unroll 2
-        for (int v = 0; v < abreast; v++) {
-            const int64_t i = start + v * vector;
-            leaders.meet(least_time(words[v]) * *(const Times*)(slowness + i), Places{0, 1, 2, 3, 4, 5, 6, 7} + (int32_t)i);
+    in_vectors(count, [&](auto abreast, int64_t start) {
+        constexpr int vectors = abreast.count;
+        Word first[vectors], second[vectors];
+        WordLanes words[vectors], others[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            first[v] = key_first;
+            second[v] = key_second;
+            words[v] = counters(start + v * vector);
         }
-    }
+        draw_words(first, second, domain, words, others);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            const int64_t i = start + v * vector;
+            leaders.meet(words[v], lanes(slowness + i), Places{0, 1, 2, 3, 4, 5, 6, 7} + (int32_t)i);
+        }
+    });
     leaders.meet_across();
-    batch.leader[d] = leaders.at[0];
+    const int32_t leader = leaders.at[0];
+    batch.leader[d] = leader;
+    batch.word[d] = leaders.word[leader % vector];
+    batch.slowness[d] = slowness[leader];
     batch.rival[d] = leaders.second[0];
 }
 
-// The races of the draws from `start` on, a draw in each lane: token i of draw d has `counter(d, i)` and `slowness(d, i)`.
-template <class Counter, class Slowness>
-BOTH void race_across(Batch& batch, int64_t start, Domain domain, int64_t count, Counter counter, Slowness slowness) {
-    WordLanes first[abreast], second[abreast];
-    Leaders leaders[abreast];
-#pragma GCC unroll 2
-    for (int v = 0; v < abreast; v++) {
-        first[v] = *(const WordLanes*)(batch.first + start + v * vector);
-        second[v] = *(const WordLanes*)(batch.second + start + v * vector);
-    }
-    for (int64_t i = 0; i < count; i++) {
-        WordLanes words[abreast];
-        alignas(64) float slow[group];
-#pragma GCC unroll 2
-        for (int v = 0; v < abreast; v++) words[v] = counter(start + v * vector, i);
-        for (int l = 0; l < group; l++) slow[l] = slowness(start + l, i);
-        draw_words(first, second, domain, words);
-#pragma GCC unroll 2
-        for (int v = 0; v < abreast; v++) {
-            leaders[v].meet(least_time(words[v]) * ((const Times*)slow)[v], Places{} + (int32_t)i);
+// The races of all draws, each in a lane: candidate i of draw d has `slowness(d, i)`, and those from d on have `counters(d, i)`.
+template <class Counters, class Slowness>
+BOTH void race_across(Batch& batch, Domain domain, int64_t count, Counters counters, Slowness slowness) {
+    in_vectors(batch.count, [&](auto abreast, int64_t start) {
+        constexpr int vectors = abreast.count;
+        WordLanes first[vectors], second[vectors];
+        Leaders leaders[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            first[v] = lanes(batch.first + start + v * vector);
+            second[v] = lanes(batch.second + start + v * vector);
         }
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < abreast; v++) {
-        *(Places*)(batch.leader + start + v * vector) = leaders[v].at;
-        *(Times*)(batch.rival + start + v * vector) = leaders[v].second;
-    }
+        for (int64_t i = 0; i < count; i++) {
+            WordLanes words[vectors], others[vectors];
+            alignas(64) float slow[vectors * vector];
+            for (int l = 0; l < vectors * vector; l++) slow[l] = slowness(start + l, i);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) words[v] = counters(start + v * vector, i);
+            draw_words(first, second, domain, words, others);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) leaders[v].meet(words[v], lanes(slow + v * vector), Places{} + (int32_t)i);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            lanes(batch.leader + start + v * vector) = leaders[v].at;
+            lanes(batch.word + start + v * vector) = leaders[v].word;
+            lanes(batch.rival + start + v * vector) = leaders[v].second;
+        }
+    });
+    for (int64_t d = 0; d < batch.count; d++) batch.slowness[d] = slowness(d, batch.leader[d]);
 }
 
 // The place of the best sum score(i) + variate, the first among equals; without variates at T = 0.
 template <class C, class Score, class Counter>
-APART int64_t first_best(int64_t count, Words key, Domain domain, bool greedy, Score score, Counter counter) {
+APART int32_t first_best(int64_t count, Words key, Domain domain, bool greedy, Score score, Counter counter) {
     constexpr int64_t chunk = 32;
     C best = -infinity<C>();
-    int64_t at = 0;
+    int32_t at = 0;
     for (int64_t start = 0; start < count; start += chunk) {
         const int64_t length = count - start < chunk ? count - start : chunk;
         float noise[chunk];
@@ -225,7 +269,7 @@ APART int64_t first_best(int64_t count, Words key, Domain domain, bool greedy, S
         }
         for (int64_t l = 0; l < length; l++) {
             const C sum = greedy ? score(start + l) : score(start + l) + noise[l];
-            at = sum > best ? start + l : at;
+            at = sum > best ? (int32_t)(start + l) : at;
             best = sum > best ? sum : best;
         }
     }

@@ -114,38 +114,30 @@ class ShortRows {
 
     APART void race(Batch& batch, Domain domain) const {
         const int64_t size = cut.size;
-        for (int64_t start = 0; start < batch.count; start += group) {
-            const int32_t* slot = batch.slot;
-            const int32_t* run = batch.run;
-            if (domain == BLOCK_VARIATES) {
-                race_across(batch, start, domain, cut.blocks,
-                    [](int64_t, int64_t i) { return WordLanes{} + (Word)i; },
-                    [&](int64_t d, int64_t i) { return block_slowness[i * pitch + slot[d]]; });
-            } else {
-                race_across(batch, start, domain, size,
-                    [&](int64_t d, int64_t i) { return *(const WordLanes*)(run + d) * (Word)size + (Word)i; },
-                    [&](int64_t d, int64_t i) { return token_slowness[(run[d] * size + i) * pitch + slot[d]]; });
-            }
+        const int32_t *const slot = batch.slot, *const run = batch.run;
+        if (domain == BLOCK_VARIATES) {
+            race_across(batch, domain, cut.blocks, [](int64_t, int64_t i) { return WordLanes{} + (Word)i; },
+                        [&](int64_t d, int64_t i) { return block_slowness[i * pitch + slot[d]]; });
+        } else {
+            race_across(batch, domain, size,
+                        [&](int64_t d, int64_t i) { return (WordLanes)lanes(batch.run + d) * (Word)size + (Word)i; },
+                        [&](int64_t d, int64_t i) { return token_slowness[(run[d] * size + i) * pitch + slot[d]]; });
         }
-        for (int64_t d = 0; d < batch.count; d++) {
-            const int64_t i = batch.leader[d] + (domain == BLOCK_VARIATES ? 0 : batch.run[d] * size);
-            batch.counter[d] = (Word)i;
-            batch.slowness[d] = (domain == BLOCK_VARIATES ? block_slowness : token_slowness)[i * pitch + batch.slot[d]];
-            if (greedy[batch.slot[d]]) batch.rival[d] = 0;
-        }
+        for (int64_t d = 0; d < batch.count; d++) batch.rival[d] = greedy[slot[d]] ? 0 : batch.rival[d];
     }
 
     APART void decide(Batch& batch, int64_t d, Domain domain) const {
-        const int64_t s = batch.slot[d], size = cut.size, start = batch.run[d] * size;
+        const int64_t s = batch.slot[d], start = batch.run[d] * cut.size;
         if (domain == BLOCK_VARIATES) {
-            batch.counter[d] = first_best<C>(cut.blocks, batch.key(d), domain, greedy[s],
+            batch.leader[d] = first_best<C>(cut.blocks, batch.key(d), domain, greedy[s],
                 [&](int64_t i) { return score_of_block(masses[i * pitch + s], greedy[s]); }, [](int64_t i) { return (Word)i; });
-            batch.leader[d] = (int32_t)batch.counter[d];
         } else {
-            batch.counter[d] = (Word)(start + first_best<C>(size, batch.key(d), domain, greedy[s],
-                [&](int64_t i) { return z[(start + i) * pitch + s]; }, [=](int64_t i) { return (Word)(start + i); }));
+            batch.leader[d] = first_best<C>(cut.size, batch.key(d), domain, greedy[s],
+                [&](int64_t i) { return z[(start + i) * pitch + s]; }, [=](int64_t i) { return (Word)(start + i); });
         }
     }
+
+    int64_t token_of(const Batch& batch, int64_t d) const { return batch.run[d] * cut.size + batch.leader[d]; }
 
     // A short row is prepared anew as fast as a part of it.
     bool mend(int64_t, C) { return false; }
@@ -309,7 +301,7 @@ class LongRows {
     APART void decide(Batch& batch, int64_t d, Domain domain) const {
         const Slot& slot = slots[batch.slot[d]];
         if (domain == BLOCK_VARIATES) {
-            batch.leader[d] = (int32_t)first_best<C>(slot.runs, batch.key(d), domain, slot.greedy,
+            batch.leader[d] = first_best<C>(slot.runs, batch.key(d), domain, slot.greedy,
                 [&](int64_t i) { return score_of_block(slot.masses[i], slot.greedy); },
                 [&](int64_t i) { return (Word)slot.blocks[i]; });
             return;
@@ -318,7 +310,11 @@ class LongRows {
         const int64_t run = batch.run[d], length = length_of(slot, run);
         auto counter = [&](int64_t i) { return counter_of(slot, run, i); };
         write_z(slot, run, length, z, cut.size);
-        batch.counter[d] = counter(first_best<C>(length, batch.key(d), domain, slot.greedy, [&](int64_t i) { return z[i]; }, counter));
+        batch.leader[d] = first_best<C>(length, batch.key(d), domain, slot.greedy, [&](int64_t i) { return z[i]; }, counter);
+    }
+
+    int64_t token_of(const Batch& batch, int64_t d) const {
+        return counter_of(slots[batch.slot[d]], batch.run[d], batch.leader[d]);
     }
 
     // Whether a token that the only row has lost changes the mass of its block alone, which is then known.
@@ -462,8 +458,6 @@ class LongRows {
         const int32_t* const blocks = slot.blocks;
         if (slot.runs < 2) return;
         race_along(batch, d, BLOCK_VARIATES, slot.slowness, slot.runs, [=](int64_t i) { return *(const WordLanes*)(blocks + i); });
-        batch.counter[d] = (Word)blocks[batch.leader[d]];
-        batch.slowness[d] = slot.slowness[batch.leader[d]];
     }
 
     void race_of_tokens(Batch& batch, int64_t d, const Slot& slot) const {
@@ -481,8 +475,6 @@ class LongRows {
             race_along(batch, d, TOKEN_VARIATES, slowness, length,
                        [=](int64_t i) { return WordLanes{0, 1, 2, 3, 4, 5, 6, 7} + (Word)(start + i); });
         }
-        batch.counter[d] = counter_of(slot, run, batch.leader[d]);
-        batch.slowness[d] = slowness[batch.leader[d]];
     }
 
     Word counter_of(const Slot& slot, int64_t run, int64_t i) const {
@@ -563,16 +555,19 @@ class Sampler {
     void draw_some(const Block<C>& block, int64_t first, int64_t start, int64_t end) const {
         Batch batch;
         int64_t s = start / block.draws, i = start % block.draws;
-        int64_t which = i / block.with_each_key, fold = i % block.with_each_key;
-        for (int64_t d = start; d < end; d++) {
-            int64_t* token = block.tokens + first * block.draws + d;
-            *token = -1;
-            if (rows.has_token(s)) {
-                batch.add(s, key_of(block, first, s, which), (Word)fold, token);
-                if (batch.count == Batch::most) finish(block, batch);
+        int64_t fold = i % block.with_each_key;
+        Words key = key_of(block, first, s, i / block.with_each_key);
+        int64_t* const tokens = block.tokens + first * block.draws;
+        for (int64_t d = start; d < end; d++, i++, fold++) {
+            if (fold == block.with_each_key) {
+                fold = 0;
+                if (i == block.draws) i = 0, s++;
+                key = key_of(block, first, s, i / block.with_each_key);
             }
-            if (++fold == block.with_each_key) fold = 0, which++;
-            if (++i == block.draws) i = fold = which = 0, s++;
+            tokens[d] = -1;
+            if (!rows.has_token(s)) continue;
+            batch.add(s, key, (Word)fold, tokens + d);
+            if (batch.count == Batch::most) finish(block, batch);
         }
         finish(block, batch);
     }
@@ -591,13 +586,13 @@ class Sampler {
             for (int64_t d = 0; d < batch.count; d++) batch.run[d] = batch.leader[d];
         }
         choose(batch, TOKEN_VARIATES);
-        for (int64_t d = 0; d < batch.count; d++) *batch.token[d] = batch.counter[d];
+        for (int64_t d = 0; d < batch.count; d++) *batch.token[d] = rows.token_of(batch, d);
         batch.count = 0;
     }
 
     void choose(Batch& batch, Domain domain) const {
         rows.race(batch, domain);
-        batch.settle(domain, [&](int64_t d) { rows.decide(batch, d, domain); });
+        batch.settle([&](int64_t d) { rows.decide(batch, d, domain); });
     }
 
     // One draw after another, each from what the ones before have left of the row.
@@ -642,6 +637,11 @@ class Sampler {
         for (int64_t j = 0; j < cut.n; j++) space.left[j] = space.left[j] < top ? -infinity<C>() : space.left[j];
     }
 };
+
+// Of a row's draws, in entries of a row: a random word takes about as long as an exponential.
+inline int64_t draws_work(const Problem& problem) {
+    return problem.n > 0 ? problem.options[1] * Cut(problem.n, 1).words() : 0;
+}
 
 template <class C>
 int64_t sample_scratch(int64_t n, int64_t draws) {
