@@ -27,7 +27,8 @@ constexpr float slowest = 1e38f;
 
 template <class C>
 BOTH float slowness_of(C w) {
-    return w >= (C)0x1p-126f ? (float)(1 / w) : slowest;
+    const float y = (float)(1 / w);
+    return w >= (C)0x1p-126f ? y : slowest;
 }
 
 // The time of the first token after which the sums are asked. E is 2^-33 or more, so a token of weight below 2^-126 needs
@@ -140,12 +141,18 @@ struct Batch {
     alignas(64) float slowness[most] = {}, rival[most] = {}, limit[most] = {};
     int64_t* token[most];
 
-    BOTH void add(int64_t row, Words key, Word by, int64_t* to) {
-        first[count] = key.first;
-        second[count] = key.second;
-        fold[count] = by;
-        slot[count] = (int32_t)row;
-        token[count++] = to;
+    // As many draws as there is room for, of `number` with one key, which is folded with `by` and the numbers behind it.
+    int64_t add(int64_t number, int64_t row, Words key, Word by, int64_t* to) {
+        const int64_t start = count, end = start + number < most ? start + number : most;
+        for (int64_t d = start; d < end; d++) {
+            first[d] = key.first;
+            second[d] = key.second;
+            fold[d] = by + (Word)(d - start);
+            slot[d] = (int32_t)row;
+            token[d] = to + (d - start);
+        }
+        count = end;
+        return end - start;
     }
 
     Words key(int64_t d) const { return Words{first[d], second[d]}; }

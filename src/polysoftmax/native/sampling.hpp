@@ -70,7 +70,7 @@ class ShortRows {
     const Cut cut;
     const int64_t pitch;    // from a token of a row to the next
     Workspace<C>& space;
-    C *z, *masses, *tops, *halves, *divisors, *left;
+    C *z, *terms, *masses, *tops, *halves, *divisors, *left;
     float *token_slowness, *block_slowness;
     bool *answered, *greedy;
 
@@ -78,6 +78,7 @@ class ShortRows {
     ShortRows(Shelf& shelf, const Cut& cut, Workspace<C>& space)
         : cut(cut), pitch((cut.slots + group - 1) / group * group), space(space) {
         z = shelf.take<C>(cut.padded() * pitch);
+        terms = shelf.take<C>(cut.size * pitch);
         masses = shelf.take<C>(cut.blocks * pitch);
         tops = shelf.take<C>(pitch);
         halves = shelf.take<C>(pitch);
@@ -182,26 +183,34 @@ class ShortRows {
     template <int size>
     void add_masses(int64_t lanes) {
         const int64_t step = pitch;
-        C* const sums = tops;    // not needed any more
+        C *const term = terms, *const sums = tops;    // not needed any more
         for (int64_t s = 0; s < lanes; s++) sums[s] = 0;
         for (int64_t b = 0; b < cut.blocks; b++) {
-            const C* from = z + b * size * step;
-            C *const mass = masses + b * step;
-            float *const tokens = token_slowness + b * size * step, *const slowness = block_slowness + b * step;
+            C* const mass = masses + b * step;
+            float* const slowness = block_slowness + b * step;
+            for (int j = 0; j < size; j++) write_terms(z + (b * size + j) * step, lanes, term + j * step, token_slowness + (b * size + j) * step);
 #pragma GCC ivdep
             for (int64_t s = 0; s < lanes; s++) {
-                C term[size];
+                C sum[size];
 #pragma GCC unroll 8
-                for (int j = 0; j < size; j++) {
-                    term[j] = exp(from[j * step + s]);
-                    tokens[j * step + s] = slowness_of(term[j]);
-                }
-                mass[s] = sum_of_lanes<size>(term);
+                for (int j = 0; j < size; j++) sum[j] = term[j * step + s];
+                mass[s] = sum_of_lanes<size>(sum);
+            }
+#pragma GCC ivdep
+            for (int64_t s = 0; s < lanes; s++) {
                 slowness[s] = slowness_of(mass[s]);
                 sums[s] += mass[s];
             }
         }
         for (int64_t s = 0; s < lanes; s++) answered[s] = sums[s] > 0;
+    }
+
+    APART static void write_terms(const C* z, int64_t lanes, C* term, float* slowness) {
+#pragma GCC ivdep
+        for (int64_t s = 0; s < lanes; s++) {
+            term[s] = exp(z[s]);
+            slowness[s] = slowness_of(term[s]);
+        }
     }
 };
 
@@ -553,40 +562,36 @@ class Sampler {
     }
 
     void draw_some(const Block<C>& block, int64_t first, int64_t start, int64_t end) const {
-        Batch batch;
-        int64_t s = start / block.draws, i = start % block.draws;
-        int64_t fold = i % block.with_each_key;
-        Words key = key_of(block, first, s, i / block.with_each_key);
+        const int64_t each = block.with_each_key, keys = block.draws / each;
+        int64_t fold = start % each, which = start / each % keys, s = start / block.draws;
         int64_t* const tokens = block.tokens + first * block.draws;
-        for (int64_t d = start; d < end; d++, i++, fold++) {
-            if (fold == block.with_each_key) {
-                fold = 0;
-                if (i == block.draws) i = 0, s++;
-                key = key_of(block, first, s, i / block.with_each_key);
+        Batch batch;
+        for (int64_t d = start, number; d < end; d += number, fold += number) {
+            if (fold == each) fold = 0, which++;
+            if (which == keys) which = 0, s++;
+            number = each - fold < end - d ? each - fold : end - d;
+            if (!rows.has_token(s)) {
+                for (int64_t k = 0; k < number; k++) tokens[d + k] = -1;
+                continue;
             }
-            tokens[d] = -1;
-            if (!rows.has_token(s)) continue;
-            batch.add(s, key, (Word)fold, tokens + d);
+            const int32_t* words = block.keys + 2 * ((first + s) * keys + which);
+            const Words key = block.one_key ? row_keys[s] : Words{(Word)words[0], (Word)words[1]};
+            number = batch.add(number, s, key, (Word)fold, tokens + d);
             if (batch.count == Batch::most) finish(block, batch);
         }
         finish(block, batch);
     }
 
-    // Key i of row s in a block that starts with row `first`.
-    Words key_of(const Block<C>& block, int64_t first, int64_t s, int64_t i) const {
-        if (block.one_key) return row_keys[s];
-        const int32_t* words = block.keys + 2 * ((first + s) * (block.draws / block.with_each_key) + i);
-        return Words{(Word)words[0], (Word)words[1]};
-    }
-
     void finish(const Block<C>& block, Batch& batch) const {
+        if (batch.count == 0) return;
         if (block.with_each_key > 1) batch.fold_keys();
         if (cut.blocks > 1) {
             choose(batch, BLOCK_VARIATES);
             for (int64_t d = 0; d < batch.count; d++) batch.run[d] = batch.leader[d];
         }
         choose(batch, TOKEN_VARIATES);
-        for (int64_t d = 0; d < batch.count; d++) *batch.token[d] = rows.token_of(batch, d);
+        const int64_t count = batch.count;
+        for (int64_t d = 0; d < count; d++) *batch.token[d] = rows.token_of(batch, d);
         batch.count = 0;
     }
 
