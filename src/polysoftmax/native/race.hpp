@@ -135,6 +135,7 @@ struct Batch {
     int64_t count = 0;
     alignas(64) Word first[most] = {}, second[most] = {}, fold[most] = {};    // the key, and what it is folded with
     alignas(64) int32_t slot[most] = {}, run[most] = {};    // the row, and the place of the chosen block among its blocks
+    alignas(64) int32_t place[most] = {};                   // of a race's first candidate, where rows lie side by side
     // Who leads, by which word; the bound of the second's time.
     alignas(64) int32_t leader[most] = {};
     alignas(64) Word word[most] = {};
@@ -230,9 +231,14 @@ BOTH void race_along(Batch& batch, int64_t d, Domain domain, const float* slowne
     batch.rival[d] = leaders.second[0];
 }
 
-// The races of all draws, each in a lane: candidate i of draw d has `slowness(d, i)`, and those from d on have `counters(d, i)`.
-template <class Counters, class Slowness>
-BOTH void race_across(Batch& batch, Domain domain, int64_t count, Counters counters, Slowness slowness) {
+BOTH Times gathered(const float* x, const int32_t* at) {
+    return Times{x[at[0]], x[at[1]], x[at[2]], x[at[3]], x[at[4]], x[at[5]], x[at[6]], x[at[7]]};
+}
+
+// The races of all draws, each in a lane: candidate i of draw d stands at slowness[place[d] + i * pitch], and the counters of
+// candidates i are those of `counters(d, i)` for the draws from d on.
+template <class Counters>
+BOTH void race_across(Batch& batch, Domain domain, int64_t count, const float* slowness, int64_t pitch, Counters counters) {
     in_vectors(batch.count, [&](auto abreast, int64_t start) {
         constexpr int vectors = abreast.count;
         WordLanes first[vectors], second[vectors];
@@ -244,13 +250,14 @@ BOTH void race_across(Batch& batch, Domain domain, int64_t count, Counters count
         }
         for (int64_t i = 0; i < count; i++) {
             WordLanes words[vectors], others[vectors];
-            alignas(64) float slow[vectors * vector];
-            for (int l = 0; l < vectors * vector; l++) slow[l] = slowness(start + l, i);
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) words[v] = counters(start + v * vector, i);
             draw_words(first, second, domain, words, others);
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) leaders[v].meet(words[v], lanes(slow + v * vector), Places{} + (int32_t)i);
+            for (int v = 0; v < vectors; v++) {
+                const Times slow = gathered(slowness + i * pitch, batch.place + start + v * vector);
+                leaders[v].meet(words[v], slow, Places{} + (int32_t)i);
+            }
         }
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
@@ -259,7 +266,8 @@ BOTH void race_across(Batch& batch, Domain domain, int64_t count, Counters count
             lanes(batch.rival + start + v * vector) = leaders[v].second;
         }
     });
-    for (int64_t d = 0; d < batch.count; d++) batch.slowness[d] = slowness(d, batch.leader[d]);
+    const int64_t draws = batch.count;
+    for (int64_t d = 0; d < draws; d++) batch.slowness[d] = slowness[batch.place[d] + batch.leader[d] * pitch];
 }
 
 // The place of the best sum score(i) + variate, the first among equals; without variates at T = 0.

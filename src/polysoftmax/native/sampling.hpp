@@ -96,6 +96,7 @@ class ShortRows {
 
     bool has_token(int64_t s) const { return answered[s]; }
 
+    // There is always a table of the tokens' times.
     APART void prepare(const Block<C>& block, int64_t first, int64_t count, bool) {
         const bool plain = !(block.temperature || block.k || block.top_k || block.p || block.min_p);
         for (int64_t s = 0; s < count; s++) {
@@ -114,17 +115,18 @@ class ShortRows {
     }
 
     APART void race(Batch& batch, Domain domain) const {
-        const int64_t size = cut.size;
-        const int32_t *const slot = batch.slot, *const run = batch.run;
+        const int32_t step = (int32_t)(cut.size * pitch);
         if (domain == BLOCK_VARIATES) {
-            race_across(batch, domain, cut.blocks, [](int64_t, int64_t i) { return WordLanes{} + (Word)i; },
-                        [&](int64_t d, int64_t i) { return block_slowness[i * pitch + slot[d]]; });
+            for (int64_t d = 0; d < Batch::most; d++) batch.place[d] = batch.slot[d];
+            race_across(batch, domain, cut.blocks, block_slowness, pitch,
+                        [](int64_t, int64_t i) { return WordLanes{} + (Word)i; });
         } else {
-            race_across(batch, domain, size,
-                        [&](int64_t d, int64_t i) { return (WordLanes)lanes(batch.run + d) * (Word)size + (Word)i; },
-                        [&](int64_t d, int64_t i) { return token_slowness[(run[d] * size + i) * pitch + slot[d]]; });
+            for (int64_t d = 0; d < Batch::most; d++) batch.place[d] = batch.run[d] * step + batch.slot[d];
+            race_across(batch, domain, cut.size, token_slowness, pitch, [&](int64_t d, int64_t i) {
+                return (WordLanes)lanes(batch.run + d) * (Word)cut.size + (Word)i;
+            });
         }
-        for (int64_t d = 0; d < batch.count; d++) batch.rival[d] = greedy[slot[d]] ? 0 : batch.rival[d];
+        for (int64_t d = 0; d < batch.count; d++) batch.rival[d] = greedy[batch.slot[d]] ? 0 : batch.rival[d];
     }
 
     APART void decide(Batch& batch, int64_t d, Domain domain) const {
@@ -188,7 +190,10 @@ class ShortRows {
         for (int64_t b = 0; b < cut.blocks; b++) {
             C* const mass = masses + b * step;
             float* const slowness = block_slowness + b * step;
-            for (int j = 0; j < size; j++) write_terms(z + (b * size + j) * step, lanes, term + j * step, token_slowness + (b * size + j) * step);
+            for (int64_t j = 0; j < size; j++) {
+                const int64_t at = (b * size + j) * step;
+                write_terms(z + at, lanes, term + j * step, token_slowness + at);
+            }
 #pragma GCC ivdep
             for (int64_t s = 0; s < lanes; s++) {
                 C sum[size];
@@ -507,6 +512,7 @@ class LongRows {
     }
 };
 
+// Rows are prepared, some at a time, and drawn from.
 template <class C, class Rows>
 class Sampler {
   public:
