@@ -10,7 +10,10 @@ Shape = tuple[int, ...]
 
 FORWARD = ("softmax", "log_softmax", "logsumexp")
 DERIVED = ("softmax_vjp", "cross_entropy", "cross_entropy_grad")
-SAMPLING = ("sample", "sample_top_k", "sample_top_p")
+MANY = "sample_many"
+"""Many draws of one row, or few of each of several."""
+
+SAMPLING = ("sample", "sample_top_k", "sample_top_p", MANY)
 OPS = FORWARD + DERIVED + SAMPLING
 
 # One row length, sizes from 40 bytes to 256 MB: the ladder along which the plots draw their lines.
@@ -27,7 +30,17 @@ LADDER: tuple[Shape, ...] = (
 SHORT: tuple[Shape, ...] = ((1000, 10), (100_000, 10), (1_000_000, 3), (100_000, 16), (50_000, 32), (10_000, 256))
 LONG: tuple[Shape, ...] = ((64, 50_257), (8, 128_256), (1, 1_000_000), (4, 16_777_216))
 CORE: tuple[Shape, ...] = ((10,), (1000, 1000), (100_000, 10), (50_000, 32), (64, 50_257), (8192, 8192))
-DRAWS: tuple[Shape, ...] = ((1, 1000), (4096, 1000), (256, 32_000), (64, 50_257), (1, 128_256))
+DRAWS: tuple[Shape, ...] = (
+    (100_000, 2),
+    (100_000, 10),
+    (30_000, 32),
+    (1, 1000),
+    (4096, 1000),
+    (256, 32_000),
+    (64, 50_257),
+    (1, 128_256),
+)
+MANY_DRAWS: dict[Shape, int] = {(10,): 100_000, (999,): 20_000, (1001,): 20_000, (50_257,): 5_000}
 FILTERED: tuple[Shape, ...] = ((4096, 1000), (256, 32_000), (64, 50_257), (1, 128_256))
 FIRST: tuple[Shape, ...] = ((10, 100_000), (256, 10_000), (50_257, 64), (4096, 4096))
 NARROW: tuple[Shape, ...] = ((100_000, 10), (10_000, 256), (64, 50_257))
@@ -41,6 +54,9 @@ GPU_DRAWS: tuple[Shape, ...] = ((128, 128_256), (64, 50_257))
 GPU_BYTES = 128 * 2**20
 GPU_WORKING_SET = 320 * 2**20
 """Bytes of the inputs that take turns: more than any cache holds."""
+
+MOST_NOISE = 2**28
+"""Bytes of the variates that a peer draws for every token of every draw."""
 
 SHORT_DTYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -87,6 +103,11 @@ class Case:
         return max(4, ITEMSIZE[self.dtype]) if self.op == "cross_entropy" else ITEMSIZE[self.dtype]
 
     @property
+    def draws(self) -> int:
+        """Number of draws from each row, where there are many."""
+        return MANY_DRAWS.get(self.shape, 100)
+
+    @property
     def runner(self) -> str:
         """Library and mode in one word, as tables and plots name them."""
         return self.backend if self.mode == "eager" else f"{self.backend} {self.mode}"
@@ -120,6 +141,8 @@ def cpu_cases(backend: str, ops: tuple[str, ...], *, quick: bool) -> list[Case]:
 def _of(op: str, backend: str, mode: str, *, quick: bool) -> list[Case]:
     shapes = _shapes(op, quick=quick)
     cases = [Case(op, backend, mode, shape) for shape in shapes]
+    if op == MANY and backend == "jax":
+        cases = [case for case in cases if case.elements * case.draws * 4 <= MOST_NOISE]
     if quick or op in SAMPLING:
         return cases
     half = {"numpy": ("float16",), "torch": ("float16", "bfloat16"), "jax": ("bfloat16",)}[backend]
@@ -132,6 +155,8 @@ def _of(op: str, backend: str, mode: str, *, quick: bool) -> list[Case]:
 
 
 def _shapes(op: str, *, quick: bool) -> tuple[Shape, ...]:
+    if op == MANY:
+        return tuple(MANY_DRAWS)[:1] if quick else tuple(MANY_DRAWS)
     if op in SAMPLING:
         return QUICK_DRAWS if quick else DRAWS if op == "sample" else FILTERED
     if quick:
@@ -147,7 +172,7 @@ def gpu_cases() -> list[Case]:
             lengths = GPU_LENGTHS if op == "softmax" else GPU_LENGTHS_OF_OTHERS
             shapes = [(GPU_BYTES // (n * ITEMSIZE[dtype]), n) for n in lengths]
             cases += [Case(op, "torch", "eager", shape, dtype) for shape in shapes]
-        cases += [Case(op, "torch", "eager", shape, dtype) for op in SAMPLING for shape in GPU_DRAWS]
+        cases += [Case(op, "torch", "eager", shape, dtype) for op in SAMPLING if op != MANY for shape in GPU_DRAWS]
     return cases
 
 
@@ -155,6 +180,7 @@ def dropped(backends: tuple[str, ...], ops: tuple[str, ...]) -> list[str]:
     """Say what is not measured, and why."""
     reasons = ["inputs above 256 MB: results and peers' temporaries would not fit beside them on a small machine"]
     if "jax" in backends:
+        reasons.append("jax, 5,000 draws of 50,257 tokens: its own way takes a variate a token and draw, 1 GB")
         reasons.append("jax float64: needs the global x64 switch, which would change every other row of the run")
     if "numpy" in backends:
         reasons.append("numpy bfloat16: SciPy and NumPy have no such dtype of their own")

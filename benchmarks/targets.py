@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.cases import FORWARD
+from benchmarks.cases import FORWARD, MANY
 
 if TYPE_CHECKING:
     from benchmarks.cases import Case
@@ -70,6 +70,8 @@ def _jax(case: Case, peer: str) -> Target | None:
 
 
 def _sampling(case: Case, peer: str) -> Target | None:
+    if case.op == MANY:
+        return None if peer == "copy" else Target(1.0)
     # The design's peer on NumPy is the plain Gumbel draw; the other two are shown beside it.
     if peer == "copy" or (case.backend == "numpy" and peer != "gumbel"):
         return None

@@ -94,6 +94,9 @@ def test_peers_answer_the_same_question(targets: tuple[ModuleType, ModuleType], 
         ("torch", "sample", (30_000, 10), "torch", "≥ 1×"),
         ("torch", "sample_top_k", (64, 50_257), "torch", "≥ 1×"),
         ("jax", "sample_top_p", (64, 50_257), "jax", "≥ 3×"),
+        ("numpy", "sample", (100_000, 2), "gumbel", "≥ 1×"),
+        ("numpy", "sample_many", (999,), "choice", "≥ 1×"),
+        ("torch", "sample_many", (50_257,), "torch", "≥ 1×"),
     ],
 )
 def test_targets_are_those_of_the_design(

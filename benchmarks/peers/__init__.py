@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import polysoftmax
+from benchmarks.cases import MANY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,6 +74,8 @@ def contestants(case: Case, arguments: tuple[Array, ...], *, compiled: bool = Fa
     """Return ours and every peer of the case as calls without arguments, ours first."""
     lib = library(case.backend)
     found = {OURS: ours(case, lib), **lib.PEERS[case.op]}
+    if case.op == MANY:
+        found = {name: partial(function, draws=case.draws) for name, function in found.items()}
     if compiled and case.backend == "torch":
         found |= lib.compiled(case.op)
     bound = {name: partial(function, axis=case.axis) for name, function in found.items()}

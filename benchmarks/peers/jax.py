@@ -56,6 +56,10 @@ def categorical(x: Array, key: Array, *, axis: Axis) -> Array:
     return jax.random.categorical(key, x, axis=axis)
 
 
+def categorical_many(x: Array, key: Array, *, axis: Axis, draws: int) -> Array:
+    return jax.random.categorical(key, x, axis=axis, shape=(draws, *x.shape[:-1])).T
+
+
 def categorical_top_k(x: Array, key: Array, *, axis: Axis) -> Array:
     values, kept = jax.lax.top_k(x, TOP_K)
     drawn = categorical(values, key, axis=axis)
@@ -81,4 +85,5 @@ PEERS: dict[str, dict[str, Callable[..., Array]]] = {
     "sample": {"jax": categorical},
     "sample_top_k": {"jax": categorical_top_k},
     "sample_top_p": {"jax": categorical_top_p},
+    "sample_many": {"jax": categorical_many},
 }

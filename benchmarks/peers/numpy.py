@@ -93,6 +93,13 @@ def gumbel_top_p(x: Array, key: int, *, axis: Axis) -> Array:
     return np.take_along_axis(order, drawn[..., None], axis=axis)[..., 0]
 
 
+def choice(x: Array, key: int, *, axis: Axis, draws: int) -> Array:
+    del key
+    p = naive_softmax(x.astype(np.float64), axis=axis).reshape(-1, x.shape[axis])
+    drawn = [_RNG.choice(len(row), size=draws, p=row) for row in p]
+    return np.stack(drawn).reshape(*x.shape[:-1], draws)
+
+
 def _through_torch(op: str) -> dict[str, Callable[..., Array]]:
     """Return the detour that shares memory with PyTorch both ways, if it is installed."""
     if find_spec("torch") is None:
@@ -103,9 +110,9 @@ def _through_torch(op: str) -> dict[str, Callable[..., Array]]:
 
     function = peers.PEERS[op]["torch"]
 
-    def detour(x: Array, *others: Array, axis: Axis) -> Array:
+    def detour(x: Array, *others: Array, **options: int) -> Array:
         tensors = [torch.from_numpy(y) if isinstance(y, np.ndarray) else y for y in (x, *others)]
-        return function(*tensors, axis=axis).numpy()
+        return function(*tensors, **options).numpy()
 
     return {"torch, no copy": detour}
 
@@ -120,5 +127,6 @@ PEERS: dict[str, dict[str, Callable[..., Array]]] = {
     "sample": {"gumbel": gumbel, "gumbel, float32": gumbel_float32},
     "sample_top_k": {"gumbel": gumbel_top_k},
     "sample_top_p": {"gumbel": gumbel_top_p},
+    "sample_many": {"choice": choice},
 }
 PEERS = {op: found | _through_torch(op) for op, found in PEERS.items()}

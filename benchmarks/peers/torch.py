@@ -70,6 +70,11 @@ def multinomial(x: Array, key: int, *, axis: Axis) -> Array:
     return torch.multinomial(torch.softmax(x, axis), 1)[..., 0]
 
 
+def multinomial_many(x: Array, key: int, *, axis: Axis, draws: int) -> Array:
+    del key
+    return torch.multinomial(torch.softmax(x, axis), draws, replacement=True)
+
+
 def exponential(x: Array, key: int, *, axis: Axis) -> Array:
     """Draw by a race of exponential variates, which avoids the cumulative sums of ``multinomial``."""
     del key
@@ -123,4 +128,5 @@ PEERS: dict[str, dict[str, Callable[..., Array]]] = {
     "sample": {"torch": multinomial, "torch exponential": exponential},
     "sample_top_k": {"torch": multinomial_top_k},
     "sample_top_p": {"torch": multinomial_top_p},
+    "sample_many": {"torch": multinomial_many},
 }

@@ -25,8 +25,9 @@ LENGTHS = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 66, 100, 127, 128, 
 UNWRITTEN = 0xFB  # as in driver.cpp
 
 
-# `rows` are full rows of any real dtype, `floats` full rows of a float dtype, `value` is one value a row. What has a
-# `?` may be absent; an output with `?N` is absent if operand N is.
+# `rows` are full rows of any real dtype, `floats` full rows of a float dtype, `value` is one value a row; `given`,
+# `tokens`, `logprobs` and `slopes` are several tokens, or numbers for them, a row. What has a `?` may be
+# absent; an output with `?N` is absent if operand N is.
 SIGNATURES = [
     ("softmax", "rows temperature? mask? -> floats"),
     ("log_softmax", "rows temperature? mask? -> floats"),
@@ -45,8 +46,15 @@ SIGNATURES = [
     ("truncate", "rows temperature? mask? count? share? share? -> floats"),
     ("sample", "rows keys temperature? mask? count? share? share? -> tokens"),
     ("words", "integers integers integers integers -> words words"),
+    ("log_prob", "rows given temperature? mask? count? share? share? -> logprobs"),
+    ("log_prob_pull", "rows given temperature? mask? count? share? share? logprobs slopes -> floats value?2"),
+    ("ranks", "rows given mask? -> tokens"),
+    ("leading", "rows mask? -> tokens"),
 ]
 KERNELS = [name for name, _ in SIGNATURES]
+
+WITH_TOKENS = ("sample", "log_prob", "log_prob_pull", "ranks", "leading")
+"""The kernels of rows that have a token at least, and take or give a number of them."""
 
 
 @dataclass
@@ -208,7 +216,7 @@ class Maker:
 
     def problem(self) -> Problem:
         rng, name = self.rng, KERNELS[self.kernel]
-        self.n = 0 if self.chance(0.03) and name != "sample" else int(self.pick(LENGTHS))
+        self.n = 0 if self.chance(0.03) and name not in WITH_TOKENS else int(self.pick(LENGTHS))
         if self.chance(0.02):
             self.n = int(self.pick([65535, 65536, 65537, 140_001]))
         self.batch = tuple(int(self.pick([1, 2, 3, 4, 7, 17])) for _ in range(rng.integers(5)))
@@ -222,10 +230,11 @@ class Maker:
         self.x_dtype = int(self.pick(first))
         is_wide = self.x_dtype == FLOAT64 or self.chance(0.2)
         self.compute = FLOAT64 if is_wide and name != "words" else FLOAT32
-        self.draws = int(self.pick([1, 1, 2, 5])) if name == "sample" else 0
+        self.tokens = int(self.pick([1, 1, 2, 5])) if name in WITH_TOKENS else 0
+        if name == "leading":
+            self.tokens = min(self.tokens, self.n)
+        self.keys = 1  # of a row
         options = self.options(name)
-        if name == "sample" and options[2]:
-            self.draws = options[1] = 1
         rows = int(np.prod(self.batch, dtype=int))
         return Problem(
             self.kernel,
@@ -246,10 +255,15 @@ class Maker:
             options[1] = int(self.pick([-1, 0, -100]))
             for i, value in ((2, self.pick([0.0, 0.0, 0.1, 1.0])), (3, self.pick([0.0, 0.0, 1e-4]))):
                 (options[i],) = struct.unpack("q", struct.pack("d", value))
-        if name in ("truncate", "sample") and self.chance(0.5):
+        if name in ("truncate", "sample", "log_prob", "log_prob_pull") and self.chance(0.5):
             options[0] = int(self.rng.integers(self.n + 3))
         if name == "sample":
-            options[1], options[2] = self.draws, int(self.chance(0.3))
+            is_one_key, with_each_key = self.chance(0.3), int(self.pick([1, 1, 2, 7, 70]))
+            self.keys = 1 if is_one_key else self.tokens
+            self.tokens = self.keys * with_each_key
+            options[2:5] = [int(is_one_key), with_each_key, int(self.chance(0.3))]
+        if name in WITH_TOKENS:
+            options[1] = self.tokens
         return options
 
     def operands(self, signature: str, *, one_key: bool) -> list[Operand | None]:
@@ -268,7 +282,7 @@ class Maker:
         return made
 
     def output(self, kind: str) -> Operand:
-        entries = {"value": 1, "tokens": self.draws, "logprobs": self.draws}.get(kind, self.n)
+        entries = {"value": 1, "tokens": self.tokens, "logprobs": self.tokens}.get(kind, self.n)
         floats = self.compute if self.chance(0.7) else int(self.pick(FLOATS))
         dtype = {"tokens": INT64, "words": INT32}.get(kind, floats)
         one = Operand(kind, dtype, np.zeros((*self.batch, entries), STORED[dtype]), is_output=True)
@@ -280,14 +294,18 @@ class Maker:
             entries = 1
         if kind == "rows":
             dtype = self.x_dtype
-        elif kind in ("floats", "value") and self.chance(0.3):
+        elif kind in ("floats", "value", "logprobs", "slopes") and self.chance(0.3):
             dtype = int(self.pick([one for one in FLOATS if one <= self.compute]))
         elif kind == "mask":
             dtype = 0
         elif kind in ("integers", "keys"):
             dtype = INT32
+        elif kind == "given":
+            dtype = int(self.pick([INT32, INT64, INT64]))
         if kind == "keys":
-            entries = 2 * self.draws
+            entries = 2 * self.keys
+        if kind in ("given", "logprobs", "slopes"):
+            entries = self.tokens
         if kind == "targets":
             if self.chance(0.7):
                 dtype, entries = int(self.pick([INT32, INT64, INT64])), 1
@@ -318,6 +336,10 @@ class Maker:
             y = rng.integers(-1, max(self.n, 1), shape)
             wild = rng.integers(-(2**31), 2**31 - 1, shape)
             return np.where(rng.random(shape) < (0.05 if self.chance(0.3) else 0), wild, y).astype(STORED[dtype])
+        if kind == "given":
+            # The gradient is asked for tokens that have a log-probability: those that there are.
+            beyond = 0 if KERNELS[self.kernel] == "log_prob_pull" else 2
+            return rng.integers(-beyond, self.n + beyond, shape).astype(STORED[dtype])
         if dtype in INTEGERS:
             limits = np.iinfo(STORED[dtype])
             if self.chance(0.5):

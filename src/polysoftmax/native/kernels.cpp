@@ -60,7 +60,7 @@ bool formula_of(const Problem& p, Formula<C>& f) {
         case 12: f = SCORED("xxvmV", 0, true, kl_divergence); break;
         case 13: f = SCORED("xxvmvRRV", 0, true, kl_divergence_pull); break;
         case 14: f = {"xvmivvR", 0, nullptr, nullptr, nullptr, truncate_rows<C>, truncate_scratch<C>(p.n), false}; break;
-        case 15: f = {"xkvmivvT", 0, nullptr, nullptr, nullptr, sample_rows<C>, sample_scratch<C>(p.n, p.options[1]), false}; break;
+        case 15: f = {"xkvmivvT", 0, nullptr, nullptr, nullptr, sample_rows<C>, sample_scratch<C>(p.n, p.options[1]), false, draws_work(p)}; break;
         case 16: f = {"wwwwWW", 0, nullptr, nullptr, nullptr, words_of<C>, 0, false}; break;
         case 17:
             f = filters ? Formula<C>{"xcvmivvL", 0, nullptr, nullptr, nullptr, log_prob_of_left<C>, left_scratch<C>(p.n), false}

@@ -29,6 +29,7 @@ struct Formula {
     void (*block)(const Problem&, const Block<C>&, char* scratch);
     int64_t block_scratch;
     bool fills;    // absent weights, or an absent mask, are a row of ones
+    int64_t row_work = 0;    // what a row takes beyond a pass over its entries, as a number of entries
 };
 
 enum Layout { ALONG, PADDED, ACROSS };
@@ -49,9 +50,10 @@ class Run {
     int all() {
         if (first == last) return 0;
         constexpr int64_t work = 1 << 14;
-        int64_t per_piece = tile * (1 + work / (tile * (p.n + 16)));
+        const int64_t of_row = p.n + f.row_work;
+        int64_t per_piece = tile * (1 + work / (tile * (of_row + 16)));
         int64_t count = (last - first + per_piece - 1) / per_piece;
-        if (threads > 1 && count < 2 * threads && p.n > 2 * Along<C>::shortest_piece) {
+        if (threads > 1 && count < 2 * threads && of_row > 2 * Along<C>::shortest_piece) {
             inside = share;
             some(first, last);
         } else if (threads > 1 && count > 1) {
