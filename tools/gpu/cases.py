@@ -57,10 +57,15 @@ def smoke_cases() -> Iterator[Case]:
         for n in LENGTHS_OF_DERIVATIVES:
             for function in (*DERIVATIVES, *LOSSES):
                 yield Case(function, dtype, 9, n, {})
+            yield Case("log_prob", dtype, 9, n, {"top_k": 2})
         yield from _draws(dtype)
     # So many rows that clusters do not grow.
     yield Case("softmax", "bfloat16", 2000, 32768, {})
     yield Case("softmax", "float32", 600, 65536, {})
+    # So long that most of a row is in shared memory.
+    for dtype in ("bfloat16", "float16", "float32"):
+        yield Case("log_softmax", dtype, 300, 131_071, {})
+        yield Case("softmax", dtype, 300, 131_072, {})
 
 
 def _forward(dtype: str) -> Iterator[Case]:

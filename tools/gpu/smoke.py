@@ -154,6 +154,8 @@ def _call(case: Case, given: Arguments, x: Any, seed: int = 0) -> Any:
         return ps.cross_entropy(x, given.targets, reduction="none", z_loss=1e-3)
     if case.base.endswith("vjp"):
         return getattr(ps, case.base)(x, given.cotangent)
+    if case.base == "log_prob":
+        return ps.log_prob(x, given.targets, **given.options)
     if case.base == "sample":
         return ps.sample(x, seed_of(case, seed), **given.options)
     return getattr(ps, case.base)(x, **given.options)
