@@ -12,6 +12,7 @@ from scipy import stats
 
 import polysoftmax
 from polysoftmax import random
+from polysoftmax.engines import _library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +38,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Restore the number of threads."""
-    before = polysoftmax.num_threads()
+    before = _library.num_threads()
     yield
     polysoftmax.set_num_threads(before)
 

@@ -39,8 +39,8 @@ constexpr float last_call = 1e27f;
 // `last_call`, by 1.5e-5 at most each (in float: an ulp of either part, half an ulp of the sum), and the bound by 1e-6.
 constexpr float clear_lead = 1 + 0x1p-13f;
 
-// At most -log(1 - u), and that within a thousandth up to u = 1/2. With s = u / (2 - u), the logarithm is 2s·Σ s^2k / (2k + 1),
-// and this is 2s / (1 - s²/3) = 2s·Σ s^2k / 3^k, none of whose coefficients is greater.
+// At most -log(1 - u), and that within a hundredth up to u = 2/3. With s = u / (2 - u), the logarithm is
+// 2s·Σ s^2k / (2k + 1), and this is 2s / (1 - s²/3) = 2s·Σ s^2k / 3^k, none of whose coefficients is greater.
 BOTH Times least_time(WordLanes word) {
     const Times u = __builtin_convertvector((Places)(word >> 1), Times) * 0x1p-31f;
     return u * (6 - 3 * u) / (6 - u * (6 - u));

@@ -391,7 +391,9 @@ class LongRows {
         alignas(64) C sum[lanes] = {};
         for (int64_t j = 0; j < size; j += lanes) {
 #pragma GCC ivdep
-            for (int l = 0; l < lanes; l++) sum[l] += exp(divided ? halved_distance(x[j + l], top, half) / divisor : x[j + l] - top);
+            for (int l = 0; l < lanes; l++) {
+                sum[l] += exp(divided ? halved_distance(x[j + l], top, half) / divisor : x[j + l] - top);
+            }
         }
         return sum_of_lanes<lanes>(sum);
     }
@@ -471,7 +473,8 @@ class LongRows {
     void race_of_blocks(Batch& batch, int64_t d, const Slot& slot) const {
         const int32_t* const blocks = slot.blocks;
         if (slot.runs < 2) return;
-        race_along(batch, d, BLOCK_VARIATES, slot.slowness, slot.runs, [=](int64_t i) { return *(const WordLanes*)(blocks + i); });
+        race_along(batch, d, BLOCK_VARIATES, slot.slowness, slot.runs,
+                   [=](int64_t i) { return *(const WordLanes*)(blocks + i); });
     }
 
     void race_of_tokens(Batch& batch, int64_t d, const Slot& slot) const {
@@ -484,7 +487,8 @@ class LongRows {
             const int32_t* const from = slot.indices + slot.starts[run];
             for (int64_t i = 0; i < length; i++) counters[i] = from[i];
             for (int64_t i = length; i % group; i++) counters[i] = 0;
-            race_along(batch, d, TOKEN_VARIATES, slowness, length, [&](int64_t i) { return *(const WordLanes*)(counters + i); });
+            race_along(batch, d, TOKEN_VARIATES, slowness, length,
+                       [&](int64_t i) { return *(const WordLanes*)(counters + i); });
         } else {
             race_along(batch, d, TOKEN_VARIATES, slowness, length,
                        [=](int64_t i) { return WordLanes{0, 1, 2, 3, 4, 5, 6, 7} + (Word)(start + i); });
