@@ -56,6 +56,9 @@ CALLS: dict[str, tuple[tuple[str, ...], Callable[[SimpleNamespace], Any]]] = {
     ),
 }
 
+IN_KERNELS = [name for name in CALLS if name != "gumbel_softmax"]
+"""What runs in kernels on NumPy."""
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 SHAPES = ((3, 7), (5, 300))
@@ -282,7 +285,7 @@ def test_no_layout_and_no_order_of_bytes_changes_a_bit(dtype: str, layout: str) 
         native = of_numpy(dtype, shape)
         for order in (lambda one: one, swapped):
             given = SimpleNamespace(**{key: LAYOUTS[layout](order(one)) for key, one in vars(native).items()})
-            for name in CALLS:
+            for name in IN_KERNELS:
                 for y, expected in zip(answers_of(name, given), answers_of(name, native), strict=True):
                     is_same(name, y, expected)
 
