@@ -35,6 +35,7 @@ _FUNCTIONS = (
     "accuracy",
     "derivatives",
     "edges",
+    "log_prob",
     "loss_derivatives",
     "losses",
     "random",
