@@ -176,6 +176,11 @@ class Ops:
         """Return ``x / t`` for a positive ``t``, whose derivative overflows only where it is itself infinite."""
         return x / t
 
+    def steady(self, x: Array, answered: Array) -> Array:
+        """Return ``x``, which is not differentiated in rows without an answer: there it may be any number."""
+        del answered
+        return x
+
     def with_slope_of(self, y: Array, smooth: Callable[[], Array]) -> Array:
         """Return ``y``, which is differentiated as ``smooth()`` is, its equal but for rounding."""
         del smooth

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from polysoftmax._formula import RowFormula
 from polysoftmax._losses import classes
+from polysoftmax._sampling import has_token
 from polysoftmax._softmax import (
     LOG_SOFTMAX,
     log_of_sum,
@@ -45,10 +46,12 @@ def log_prob_of_rows(
 ) -> Array:
     x = left_of(ops, x, t, where, filters, top_k)
     top = ops.where(ops.any(where), ops.max(x), 0.0)
+    answered = has_token(top, t)
+    x, top = ops.steady(x, answered), ops.steady(top, answered)
     terms = ops.exp(scores_below(ops, x, top, t))
     log_total = log_of_sum(ops, terms, nonzero(ops, ops.sum(terms)), (x, t, where))
     known, index = classes(ops, x, tokens)
-    y = scores_below(ops, ops.take(x, index), top, t) - log_total
+    y = ops.nan_unless(answered, scores_below(ops, ops.take(x, index), top, t) - log_total, top)
     if where is not None:
         y = ops.where(ops.take(ops.broadcast_to(where, x.shape), index), y, -INF)
     return ops.nan_unless(known, y, log_total)

@@ -47,7 +47,7 @@ SIGNATURES = [
     ("sample", "rows keys temperature? mask? count? share? share? -> tokens"),
     ("words", "integers integers integers integers -> words words"),
     ("log_prob", "rows given temperature? mask? count? share? share? -> logprobs"),
-    ("log_prob_pull", "rows given temperature? mask? count? share? share? logprobs slopes -> floats value?2"),
+    ("log_prob_pull", "rows given temperature? mask? count? share? share? slopes -> floats value?2"),
     ("ranks", "rows given mask? -> tokens"),
     ("leading", "rows mask? -> tokens"),
 ]
@@ -337,9 +337,7 @@ class Maker:
             wild = rng.integers(-(2**31), 2**31 - 1, shape)
             return np.where(rng.random(shape) < (0.05 if self.chance(0.3) else 0), wild, y).astype(STORED[dtype])
         if kind == "given":
-            # The gradient is asked for tokens that have a log-probability: those that there are.
-            beyond = 0 if KERNELS[self.kernel] == "log_prob_pull" else 2
-            return rng.integers(-beyond, self.n + beyond, shape).astype(STORED[dtype])
+            return rng.integers(-2, self.n + 2, shape).astype(STORED[dtype])
         if dtype in INTEGERS:
             limits = np.iinfo(STORED[dtype])
             if self.chance(0.5):

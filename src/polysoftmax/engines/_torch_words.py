@@ -85,6 +85,9 @@ class DifferentiatedOps(TorchOps):
         fixed = t.detach()
         return x / fixed * torch.exp(torch.log(fixed) - torch.log(t))
 
+    def steady(self, x: Array, answered: Array) -> Array:
+        return torch.where(answered, x, 0.0)
+
     def with_slope_of(self, y: Array, smooth: Callable[[], Array]) -> Array:
         slope = smooth()
         return y.detach() + (slope - slope.detach())

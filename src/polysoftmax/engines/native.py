@@ -158,7 +158,7 @@ def _register_pullbacks() -> None:
         (LOGSUMEXP, 7, (None, None, 0), -2),
         (ENTROPY, 11, (None, 1, 0), -2),
         (KL_DIVERGENCE, 13, (None, None, 1, 0), -2),
-        (LOG_PROB, 18, (None, 0, 1, 0, 0, 0, 0), None),
+        (LOG_PROB, 18, (None, 0, 1, 0, 0, 0, 0), -2),
     )
     for formula, number, lengths, leaves_out in rules:
         for wanted in itertools.product(*((True, False) if one != 0 else (False,) for one in lengths)):

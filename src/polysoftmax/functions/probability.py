@@ -93,7 +93,8 @@ def log_prob(
     for token -1, for a masked token, and in a row with NaN.
 
     ``sample(..., return_logprobs=True)`` answers these very bits, on every engine: it asks the same formula. A token's
-    log-probability does not depend on the other tokens that are asked for. For the most likely token it is computed
+    log-probability does not depend on the other tokens that are asked for (on CUDA, where a kernel answers one token a
+    row and the formula several, by rounding alone). For the most likely token it is computed
     from what all others add up to, so it keeps its digits close to 0.
 
     The gradient for the logits is g·(onehot - p) over the tokens that are left, and 0 for a token of -inf or NaN; the

@@ -68,8 +68,8 @@ bool formula_of(const Problem& p, Formula<C>& f) {
                          : SCORED("xcvmivvL", 0, false, log_prob);
             break;
         case 18:
-            f = filters ? Formula<C>{"xcvmivvddRV", 0, nullptr, nullptr, nullptr, log_prob_of_left_pull<C>, left_scratch<C>(p.n), false}
-                        : SCORED("xcvmivvddRV", 1, true, log_prob_pull);
+            f = filters ? Formula<C>{"xcvmivvdRV", 0, nullptr, nullptr, nullptr, log_prob_of_left_pull<C>, left_scratch<C>(p.n), false}
+                        : SCORED("xcvmivvdRV", 1, true, log_prob_pull);
             break;
         case 19: f = {"xcmT", 0, nullptr, nullptr, nullptr, ranks_of_rows<C>, 0, false}; break;
         case 20: f = {"xmT", 0, nullptr, nullptr, nullptr, leading_of_rows<C>, leading_scratch<C>(p.n), false}; break;

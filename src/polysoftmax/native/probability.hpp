@@ -52,19 +52,19 @@ void log_prob_pull(const Problem& p, Rows& rows) {
     using C = typename Rows::Real;
     const Tokens<options, Rows> t(p, rows);
     const Scores<options, Rows>& s = t.s;
-    auto y = rows.column(7), given = rows.column(8), gx = rows.column(9), g = rows.column(11);
+    auto given = rows.column(7), gx = rows.column(8), g = rows.column(10);
     rows.each([&](auto i) { g[i] = 0; });
     auto moves = rows.row([](auto) { return false; });
     for (int64_t k = 0; k < t.count; k++) {
         moves = rows.row([&](auto r) {
-            const bool has_slope = finite(y.at(r, k));
+            const bool has_slope = finite(t.log_p(r, k));
             if (has_slope) g.at(r, t.tokens.at(r, k)) += given.at(r, k);
             return moves[r] || has_slope;
         });
     }
     auto log_p = [&](auto i) { return choose(s.exists(i), s.z(i) - t.log_sum[i], -infinity<C>()); };
     auto gz = pull_of_log_softmax(rows, log_p, [&](auto i) { return (C)g[i]; });
-    pull_scores(rows, s, gz, 9, 10);
+    pull_scores(rows, s, gz, 8, 9);
     if (!rows.some([&](auto r) { return !moves[r]; })) return;
     if (gx) {
         rows.each([&](auto i) {
@@ -72,9 +72,9 @@ void log_prob_pull(const Problem& p, Rows& rows) {
             gx[i] = choose(moves[i], slope);
         });
     }
-    if (rows.column(10)) {
-        auto gt = rows.value(10);
-        rows.put(10, rows.row([&](auto r) { return moves[r] ? gt[r] : (C)0; }));
+    if (rows.column(9)) {
+        auto gt = rows.value(9);
+        rows.put(9, rows.row([&](auto r) { return moves[r] ? gt[r] : (C)0; }));
     }
 }
 
@@ -114,8 +114,7 @@ void each_left_row(const Problem& p, const Block<C>& block, char* memory, F f) {
                             row_of(block.temperature, 1),
                             (char*)scratch.all,
                             nullptr, nullptr, nullptr,
-                            row_of(block.reals[0], count),
-                            row_of(block.reals[1], count),
+                            row_of(block.reals, count),
                             (char*)(block.y ? scratch.slope : nullptr),
                             row_of(block.of_row, 1),
                             (char*)scratch.spread};

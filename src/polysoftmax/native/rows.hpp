@@ -412,7 +412,7 @@ struct Block {
     const int64_t* given_tokens;    // draws a row, as tokens, logprobs and reals
     int64_t* tokens;
     C* logprobs;
-    const C* reals[2];
+    const C* reals;
     C* of_row;    // a number a row, as an answer
     const int32_t* words[4];
     int32_t* answers[2];

@@ -253,7 +253,7 @@ class Run {
         b.one_key = p.options[2];
         b.with_each_key = draws_with_each_key();
         b.distinct = p.options[4];
-        int words = 0, answers = 0, shares = 0, reals = 0;
+        int words = 0, answers = 0, shares = 0;
         for (int k = 0; k < p.count; k++) {
             switch (f.letters[k]) {
                 case 'x': b.x = (const C*)at[k]; break;
@@ -263,7 +263,7 @@ class Run {
                 case 'R': b.y = (C*)at[k]; break;
                 case 'V': b.of_row = (C*)at[k]; break;
                 case 'c': b.given_tokens = (const int64_t*)at[k]; break;
-                case 'd': b.reals[reals++] = (const C*)at[k]; break;
+                case 'd': b.reals = (const C*)at[k]; break;
                 case 'T': b.tokens = (int64_t*)at[k]; break;
                 case 'L': b.logprobs = (C*)at[k]; break;
                 case 'w': b.words[words++] = (const int32_t*)at[k]; break;
