@@ -14,7 +14,7 @@ MANY = "sample_many"
 """Many draws of one row, or few of each of several."""
 
 SAMPLING = ("sample", "sample_top_k", "sample_top_p", MANY)
-OPS = FORWARD + DERIVED + SAMPLING
+OPS = (*FORWARD, *DERIVED, "log_prob", *SAMPLING)
 
 # One row length, sizes from 40 bytes to 256 MB: the ladder along which the plots draw their lines.
 LADDER: tuple[Shape, ...] = (
@@ -41,6 +41,9 @@ DRAWS: tuple[Shape, ...] = (
     (1, 128_256),
 )
 MANY_DRAWS: dict[Shape, int] = {(10,): 100_000, (999,): 20_000, (1001,): 20_000, (50_257,): 5_000}
+PICKED: tuple[Shape, ...] = ((64, 50_257), (2048, 32_000))
+"""Rows of which a token's log-probability is asked for."""
+
 FILTERED: tuple[Shape, ...] = ((4096, 1000), (256, 32_000), (64, 50_257), (1, 128_256))
 FIRST: tuple[Shape, ...] = ((10, 100_000), (256, 10_000), (50_257, 64), (4096, 4096))
 NARROW: tuple[Shape, ...] = ((100_000, 10), (10_000, 256), (64, 50_257))
@@ -100,7 +103,7 @@ class Case:
         """Bytes of an answer with one entry a row: losses are float32 at least, and tokens are indices."""
         if self.op in SAMPLING:
             return 4 if self.backend == "jax" else 8
-        return max(4, ITEMSIZE[self.dtype]) if self.op == "cross_entropy" else ITEMSIZE[self.dtype]
+        return max(4, ITEMSIZE[self.dtype]) if self.op in {"cross_entropy", "log_prob"} else ITEMSIZE[self.dtype]
 
     @property
     def draws(self) -> int:
@@ -143,7 +146,7 @@ def _of(op: str, backend: str, mode: str, *, quick: bool) -> list[Case]:
     cases = [Case(op, backend, mode, shape) for shape in shapes]
     if op == MANY and backend == "jax":
         cases = [case for case in cases if case.elements * case.draws * 4 <= MOST_NOISE]
-    if quick or op in SAMPLING:
+    if quick or op in SAMPLING or op == "log_prob":
         return cases
     half = {"numpy": ("float16",), "torch": ("float16", "bfloat16"), "jax": ("bfloat16",)}[backend]
     # JAX computes in float64 only after a global switch, which would change every other row of the run.
@@ -157,6 +160,8 @@ def _of(op: str, backend: str, mode: str, *, quick: bool) -> list[Case]:
 def _shapes(op: str, *, quick: bool) -> tuple[Shape, ...]:
     if op == MANY:
         return tuple(MANY_DRAWS)[:1] if quick else tuple(MANY_DRAWS)
+    if op == "log_prob":
+        return PICKED[:1] if quick else PICKED
     if op in SAMPLING:
         return QUICK_DRAWS if quick else DRAWS if op == "sample" else FILTERED
     if quick:

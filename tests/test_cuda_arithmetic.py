@@ -87,7 +87,7 @@ void total(long long n, const float* x, const float* t, float* y) {
 }
 void best(long long n, const float* scores, const long long* index, float* y) {
     Best<float> all{-infinity<float>(), 1000};
-    LOOP all = merge(all, Best<float>{scores[i], index[i]});
+    LOOP all = merge(all, Best<float>{scores[i], (int)index[i]});
     y[0] = all.score, y[1] = (float)all.index;
 }
 void noisy(long long n, const float* scores, const float* t, float* y) {

@@ -59,6 +59,12 @@ def slope_of_log_prob(x: Any, tokens: Any, **options: Any) -> Any:
     return x.grad
 
 
+def several(b: Batch, axis: int, **options: Any) -> Any:
+    """Three draws of each row, laid along its axis."""
+    y = ps.sample(b["x"], b["key"], axis=axis, draws=3, **options)
+    return y if axis == -1 else y.T
+
+
 MASKS, HEAT = ("temperature", "where"), ("temperature",)
 # Functions of a batch, and the options that each is called with and without.
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
@@ -84,13 +90,13 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "sample, top_k": (lambda b, **o: ps.sample(b["x"], b["key"], top_k=7, return_logprobs=True, **o), MASKS),
     "sample, top_p": (lambda b, **o: ps.sample(b["x"], b["key"], top_p=0.8, return_logprobs=True, **o), MASKS),
     "sample, min_p": (lambda b, **o: ps.sample(b["x"], b["key"], min_p=0.05, return_logprobs=True, **o), MASKS),
-    "sample, draws": (lambda b, **o: ps.sample(b["x"], b["key"], draws=3, **o), MASKS),
-    "sample, distinct": (lambda b, **o: ps.sample(b["x"], b["key"], draws=3, replace=False, **o), MASKS),
+    "sample, draws": (several, MASKS),
+    "sample, distinct": (lambda b, **o: several(b, replace=False, **o), MASKS),
     "log_prob": (lambda b, **o: ps.log_prob(b["x"], b["class"], **o), MASKS),
     "log_prob, top_p": (lambda b, **o: ps.log_prob(b["x"], b["class"], top_p=0.8, return_rank=True, **o), MASKS),
     "gradient of log_prob": (lambda b, **o: slope_of_log_prob(b["x"], b["class"], **o), MASKS),
     "gradient of log_prob, top_k": (lambda b, **o: slope_of_log_prob(b["x"], b["class"], top_k=7, **o), MASKS),
-    "top_log_probs": (lambda b, **o: ps.top_log_probs(b["x"], min(3, b["x"].shape[-1]), **o), MASKS),
+    "top_log_probs": (lambda b, **o: ps.top_log_probs(b["x"], min(3, b["x"].shape[o["axis"]]), **o), MASKS),
 }
 
 

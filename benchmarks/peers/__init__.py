@@ -64,7 +64,7 @@ def operands(case: Case) -> tuple[Array, ...]:
     x = lib.asarray(base, case.dtype)
     if case.op == "softmax_vjp":
         return x, lib.asarray(base[..., ::-1].copy(), case.dtype)
-    if case.op.startswith("cross_entropy"):
+    if case.op.startswith("cross_entropy") or case.op == "log_prob":
         targets = np.asarray(np.random.default_rng(1).integers(0, case.length, size=case.shape[:-1]))
         return x, lib.asarray(targets, "int32" if case.backend == "jax" else "int64")
     return (x, lib.key()) if case.op.startswith("sample") else (x,)

@@ -52,6 +52,10 @@ def cross_entropy(x: Array, targets: Array, *, axis: Axis) -> Array:
     return jnp.mean(jax.nn.logsumexp(x, axis=axis) - picked)
 
 
+def log_prob(x: Array, tokens: Array, *, axis: Axis) -> Array:
+    return jnp.take_along_axis(jax.nn.log_softmax(x, axis=axis), tokens[..., None], axis=axis)[..., 0]
+
+
 def categorical(x: Array, key: Array, *, axis: Axis) -> Array:
     return jax.random.categorical(key, x, axis=axis)
 
@@ -82,6 +86,7 @@ PEERS: dict[str, dict[str, Callable[..., Array]]] = {
     "softmax_vjp": {"jax": pullback(jax.nn.softmax)},
     "cross_entropy": {"jax": cross_entropy},
     "cross_entropy_grad": {"jax": gradient(cross_entropy)},
+    "log_prob": {"jax": log_prob},
     "sample": {"jax": categorical},
     "sample_top_k": {"jax": categorical_top_k},
     "sample_top_p": {"jax": categorical_top_p},

@@ -63,6 +63,10 @@ def scipy_cross_entropy_grad(x: Array, targets: Array, *, axis: Axis) -> Array:
     return from_probabilities(special.softmax(x, axis=axis), targets)
 
 
+def scipy_log_prob(x: Array, tokens: Array, *, axis: Axis) -> Array:
+    return np.take_along_axis(special.log_softmax(x, axis=axis), tokens[..., None], axis=axis)[..., 0]
+
+
 def gumbel(x: Array, key: int, *, axis: Axis) -> Array:
     """Draw by ``argmax(x + gumbel)``, as it is usually written."""
     del key
@@ -124,6 +128,7 @@ PEERS: dict[str, dict[str, Callable[..., Array]]] = {
     "softmax_vjp": {"scipy": scipy_softmax_vjp},
     "cross_entropy": {"scipy": scipy_cross_entropy},
     "cross_entropy_grad": {"scipy": scipy_cross_entropy_grad},
+    "log_prob": {"scipy": scipy_log_prob},
     "sample": {"gumbel": gumbel, "gumbel, float32": gumbel_float32},
     "sample_top_k": {"gumbel": gumbel_top_k},
     "sample_top_p": {"gumbel": gumbel_top_p},

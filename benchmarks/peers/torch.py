@@ -65,6 +65,10 @@ def cross_entropy(x: Array, targets: Array, *, axis: Axis) -> Array:
     return functional.cross_entropy(x, targets)
 
 
+def log_prob(x: Array, tokens: Array, *, axis: Axis) -> Array:
+    return torch.log_softmax(x, axis).gather(axis, tokens[..., None])[..., 0]
+
+
 def multinomial(x: Array, key: int, *, axis: Axis) -> Array:
     del key
     return torch.multinomial(torch.softmax(x, axis), 1)[..., 0]
@@ -125,6 +129,7 @@ PEERS: dict[str, dict[str, Callable[..., Array]]] = {
     "softmax_vjp": {"torch": pullback(softmax)},
     "cross_entropy": {"torch": cross_entropy},
     "cross_entropy_grad": {"torch": gradient(cross_entropy)},
+    "log_prob": {"torch": log_prob},
     "sample": {"torch": multinomial, "torch exponential": exponential},
     "sample_top_k": {"torch": multinomial_top_k},
     "sample_top_p": {"torch": multinomial_top_p},

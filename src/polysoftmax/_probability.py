@@ -106,8 +106,10 @@ def pull_log_prob(
 
 def at_tokens(ops: Ops, x: Array, tokens: Array, g: Array) -> Array:
     """Σ of the g of a row's tokens, each at its token."""
-    indices, total = ops.indices(x, tokens.dtype), ops.zeros_like(x)
-    for k in range(tokens.shape[ops.axis]):
+    indices, count, total = ops.indices(x, tokens.dtype), tokens.shape[ops.axis], ops.zeros_like(x)
+    if count == 1:
+        return ops.where(indices == tokens, g, 0.0)
+    for k in range(count):
         own, here = ops.part(g, k, k + 1), ops.part(tokens, k, k + 1)
         total = total + ops.where(indices == here, own, 0.0)
     return total

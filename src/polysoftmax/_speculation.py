@@ -59,8 +59,7 @@ def settle(accepts: Array, draft: Array, drawn: Array) -> tuple[Array, Array]:
     """Return the tokens up to the first that replaces a draft, then -1; and how many drafts stand before it."""
     xp = namespace(drawn)
     fails = xp.cumulative_sum(xp.astype(~accepts, drawn.dtype), axis=-1)
-    count = xp.sum(xp.astype(fails == 0, drawn.dtype), axis=-1)
-    last = drawn[..., -1:]
+    count = xp.sum(xp.astype(fails == 0, drawn.dtype), axis=-1, keepdims=True)
     place = xp.arange(drawn.shape[-1], dtype=drawn.dtype, device=device_for(drawn))
-    here = xp.concat([xp.where(fails == 0, draft, drawn[..., :-1]), last], axis=-1)
-    return xp.where(place <= xp.expand_dims(count, axis=-1), here, -1), count
+    here = xp.concat([xp.where(fails == 0, draft, drawn[..., :-1]), drawn[..., -1:]], axis=-1)
+    return xp.where(place <= count, here, -1), xp.squeeze(count, axis=-1)

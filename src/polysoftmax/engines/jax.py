@@ -384,7 +384,7 @@ def _with_open_rank(call: Call, operands: tuple[Array, ...]) -> tuple[Call, tupl
         return call, operands
     bound = min(1 << (top_k - 1).bit_length(), operands[0].shape[call.axis])
     call = call._replace(options={**call.options, "top_k": bound})
-    return call, (*operands[:-3], np.int32(top_k), *operands[-2:])
+    return call, (*operands[:-3], jnp.asarray(top_k, jnp.int32), *operands[-2:])
 
 
 def words(x: Array, axis: int) -> Ops:

@@ -78,9 +78,9 @@ def gumbel_softmax(
     >>> import polysoftmax
     >>> logits = np.log([0.1, 0.2, 0.7])
     >>> polysoftmax.gumbel_softmax(logits, 7, 0.5).round(3)
-    array([0.014, 0.008, 0.978])
-    >>> polysoftmax.gumbel_softmax(logits, 7, 0.5, hard=True), polysoftmax.sample(logits, 7)
-    (array([0., 0., 1.]), 2)
+    array([0.986, 0.002, 0.013])
+    >>> polysoftmax.gumbel_softmax(logits, 7, 0.5, hard=True), int(polysoftmax.sample(logits, 7))
+    (array([1., 0., 0.]), 0)
     """
     r = last_rows(logits, axis, dtype)
     r.require_entries("gumbel_softmax", "token")

@@ -101,7 +101,7 @@ def speculate(
     >>> import polysoftmax
     >>> target = np.log([[0.1, 0.9], [0.9, 0.1], [0.5, 0.5]])
     >>> polysoftmax.speculate(np.asarray([1, 1]), target, 7, temperature=0.0)
-    (array([ 1,  0, -1]), 1)
+    (array([ 1,  0, -1]), array(1))
     """
     r = last_rows(target_logits, -1)
     r.require_entries("speculate", "token")

@@ -1,13 +1,9 @@
 // The kernels of one level of CPU features. Each level compiles this file with its own flags and its own namespace; no
 // inline function of the standard library may be used here, since the linker would keep one level's copy for all.
 //
-// Kernels 14 to 16 stand in truncation.hpp and sampling.hpp. They get a `Block<C>` (rows.hpp) of contiguous rows in the
-// compute dtype C and as many bytes of scratch as they say that they need for rows of n:
-//     template <class C> int64_t truncate_scratch(int64_t n);
-//     template <class C> void truncate_rows(const Problem&, const Block<C>& block, char* scratch);
-//     template <class C> int64_t sample_scratch(int64_t n, int64_t draws);
-//     template <class C> void sample_rows(const Problem&, const Block<C>& block, char* scratch);
-//     template <class C> void words_of(const Problem&, const Block<C>& block, char*);    block.words -> block.answers
+// Some kernels get a `Block<C>` (rows.hpp) of contiguous rows in the compute dtype C, and as many bytes of scratch as they
+// say that they need for rows of n; they stand in truncation.hpp, sampling.hpp and probability.hpp. The others are formulas
+// of one row, in any layout.
 #include <stdint.h>
 #include <stdlib.h>
 
