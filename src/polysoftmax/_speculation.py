@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from polysoftmax._arrays import cast, device_for, namespace
 from polysoftmax._formula import RowFormula
-from polysoftmax._threefry import ACCEPTS, RESIDUALS, fold, fold_in_domain, fold_rows, uniform_of, words
+from polysoftmax._threefry import ACCEPTS, RESIDUALS, fold_in_domain, uniform_of, words
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -31,15 +31,6 @@ def residual_of_rows(ops: Ops, p: Array, q: Array, is_drafted: Array) -> Array:
 
 
 RESIDUAL = RowFormula("residual", residual_of_rows)
-
-
-def position_keys(k: Array, batch: tuple[int, ...], count: int) -> Array:
-    """Return a key for each position: that of the row, which a single key is folded with, folded with the position."""
-    xp = namespace(k)
-    own = fold_rows(k, batch) if k.ndim == 1 and batch else k
-    return fold(
-        xp.expand_dims(own, axis=-2), xp.reshape(xp.arange(count, dtype=xp.int32, device=device_for(k)), (-1, 1))
-    )
 
 
 def residual_keys(k: Array) -> Array:

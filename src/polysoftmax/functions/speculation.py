@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from polysoftmax._arrays import (
     cast,
     default_index,
+    device_for,
     in_native_order,
     is_array,
     is_kind,
     is_number,
+    namespace,
     quietly,
     require_same_library,
 )
 from polysoftmax._rows import last_rows, rows
-from polysoftmax._speculation import RESIDUAL, is_accepted, position_keys, residual_keys, settle
+from polysoftmax._speculation import RESIDUAL, is_accepted, residual_keys, settle
+from polysoftmax._threefry import fold
 from polysoftmax.engines._keys import jitted
 from polysoftmax.functions.probability import log_prob
 from polysoftmax.functions.sampling import sample
@@ -26,8 +28,6 @@ from polysoftmax.functions.truncation import truncate
 from polysoftmax.random import as_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from polysoftmax._arrays import Array
     from polysoftmax._rows import Number, Rows
 
@@ -153,13 +153,14 @@ def _position_keys(r: Rows, keys: Array, count: int) -> Array:
     if keys.ndim > 1 and tuple(keys.shape[:-1]) != batch:
         msg = f"keys must be one, of shape (2,), or one a request, of shape {(*batch, 2)}, got {tuple(keys.shape)}"
         raise ValueError(msg)
-    return jitted(_keys_of(batch, count), keys)
+    if keys.ndim == 1 and batch:
+        keys = jitted(fold, keys, _numbers(keys, math.prod(batch), (*batch, 1)))
+    return jitted(fold, namespace(keys).expand_dims(keys, axis=-2), _numbers(keys, count, (count, 1)))
 
 
-@cache
-def _keys_of(batch: tuple[int, ...], count: int) -> Callable[[Array], Array]:
-    # One function for each shape, since JAX compiles for every new one.
-    return partial(position_keys, batch=batch, count=count)
+def _numbers(keys: Array, count: int, shape: tuple[int, ...]) -> Array:
+    xp = namespace(keys)
+    return xp.reshape(xp.arange(count, dtype=xp.int32, device=device_for(keys)), shape)
 
 
 def _of_positions(r: Rows, value: Any) -> Any:
