@@ -77,6 +77,10 @@ class Rows:
             return self.shape[: self.axis] + self.shape[self.axis + 1 :]
         return tuple(self.shape[i] for i in self.kept)
 
+    def floats(self) -> Array:
+        """Return the rows as floats, integers being widened; a filter tells entries apart as they are then."""
+        return self.x if float_bits(self.xp, self.x.dtype) else cast(self.x, self.compute)
+
     def replacing(self, x: Array) -> Rows:
         """Return these rows with other entries."""
         return replace(self, x=x)

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from polysoftmax._formula import Call
-from polysoftmax._probability import LOG_PROB
-from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import _library, chosen, cuda, native
 from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_recorded
 from polysoftmax.engines._torch_memory import MEMORY, is_plain
 from polysoftmax.engines._torch_words import evaluate, is_transformed
+from polysoftmax.engines.cuda._calls import COMPOSED as CUDA_COMPOSED
 from polysoftmax.engines.cuda._calls import KERNELS as CUDA_KERNELS
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ _BY_NAME = {one.name: one for one in native.KERNELS}
 
 _IN_KERNELS = {
     "native": {one.name for one in native.KERNELS},
-    "cuda": {one.name for one in (*CUDA_KERNELS, SAMPLE, LOG_PROB)},
+    "cuda": {one.name for one in (*CUDA_KERNELS, *CUDA_COMPOSED)},
 }
 """What the operator runs in each engine; the rest is in the graph as it stands."""
 

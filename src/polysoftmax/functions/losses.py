@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from polysoftmax._arrays import (
     as_float,
     cast,
-    default_index,
     float_bits,
     in_native_order,
     is_kind,
@@ -22,6 +21,7 @@ from polysoftmax._arrays import (
 from polysoftmax._formula import words
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE, classes, weight_of
 from polysoftmax._rows import may_be_equal, rows
+from polysoftmax.functions._indices import as_index, first_outside, has_nan
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array, DType
@@ -137,7 +137,7 @@ def cross_entropy(
         label_smoothing=_number(label_smoothing, "label_smoothing", 1.0),
         z_loss=_number(z_loss, "z_loss", math.inf),
     )
-    if is_index and values_are_free(losses) and _has_nan(losses):
+    if is_index and values_are_free(losses) and has_nan(losses):
         _require_known(r, targets, q, ignore_index)  # the loss of a target that is no class is NaN
     if reduction == "mean" and is_weighted:
         with quietly(losses):
@@ -169,25 +169,8 @@ def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Arr
         )
         raise ValueError(msg)
     if not is_int64:
-        targets = _as_index(targets, r, ignore_index)
+        targets = as_index(targets, r, ignore_index)
     return r.from_reduced(targets), True
-
-
-def _has_nan(losses: Array) -> bool:
-    if losses.ndim:
-        with quietly(losses):
-            losses = words(losses).total(losses)
-    return math.isnan(losses.item())
-
-
-def _as_index(targets: Array, r: Rows, ignore_index: int | None) -> Array:
-    """Return classes in the library's dtype for indices; what is too large for it is no class, and not ignored."""
-    xp, index = r.xp, default_index(r.xp)
-    if targets.dtype == index:
-        return targets
-    fits = xp.isdtype(targets.dtype, "signed integer") or xp.iinfo(targets.dtype).bits < xp.iinfo(index).bits
-    targets = cast(targets, index)
-    return targets if fits else xp.where(targets < 0, r.length + (ignore_index == r.length), targets)
 
 
 def _require_known(r: Rows, targets: Array, classes: Array, ignore_index: int | None) -> None:
@@ -195,9 +178,9 @@ def _require_known(r: Rows, targets: Array, classes: Array, ignore_index: int | 
     known = (classes >= 0) & (classes < r.length)
     if ignore_index is not None:
         known = known | (classes == ignore_index)
-    if not bool(r.xp.all(known)):
-        worst = r.xp.reshape(targets, (-1,))[int(r.xp.argmin(r.xp.astype(r.xp.reshape(known, (-1,)), r.xp.int8)))]
-        msg = f"target {worst.item()} is out of range for {r.length} classes and is not ignore_index={ignore_index}"
+    worst = first_outside(r, targets, known)
+    if worst is not None:
+        msg = f"target {worst} is out of range for {r.length} classes and is not ignore_index={ignore_index}"
         raise IndexError(msg)
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from polysoftmax._arrays import (
-    cast,
     default_index,
-    float_bits,
     in_native_order,
     is_kind,
     is_number,
     is_whole,
     namespace,
-    quietly,
     require_same_library,
     values_are_free,
 )
 from polysoftmax._formula import words
 from polysoftmax._probability import LOG_PROB, RANKS, TOP_LOG_PROBS
 from polysoftmax._rows import last_rows, may_be_equal
+from polysoftmax.functions._indices import as_index, first_outside, has_nan
 from polysoftmax.functions.truncation import filters
 
 if TYPE_CHECKING:
@@ -118,7 +115,7 @@ def log_prob(
     kept, most = filters(r, top_k, top_p, min_p)
     laid_out, is_one = _lay_out_tokens(r, tokens)
     y = log_prob_of_tokens(r, laid_out, t, mask, kept, most, squeeze=is_one)
-    if values_are_free(y) and _has_nan(y):
+    if values_are_free(y) and has_nan(y):
         _require_tokens(r, tokens)  # the log-probability of what is no token is NaN
     y = _as_given(r, y, is_one)
     if not return_rank:
@@ -131,12 +128,7 @@ def log_prob_of_tokens(
     r: Rows, tokens: Array, t: Any, where: Any, kept: Filters, top_k: int | None, *, squeeze: bool
 ) -> Array:
     """Return the log-probabilities of tokens that stand side by side, or of one a row, without the axis."""
-    return LOG_PROB(r, _widened(r), tokens, t, where, *kept, result=r.compute, squeeze=squeeze, top_k=top_k)
-
-
-def _widened(r: Rows) -> Array:
-    """Return rows of floats: a filter tells integers apart as `sample` and `truncate` do."""
-    return r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)
+    return LOG_PROB(r, r.floats(), tokens, t, where, *kept, result=r.compute, squeeze=squeeze, top_k=top_k)
 
 
 def top_log_probs(
@@ -203,16 +195,16 @@ def top_log_probs(
         msg = f"k must lie in [1, {r.length}], the number of tokens of a row, got {k}"
         raise ValueError(msg)
     t, mask = r.temperature(temperature), r.mask(where)
-    x = words(r.x).constant(_widened(r))
-    tokens = TOP_LOG_PROBS(r, x, mask, result=default_index(r.xp), count=int(k))
-    y = LOG_PROB(r, _widened(r), tokens, t, mask, None, None, None, result=r.compute, top_k=None)
+    x = r.floats()
+    tokens = TOP_LOG_PROBS(r, words(x).constant(x), mask, result=default_index(r.xp), count=int(k))
+    y = LOG_PROB(r, x, tokens, t, mask, None, None, None, result=r.compute, top_k=None)
     return _as_given(r, y, False), _as_given(r, tokens, False)
 
 
 def _lay_out_tokens(r: Rows, tokens: Array) -> tuple[Array, bool]:
     """Bring tokens into the rows' layout, several of a row side by side; the second answer: whether each has one."""
     require_same_library(r.x, tokens, "tokens")
-    xp, index = r.xp, default_index(r.xp)
+    xp = r.xp
     tokens = in_native_order(tokens)
     if not is_kind(xp, tokens.dtype, "integral"):
         msg = f"tokens must be integers, got dtype {tokens.dtype}"
@@ -229,10 +221,7 @@ def _lay_out_tokens(r: Rows, tokens: Array) -> tuple[Array, bool]:
             )
             raise ValueError(msg)
         tokens = xp.moveaxis(tokens, at, -1) if at < len(batch) else tokens
-    if tokens.dtype != index:
-        is_wide = xp.isdtype(tokens.dtype, "unsigned integer") and xp.iinfo(tokens.dtype).bits >= xp.iinfo(index).bits
-        narrow = cast(tokens, index)
-        tokens = xp.where(narrow < 0, r.length, narrow) if is_wide else narrow
+    tokens = as_index(tokens, r)
     return (xp.expand_dims(tokens, axis=-1) if is_one else tokens), is_one
 
 
@@ -242,17 +231,9 @@ def _as_given(r: Rows, y: Array, is_one: bool) -> Array:
     return y if is_one or at == y.ndim - 1 else namespace(y).moveaxis(y, -1, at)
 
 
-def _has_nan(y: Array) -> bool:
-    with quietly(y):
-        return math.isnan(words(y).total(y).item())
-
-
 def _require_tokens(r: Rows, tokens: Array) -> None:
     """Raise ``IndexError`` for the first of the tokens that is neither -1 nor an index."""
-    xp = r.xp
-    known = (tokens >= -1) & (tokens < r.length)
-    if not bool(xp.all(known)):
-        flat = xp.reshape(xp.astype(known, xp.int8), (-1,))
-        worst = xp.reshape(tokens, (-1,))[int(xp.argmin(flat))]
-        msg = f"token {worst.item()} is out of range for {r.length} tokens, and is not -1, which stands for none"
+    worst = first_outside(r, tokens, (tokens >= -1) & (tokens < r.length))
+    if worst is not None:
+        msg = f"token {worst} is out of range for {r.length} tokens, and is not -1, which stands for none"
         raise IndexError(msg)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from polysoftmax._arrays import cast, default_index, float_bits, is_number, is_whole, namespace
+from polysoftmax._arrays import default_index, is_number, is_whole, namespace
 from polysoftmax._formula import words
 from polysoftmax._rows import last_rows
 from polysoftmax._sampling import SAMPLE
@@ -164,7 +164,7 @@ def sample(
     constant = words(r.x).constant
     tokens = SAMPLE(
         r,
-        constant(r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)),
+        constant(r.floats()),
         layout.lay_out_keys(keys),
         *(one if one is None or isinstance(one, float) else constant(one) for one in (t, mask, *kept)),
         result=default_index(r.xp),

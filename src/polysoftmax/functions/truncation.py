@@ -9,7 +9,6 @@ from polysoftmax._arrays import (
     as_float,
     cast,
     device_for,
-    float_bits,
     in_native_order,
     is_number,
     is_whole,
@@ -138,8 +137,7 @@ def truncate(
             y = ops.nan_unless(top < math.inf, x, top)
         return r.elementwise(cast(y, r.result))
     # Integers are widened here as they are for a draw, which may change how they lie in memory, and so the engine.
-    x = r.x if float_bits(r.xp, r.x.dtype) else cast(r.x, r.compute)
-    return r.elementwise(TRUNCATE(r, x, temperature, None, *kept, top_k=top_k))
+    return r.elementwise(TRUNCATE(r, r.floats(), temperature, None, *kept, top_k=top_k))
 
 
 def unpack_mask(words: Array, n: int, /) -> Array:

@@ -28,8 +28,8 @@ _NUMBER: Any = float
 KERNELS = frozenset({*ROLES, *SAMPLING})
 """The formulas that have a kernel."""
 
-_IN_PLACE_OF = {SAMPLE: MASSES, LOG_PROB: CROSS_ENTROPY}
-"""The formula whose kernel a composed one begins with."""
+COMPOSED = {SAMPLE: MASSES, LOG_PROB: CROSS_ENTROPY}
+"""Formulas that several kernels answer, and the one whose kernel comes first."""
 
 Prepared: TypeAlias = tuple[Launch, list[int | float], tuple["Array", ...]]
 """A launch, the values to run it with, and the arrays that these point into, to be kept until then."""
@@ -135,7 +135,7 @@ def _to_widen(call: Call, operands: tuple[Array, ...]) -> tuple[int, ...]:
 
 def launch_for_last_axis(x: Array, formula: RowFormula) -> Launch | str:
     """Return the launch of a formula along the last axis of ``x`` with nothing beside it, or why there is none."""
-    formula = _IN_PLACE_OF.get(formula, formula)
+    formula = COMPOSED.get(formula, formula)
     roles, dtype = ROLES.get(formula, Roles(formula.name)), _devices.dtype_name(x.dtype)
     if dtype not in SIZES:
         return f"the kernels take floats of 16, 32 and 64 bits, not {dtype}"
