@@ -286,15 +286,25 @@ _INDEXED = frozenset({"numpy", "dask"})
 """Libraries that do better by an index: NumPy's function takes ten times as long, and Dask's has to know lengths."""
 
 
-def is_unknown(length: int) -> bool:
-    """Whether a length is NaN: Dask has it for what it has not computed."""
-    return length != length
+def is_open(length: int | None) -> bool:
+    """Whether a length is None, as where a model of ONNX leaves it open."""
+    return length is None
+
+
+def is_unknown(length: int | None) -> bool:
+    """Whether a length is open, or NaN, as Dask has it for what it has not computed."""
+    return is_open(length) or length != length
 
 
 def require_known_shape(x: Array) -> None:
     """Raise ``ValueError`` for an array with lengths that are not known, which cannot be rearranged."""
     if any(map(is_unknown, x.shape)):
-        msg = f"cannot rearrange an array of shape {tuple(x.shape)}: call the compute_chunk_sizes() of the input first"
+        how = (
+            "fix these in the model"
+            if any(map(is_open, x.shape))
+            else "call the compute_chunk_sizes() of the input first"
+        )
+        msg = f"cannot rearrange an array of shape {tuple(x.shape)}: {how}"
         raise ValueError(msg)
 
 

@@ -86,12 +86,12 @@ def counting(ops: Ops, x: Array, targets: Array, ignore_index: int | None) -> tu
 
 def classes(ops: Ops, x: Array, targets: Array) -> tuple[Array, Array]:
     """Which targets are classes, and those classes, 0 elsewhere."""
-    known = (targets >= 0) & (targets < x.shape[ops.axis])
+    known = (targets >= 0) & (targets < ops.length(x))
     return known, ops.where(known, targets, 0)
 
 
 def weight_of(ops: Ops, x: Array, weight: Array, index: Array) -> Array:
-    return ops.take(ops.broadcast_to(weight, x.shape), index)
+    return ops.take(ops.broadcast_like(weight, x), index)
 
 
 def weighted(ops: Ops, c: Array, nll: Array) -> Array:

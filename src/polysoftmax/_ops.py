@@ -188,15 +188,29 @@ class Ops:
 
     # Entries by their place in the row
 
+    def length(self, x: Array) -> int | Array:
+        """Return the number of entries of a row; an array where that is open while a program is made."""
+        return x.shape[self.axis]
+
     def part(self, x: Array, start: int, stop: int | None) -> Array:
         """Return the entries of every row from ``start`` to ``stop``."""
         return x[(slice(None),) * (self.axis % x.ndim) + (slice(start, stop), ...)]
 
     def indices(self, x: Array, dtype: DType = None) -> Array:
         """Return the indices of a row, int32 by default, laid along the axis of ``x``."""
-        along = self.xp.arange(x.shape[self.axis], dtype=dtype or self.xp.int32, device=device_for(x))
+        along = self.xp.arange(self.length(x), dtype=dtype or self.xp.int32, device=device_for(x))
         axis = self.axis % x.ndim
         return self.xp.reshape(along, (1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1))
+
+    def row_numbers(self, x: Array) -> Array:
+        """Return the numbers of the rows along the last axis, int32, of length 1 there."""
+        batch = x.shape[:-1]
+        numbers = self.xp.arange(math.prod(batch), dtype=self.xp.int32, device=device_for(x))
+        return self.reshape(numbers, (*batch, 1))
+
+    def broadcast_like(self, x: Array, like: Array) -> Array:
+        """Return ``x`` in the shape of another array."""
+        return self.xp.broadcast_to(x, like.shape)
 
     def take(self, x: Array, index: Array) -> Array:
         """Return the entries of every row that ``index`` points at."""
@@ -285,7 +299,9 @@ class Ops:
         """Return the sum of every block of ``size`` entries; the last block may be shorter."""
         n = terms.shape[-1]
         whole = n // size * size
-        blocks = self.xp.reshape(terms[..., :whole], (*terms.shape[:-1], whole // size, size))
+        if not whole:
+            return self.sum(terms)
+        blocks = self.reshape(terms[..., :whole], (*terms.shape[:-1], whole // size, size))
         sums = self.sum_of_blocks(blocks)
         return sums if n == whole else self.xp.concat([sums, self.sum(terms[..., whole:])], axis=-1)
 

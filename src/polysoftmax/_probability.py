@@ -53,7 +53,7 @@ def log_prob_of_rows(
     known, index = classes(ops, x, tokens)
     y = ops.nan_unless(answered, scores_below(ops, ops.take(x, index), top, t) - log_total, top)
     if where is not None:
-        y = ops.where(ops.take(ops.broadcast_to(where, x.shape), index), y, -INF)
+        y = ops.where(ops.take(ops.broadcast_like(where, x), index), y, -INF)
     return ops.nan_unless(known, y, log_total)
 
 
@@ -125,7 +125,7 @@ def ranks_of_rows(ops: Ops, x: Array, tokens: Array, where: Maybe) -> Array:
     """How many tokens stand before each of those given, -1 for one that does not exist, or in a row with NaN."""
     known, index = classes(ops, x, tokens)
     if where is not None:
-        known = known & ops.take(ops.broadcast_to(where, x.shape), index)
+        known = known & ops.take(ops.broadcast_like(where, x), index)
     x = ops.where(where, x, -INF)
     logits, indices = ops.take(x, index), ops.indices(x, index.dtype)
     ranks = []

@@ -18,6 +18,7 @@ from polysoftmax._arrays import (
     is_array,
     is_kind,
     is_number,
+    is_open,
     is_unknown,
     is_whole,
     library,
@@ -52,18 +53,31 @@ class Rows:
 
     @property
     def length(self) -> int:
-        """The number of entries of a row."""
+        """The number of entries of a row; NaN in Dask where it is not computed, None in ONNX where it is open."""
         return (self.x.shape if self.flattened else self.shape)[self.axis]
 
-    def require_entries(self, function: str, entry: str) -> None:
-        """Raise ``ValueError`` unless rows have entries, and their number is known."""
+    def require_entries(self, function: str, entry: str, *, may_be_open: bool = False) -> None:
+        """Raise ``ValueError`` unless rows have entries, and their number is known, or ``may_be_open``."""
         n = self.length
+        if is_open(n):
+            if not may_be_open:
+                self.require_length()
+            return
         if n >= 1:
             return
         axis = self.axes[0] if len(self.axes) == 1 else self.axes
         reason = "" if n == 0 else ": Dask does not know how many before logits.compute_chunk_sizes()"
         msg = f"{function} needs at least one {entry}, got logits of shape {self.shape} with axis={axis}{reason}"
         raise ValueError(msg)
+
+    def require_length(self) -> None:
+        """Raise ``ValueError`` where a model of ONNX leaves the number of entries open, and an answer depends on it."""
+        if is_open(self.length):
+            msg = (
+                f"how many entries a row has must be known here, got shape {self.shape}: fix that length in the model, "
+                "as in ndonnx.argument(shape=('rows', 50257), dtype=ndonnx.float32)"
+            )
+            raise ValueError(msg)
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -96,6 +110,8 @@ class Rows:
 
     def keepdims(self, y: Array) -> Array:
         """Insert the reduced axes into a result, with length 1."""
+        if not self.flattened:
+            return with_axis(y, self.axis)
         return self.xp.reshape(y, tuple(1 if i in self.axes else n for i, n in enumerate(self.shape)))
 
     def empty_result(self, answer: float) -> Array:
@@ -136,8 +152,9 @@ class Rows:
         _require_broadcast(where, self.shape, "where")
         if self.flattened:
             return self._flatten(self.xp.broadcast_to(where, self.shape))
-        missing = len(self.shape) - where.ndim
-        return self.xp.reshape(where, (1,) * missing + where.shape) if missing else where
+        for _ in range(len(self.shape) - where.ndim):
+            where = with_axis(where, 0)
+        return where
 
     def parameter(self, value: Array | Number, name: str, *, counts: bool = False) -> Array | float:
         """Bring a parameter, a number or an array with one entry a row, into the rows' layout.

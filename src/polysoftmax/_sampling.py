@@ -20,7 +20,7 @@ from polysoftmax._softmax import (
     scores_below,
     softmax_of_scores,
 )
-from polysoftmax._threefry import BLOCKS, TOKENS, fold_draws, fold_rows, gumbel_of, words
+from polysoftmax._threefry import BLOCKS, TOKENS, fold, fold_draws, gumbel_of, words
 from polysoftmax._truncation import (
     TRUNCATE,
     Filters,
@@ -67,8 +67,8 @@ def sample_of_rows(
     """
     size, kept = block_length(x.shape[-1]), Filters(*filters)
     if draws > 1:
-        keys = fold_rows(keys, x.shape[:-1]) if is_one_key else keys
-        keys, is_one_key = fold_draws(keys, draws), False
+        keys = fold(keys, ops.row_numbers(x)) if is_one_key else keys
+        keys, is_one_key = fold_draws(ops, keys, draws), False
     count = keys.shape[-1] // 2
     how = {"size": size, "is_one_key": is_one_key}
     is_distinct = draws > 1 and not replace
@@ -139,12 +139,12 @@ def draw(
     is_one_key: bool,
 ) -> Array:
     """Draw a block by the masses, and a token inside it."""
-    keys = fold_rows(keys, mass.shape[:-1]) if is_one_key else keys
+    keys = fold(keys, ops.row_numbers(mass)) if is_one_key else keys
     block = gumbel_argmax(ops, mass, ops.log(mass), keys, ops.indices(mass), BLOCKS, t)
     inside, index = ops.block_of(x, block, size)
     exists = index < x.shape[-1]
     if where is not None:
-        exists = exists & ops.block_of(ops.broadcast_to(where, x.shape), block, size)[0]
+        exists = exists & ops.block_of(ops.broadcast_like(where, x), block, size)[0]
     z = scores_below(ops, ops.where(exists, inside, -INF), top, t)
     position = gumbel_argmax(ops, ops.exp(z), z, keys, index, TOKENS, t)
     return read_out(ops, top, t, index, position)
@@ -170,7 +170,7 @@ def draw_leading(
     is_one_key: bool,
 ) -> Array:
     """Draw what `draw` would from the few tokens that top_k left, given with their indices in increasing order."""
-    keys = fold_rows(keys, x.shape[:-1]) if is_one_key else keys
+    keys = fold(keys, ops.row_numbers(x)) if is_one_key else keys
     filters = Filters(None, p, min_p)
     if has_mass(filters):
         x, *_ = filtered_few(ops, x, index, t, filters)
@@ -215,14 +215,14 @@ def noise_of_rows(ops: Ops, x: Array, keys: Array, where: Maybe, *, is_one_key: 
     """
     x = ops.where(where, x, -INF)
     n, size = x.shape[-1], block_length(x.shape[-1])
-    keys = fold_rows(keys, x.shape[:-1]) if is_one_key else keys
+    keys = fold(keys, ops.row_numbers(x)) if is_one_key else keys
     top, mass = ops.call(MASSES, x, None, None)
     best = ops.expand_dims(ops.log(mass) + variates(ops, keys, ops.indices(mass), BLOCKS, mass), axis=-1)
     z = scores_below(ops, x, top, None)
     noisy = in_blocks(ops, z + variates(ops, keys, ops.indices(x), TOKENS, z), size)
     v = best - noisy + ops.log1p(-ops.exp(noisy - ops.max(noisy)))
     shifted = best - ops.where(v > 0, v, 0.0) - ops.log1p(ops.exp(-ops.abs(v)))
-    noise = ops.part(ops.reshape(shifted, (*x.shape[:-1], -1)), 0, n) - z
+    noise = ops.part(ops.reshape(shifted, (*x.shape[:-1], size * mass.shape[-1])), 0, n) - z
     return ops.where(z > -INF, noise, 0.0)
 
 
@@ -231,7 +231,7 @@ def in_blocks(ops: Ops, x: Array, size: int) -> Array:
     rest = -x.shape[-1] % size
     if rest:
         x = ops.side_by_side([x, -INF * ops.ones_like(ops.broadcast_to(x[..., :1], (*x.shape[:-1], rest)))])
-    return ops.reshape(x, (*x.shape[:-1], -1, size))
+    return ops.reshape(x, (*x.shape[:-1], x.shape[-1] // size, size))
 
 
 # Each is a formula of its own because an engine may have a kernel for it.

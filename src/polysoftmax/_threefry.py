@@ -7,13 +7,13 @@ SC 2011.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from polysoftmax._arrays import cast, device_for, namespace
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
+    from polysoftmax._ops import Ops
 
 BITS, BLOCKS, TOKENS, KEYS, HIGH, ACCEPTS, RESIDUALS = range(7)
 """The domains: public bits, block variates, token variates, new keys, the high words that are folded into one, and, of
@@ -26,8 +26,8 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 
 
-def threefry(k0: Array, k1: Array, c0: Array, c1: Array) -> tuple[Array, Array]:
-    """Return the two words of each block, from int32 arrays that broadcast against each other."""
+def threefry(k0: Array, k1: Array, c0: Array, c1: Array | int) -> tuple[Array, Array]:
+    """Return the two words of each block, from int32 arrays that broadcast; one word of the counter may be a number."""
     schedule = (k0, k1, k0 ^ k1 ^ PARITY)
     a, b = c0 + k0, c1 + k1
     for group in range(5):
@@ -45,7 +45,7 @@ def _rotate(x: Array, by: int) -> Array:
 
 def words(k0: Array, k1: Array, index: Array, domain: int) -> Array:
     """Return the random words of an index, int32 arrays that broadcast, in a domain."""
-    return threefry(k0, k1, index, namespace(index).full_like(index, domain))[0]
+    return threefry(k0, k1, index, domain)[0]
 
 
 def uniform_of(word: Array) -> Array:
@@ -80,19 +80,15 @@ def _fold(k: Array, index: Array, domain: int) -> Array:
     xp = namespace(k)
     # Not broadcast_arrays, which NumPy has for 32 dimensions alone; JAX may be set to raise where a rank is promoted.
     ndim = max(k.ndim, index.ndim)
-    k, index = (xp.reshape(one, (1,) * (ndim - one.ndim) + tuple(one.shape)) for one in (k, index))
-    return xp.concat(threefry(k[..., 0:1], k[..., 1:2], index, xp.full_like(index, domain)), axis=-1)
+    k, index = (
+        one if one.ndim == ndim else xp.reshape(one, (1,) * (ndim - one.ndim) + tuple(one.shape)) for one in (k, index)
+    )
+    return xp.concat(threefry(k[..., 0:1], k[..., 1:2], index, domain), axis=-1)
 
 
-def fold_rows(k: Array, batch: tuple[int, ...]) -> Array:
-    """Return one key a row: a single one folded with the row's number."""
-    xp = namespace(k)
-    return fold(k, xp.reshape(xp.arange(math.prod(batch), dtype=xp.int32, device=device_for(k)), (*batch, 1)))
-
-
-def fold_draws(k: Array, draws: int) -> Array:
+def fold_draws(ops: Ops, k: Array, draws: int) -> Array:
     """Return the keys of several draws with each key, side by side: the key itself, then folded with 1, 2 and so on."""
-    xp = namespace(k)
-    each = xp.reshape(k, (*k.shape[:-1], -1, 1, 2))
-    further = fold(each, xp.reshape(xp.arange(1, draws, dtype=xp.int32, device=device_for(k)), (-1, 1)))
-    return xp.reshape(xp.concat([each, further], axis=-2), (*k.shape[:-1], -1))
+    xp, batch, count = ops.xp, k.shape[:-1], k.shape[-1] // 2
+    each = ops.reshape(k, (*batch, count, 1, 2))
+    further = fold(each, ops.reshape(xp.arange(1, draws, dtype=xp.int32, device=device_for(k)), (-1, 1)))
+    return ops.reshape(xp.concat([each, further], axis=-2), (*batch, 2 * count * draws))

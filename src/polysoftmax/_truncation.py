@@ -131,7 +131,7 @@ def rank_of(ops: Ops, k: Array, x: Array) -> Array:
     inside = ops.where((k >= 1) & (k < n), k, 1)
     whole = -ops.floor(-inside) if ops.is_floating(k) else inside
     rank = ops.where(k < n, ops.astype(whole, ops.index_dtype), n)
-    return ops.broadcast_to(rank, (*x.shape[:-1], 1))
+    return ops.broadcast_like(rank, ops.part(x, 0, 1))
 
 
 def first_of(ops: Ops, few: Array, k: Maybe) -> Array:

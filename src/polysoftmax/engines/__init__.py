@@ -50,16 +50,17 @@ FORMULAS: Final = {
 """What `explain` knows, by the names of the public functions."""
 
 
+@dataclass(frozen=True)
 class _Portable:
-    """Any library of the standard: formulas run as they stand."""
+    """A library of the standard whose formulas run as they stand, in words of its own if it has some."""
 
-    @staticmethod
-    def words(x: Array, axis: int) -> Ops:
-        return ops_of(Ops, library(x).xp, axis)
+    kind: type[Ops] = Ops
 
-    @classmethod
-    def run(cls, call: Call, operands: tuple[Array, ...]) -> Any:
-        return call.evaluate(cls.words(operands[0], call.axis), operands)
+    def words(self, x: Array, axis: int) -> Ops:
+        return ops_of(self.kind, library(x).xp, axis)
+
+    def run(self, call: Call, operands: tuple[Array, ...]) -> Any:
+        return call.evaluate(self.words(operands[0], call.axis), operands)
 
     @staticmethod
     def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
@@ -88,9 +89,13 @@ def _load(x: Array) -> Runner:
 
         return cuda_engine
     if name == "dask":
-        from polysoftmax.engines import dask as dask_engine
+        from polysoftmax.engines.dask import DaskOps
 
-        return dask_engine
+        return _Portable(DaskOps)
+    if name == "ndonnx":
+        from polysoftmax.engines.ndonnx import NdonnxOps
+
+        return _Portable(NdonnxOps)
     return _Portable()
 
 

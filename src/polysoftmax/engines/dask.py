@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import library, require_known_shape
-from polysoftmax._ops import Ops, ops_of
+from polysoftmax._arrays import require_known_shape
+from polysoftmax._ops import Ops
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
-    from polysoftmax._formula import Call, RowFormula
 
 
 class DaskOps(Ops):
@@ -52,19 +51,3 @@ class DaskOps(Ops):
 def _unordered() -> NotImplementedError:
     msg = "Dask cannot order rows lazily, as top_k and top_p need: compute the logits first, logits.compute()"
     return NotImplementedError(msg)
-
-
-def words(x: Array, axis: int) -> Ops:
-    """Return Dask's words for rows of ``x``."""
-    return ops_of(DaskOps, library(x).xp, axis)
-
-
-def run(call: Call, operands: tuple[Array, ...]) -> Any:
-    """Run a formula as it stands."""
-    return call.evaluate(words(operands[0], call.axis), operands)
-
-
-def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
-    """Return the engine for a formula, and why."""
-    del x, formula
-    return "portable", "the array API formula as it stands, in Dask's graph"

@@ -340,6 +340,7 @@ def log_softmax_jacobian(x: Array, /, *, axis: Axis = -1, temperature: Array | N
 
 
 def _probabilities(r: Rows, temperature: Array | float | None) -> Array:
+    r.require_length()
     return SOFTMAX(r, r.x, temperature, None, result=r.compute) if r.length else cast(r.x, r.compute)
 
 

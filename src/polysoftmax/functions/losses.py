@@ -117,7 +117,7 @@ def cross_entropy(
         msg = f'reduction must be "none", "sum" or "mean", got {reduction!r}'
         raise ValueError(msg)
     r = _rows(logits, axis, dtype)
-    r.require_entries("cross_entropy", "class")
+    r.require_entries("cross_entropy", "class", may_be_open=True)
     if ignore_index is not None:
         ignore_index = _index(ignore_index, "ignore_index")
     q, is_index = _row_targets(r, targets, ignore_index)

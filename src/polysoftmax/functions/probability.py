@@ -110,7 +110,7 @@ def log_prob(
            [0.889, 0.   ]])
     """
     r = last_rows(logits, axis)
-    r.require_entries("log_prob", "token")
+    r.require_entries("log_prob", "token", may_be_open=True)
     t, mask = r.temperature(temperature), r.mask(where)
     kept, most = filters(r, top_k, top_p, min_p)
     laid_out, is_one = _lay_out_tokens(r, tokens)

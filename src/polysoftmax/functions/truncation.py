@@ -28,6 +28,9 @@ def filters(
     r: Rows, top_k: Array | int | None, top_p: Array | Number | None, min_p: Array | Number | None
 ) -> tuple[Filters, int | None]:
     """Check the filters of a call, and return a number ``top_k`` apart; what keeps everything is the same as None."""
+    if top_k is None and top_p is None and min_p is None:
+        return _OFF, None
+    r.require_length()
     k = None
     if is_number(top_k):
         top_k = _whole(top_k)
@@ -35,6 +38,9 @@ def filters(
     elif top_k is not None:
         k, top_k = r.parameter(top_k, "top_k", counts=True), None
     return Filters(k, _share(r, top_p, "top_p", off=1.0), _share(r, min_p, "min_p", off=0.0)), top_k
+
+
+_OFF = Filters(None, None, None)
 
 
 def _whole(top_k: Array | int) -> int:
