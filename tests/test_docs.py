@@ -53,7 +53,7 @@ def test_blocks_run_for_those_who_have(page: Path, have: frozenset[str], capsys:
 
 def test_the_reference_lists_every_public_name() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    listed = re.findall(r"auto(?:function|module):: (?:polysoftmax\.)?(\w+)$", text, re.MULTILINE)
+    listed = re.findall(r"auto(?:function|class|module):: (?:polysoftmax\.)?(\w+)$", text, re.MULTILINE)
     assert sorted(listed) == sorted({*polysoftmax.__all__, "testing"} - {"__version__"})
 
 

@@ -16,6 +16,7 @@ from polysoftmax.functions.jacobian import (
     softmax_vjp,
 )
 from polysoftmax.functions.losses import cross_entropy, entropy, kl_divergence
+from polysoftmax.functions.partial import Partial, merge, merge_outputs, partial
 from polysoftmax.functions.probability import log_prob, top_log_probs
 from polysoftmax.functions.relaxation import gumbel_softmax
 from polysoftmax.functions.sampling import sample
@@ -42,6 +43,7 @@ def __dir__() -> list[str]:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Partial",
     "__version__",
     "cross_entropy",
     "engine",
@@ -55,6 +57,9 @@ __all__ = [
     "log_softmax_jvp",
     "log_softmax_vjp",
     "logsumexp",
+    "merge",
+    "merge_outputs",
+    "partial",
     "random",
     "sample",
     "set_num_threads",

@@ -57,7 +57,7 @@ def filtered(ops: Ops, x: Array, top: Array, t: Temperature, filters: Filters, t
     """x with -inf for what the filters remove, each from what the one before left."""
     k, p, min_p = filters
     if k is not None:
-        x = ops.where((k == 0) | is_up_to_rank(ops, x, rank_of(ops, k, x), top_k), x, -INF)
+        x = ops.where((k == 0) | is_up_to_rank(ops, x, rank_of(ops, k, x.shape[-1], top), top_k), x, -INF)
     elif top_k is not None:
         x = ops.where(is_among_greatest(ops, x, top_k), x, -INF)
 
@@ -125,18 +125,20 @@ def is_among_first(ops: Ops, x: Array, least: Array, count: Array | int) -> Arra
     return above | ops.keep_first(x == least, count - ops.count(above))
 
 
-def rank_of(ops: Ops, k: Array, x: Array) -> Array:
-    """The rank of the last of the k greatest entries of every row: an index, from 1 to the length of the row."""
-    n = x.shape[-1]
+def rank_of(ops: Ops, k: Array, n: int, like: Array) -> Array:
+    """The rank of the last of the k greatest of n entries of every row, from 1 to n; ``like`` has a number a row."""
     inside = ops.where((k >= 1) & (k < n), k, 1)
     whole = -ops.floor(-inside) if ops.is_floating(k) else inside
     rank = ops.where(k < n, ops.astype(whole, ops.index_dtype), n)
-    return ops.broadcast_like(rank, ops.part(x, 0, 1))
+    return ops.broadcast_like(rank, like)
 
 
 def first_of(ops: Ops, few: Array, k: Maybe) -> Array:
     """The k greatest of a few logits, with -inf in place of the others."""
-    return few if k is None else ops.where(is_up_to_rank(ops, few, rank_of(ops, k, few), None), few, -INF)
+    if k is None:
+        return few
+    rank = rank_of(ops, k, few.shape[-1], ops.part(few, 0, 1))
+    return ops.where(is_up_to_rank(ops, few, rank, None), few, -INF)
 
 
 def is_in_prefix(ops: Ops, x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]) -> Array:

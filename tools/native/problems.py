@@ -50,6 +50,7 @@ SIGNATURES = [
     ("log_prob_pull", "rows given temperature? mask? count? share? share? slopes -> floats value?2"),
     ("ranks", "rows given mask? -> tokens"),
     ("leading", "rows mask? -> tokens"),
+    ("partial", "rows temperature? mask? -> value value value"),
 ]
 KERNELS = [name for name, _ in SIGNATURES]
 

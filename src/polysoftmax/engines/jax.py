@@ -129,6 +129,17 @@ class JaxOps(Ops):
         nan = jnp.sqrt(jnp.where(answered, 1.0, -1.0 - like * like))
         return jnp.where(answered, y, cast(nan, y.dtype))
 
+    def indices(self, x: Array, dtype: DType = None) -> Array:
+        index, axis = super().indices(x, dtype), self.axis % x.ndim
+        spread = _axes_of_mesh(x, axis)
+        return index if spread is None else _spread_like(x, index, *(None,) * axis, spread)
+
+    def take(self, x: Array, index: Array) -> Array:
+        return _take_of_shards(x, index, self.axis % x.ndim)
+
+    def running_sum(self, x: Array, dtype: DType) -> Array:
+        return super().running_sum(_on_each_device(x), dtype)
+
     def block_sums(self, terms: Array, size: int) -> Array:
         return _over_blocks(terms, 0, lax.add, size)
 
@@ -251,10 +262,45 @@ def _over_blocks(x: Array, start: float, combine: Callable[..., Array], size: in
     return lax.optimization_barrier(lax.reduce_window(x, x.dtype.type(start), combine, window, window, padding))
 
 
+def _axes_of_mesh(x: Array, axis: int) -> Any:
+    """Return what of a mesh an axis of ``x`` is spread over, where its axes are explicit; None for nothing."""
+    spec = jax.typeof(x).sharding.spec
+    return spec[axis] if axis < len(spec) else None
+
+
+def _on_each_device(x: Array) -> Array:
+    """Return ``x`` with whole rows on each device, along the last axis; it is small."""
+    if _axes_of_mesh(x, x.ndim - 1) is None:
+        return x
+    return _spread_like(x, x, *jax.typeof(x).sharding.spec[:-1])
+
+
+def _spread_like(like: Array, x: Array, *spec: Any) -> Array:
+    """Return ``x`` spread in another way over the mesh of an array."""
+    mesh = jax.typeof(like).sharding.mesh
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+
+
+def _take_of_shards(x: Array, index: Array, axis: int) -> Array:
+    """Return the entries at an index along an axis; of one that is spread by explicit axes, without gathering it."""
+    spread = _axes_of_mesh(x, axis)
+    if spread is None:
+        return jnp.take_along_axis(x, index, axis=axis)
+    mesh = jax.typeof(x).sharding.mesh
+    shards = math.prod(mesh.shape[one] for one in (spread if isinstance(spread, tuple) else (spread,)))
+    length = x.shape[axis] // shards
+    # Each shard answers for the indices that are its own, and 0 for the others.
+    local = x.reshape(*x.shape[:axis], shards, length, *x.shape[axis + 1 :])
+    at = jnp.expand_dims(index, axis)
+    at = at - length * lax.broadcasted_iota(at.dtype, (shards,) + (1,) * (at.ndim - axis - 1), 0)
+    found = jnp.take_along_axis(local, jnp.clip(at, 0, length - 1), axis=axis + 1)
+    return jnp.sum(jnp.where((at >= 0) & (at < length), found, 0), axis=axis, dtype=x.dtype)
+
+
 def _top_k(x: Array, k: int) -> Array:
     """Return the indices of the k greatest entries, the lowest among those that XLA compares as equal."""
     # Its top_k puts 0 before -0, and tells subnormal numbers apart, which its comparisons on the CPU do not.
-    return lax.top_k(_one_zero(x), k)[1]
+    return lax.top_k(_one_zero(_on_each_device(x)), k)[1]
 
 
 def _one_zero(x: Array) -> Array:
@@ -272,7 +318,7 @@ def _candidates(x: Array, k: int) -> tuple[Array, Array]:
     chosen = jnp.sort(_top_k(_over_blocks(x, -jnp.inf, lax.max, size), k), axis=-1)
     within = lax.broadcasted_iota(chosen.dtype, (*chosen.shape, size), chosen.ndim)
     index = (chosen[..., None] * size + within).reshape(*x.shape[:-1], k * size)
-    return jnp.where(index < n, jnp.take_along_axis(x, jnp.minimum(index, n - 1), axis=-1), -jnp.inf), index
+    return jnp.where(index < n, _take_of_shards(x, jnp.minimum(index, n - 1), x.ndim - 1), -jnp.inf), index
 
 
 @jax.jit  # type: ignore[untyped-decorator]
@@ -298,7 +344,9 @@ def _search_bits(x: Array, mass: Array, target: Array) -> Array:
         reached = jnp.sum(jnp.where(order >= more, mass, 0), axis=-1, keepdims=True, dtype=mass.dtype)
         return jnp.where((reached >= target) & (reached > 0), more, end)
 
-    end = lax.fori_loop(0, bits, set_bit, jnp.full(target.shape, least, whole))
+    # What is never less than itself makes the start vary over devices as the rows and the targets do.
+    varies = jnp.any(order < least, axis=-1, keepdims=True) | (target < target)
+    end = lax.fori_loop(0, bits, set_bit, jnp.where(varies, 0, jnp.asarray(least, whole)))
     return jnp.where(end == least, -jnp.inf, lax.bitcast_convert_type(flipped(end), x.dtype))
 
 
@@ -308,14 +356,14 @@ def _search_in_cache(x: Array, mass: Array, target: Array) -> Array:
     parts = -(-lines // max(1, _CACHED // n)) if _is_known(lines) and _is_known(n) else 1
     if parts < 2:
         return _search_bits(x, mass, target)
-    each = -(-lines // parts)
+    parts = next(divisor for divisor in range(parts, lines + 1) if lines % divisor == 0)
+    # A part has every so many-th row, so that rows on several devices stay where they are.
+    cut = [one.reshape(lines // parts, parts, -1) for one in (x, mass, target)]
 
-    def cut(one: Array) -> Array:
-        flat = jnp.pad(one.reshape(lines, -1), ((0, parts * each - lines), (0, 0)))
-        return flat.reshape(parts, each, -1)
+    def search(part: Array) -> Array:
+        return _search_bits(*(lax.dynamic_index_in_dim(one, part, axis=1, keepdims=False) for one in cut))
 
-    end = lax.map(lambda part: _search_bits(*part), tuple(map(cut, (x, mass, target))))
-    return end.reshape(-1)[:lines].reshape(*batch, 1)
+    return jnp.moveaxis(lax.map(search, jnp.arange(parts)), 0, 1).reshape(*batch, 1)
 
 
 _OPEN = object()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from polysoftmax._arrays import keep
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
+from polysoftmax._partial import PARTIAL
 from polysoftmax._probability import LOG_PROB, RANKS, TOP_LOG_PROBS
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
@@ -81,6 +82,10 @@ def _one_a_row(call: Call, operands: tuple[Any, ...]) -> tuple[Answer, ...]:
     return (Answer(1, call.result),)
 
 
+def _three_a_row(call: Call, operands: tuple[Any, ...]) -> tuple[Answer, ...]:
+    return 3 * _one_a_row(call, operands)
+
+
 def _draws_a_row(call: Call, operands: tuple[Any, ...]) -> int:
     return operands[1].shape[-1] // 2 * call.options["draws"]  # type: ignore[no-any-return]
 
@@ -145,6 +150,7 @@ KERNELS = {
     LOG_PROB: Kernel(17, _one_a_token, _of_tokens),
     RANKS: Kernel(19, _ranks, _of_tokens),
     TOP_LOG_PROBS: Kernel(20, _leading, _of_leading),
+    PARTIAL: Kernel(21, _three_a_row),
 }
 """The kernel of each formula that has one."""
 

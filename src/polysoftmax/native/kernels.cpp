@@ -69,6 +69,7 @@ bool formula_of(const Problem& p, Formula<C>& f) {
             break;
         case 19: f = {"xcmT", 0, nullptr, nullptr, nullptr, ranks_of_rows<C>, 0, false}; break;
         case 20: f = {"xmT", 0, nullptr, nullptr, nullptr, leading_of_rows<C>, leading_scratch<C>(p.n), false}; break;
+        case 21: f = options ? SCORED("xvmVVV", 0, true, partial) : SCORED("xvmVVV", 0, false, partial); break;
         default: return false;
     }
     return (int)__builtin_strlen(f.letters) == p.count;

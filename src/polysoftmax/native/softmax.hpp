@@ -88,6 +88,31 @@ BOTH auto set_apart(Rows& rows, const Scores<options, Rows>& s) {
     return Apart<Rows>{rows.term(sums, 0), rows.term(sums, 1)};
 }
 
+// The maximum, the number of entries at it, and Σ exp(z) over the others, as _partial.py defines them.
+template <bool options, class Rows>
+void partial(const Problem& p, Rows& rows) {
+    using C = typename Rows::Real;
+    Scores<options, Rows> s(rows, 0, 1, 2);
+    const auto apart = set_apart(rows, s);
+    const auto t = rows.template value<C>(1, 1);
+    auto count = apart.at_top;
+    if (rows.some([&](auto r) { return s.top[r] == -infinity<C>(); })) {
+        // What a row is padded with is equal to that maximum, too.
+        const auto existing = rows.sum([&](auto i) { return s.exists(i) ? (C)1 : (C)0; });
+        count = rows.row([&](auto r) {
+            const C all = options ? existing[r] : (C)p.n;
+            return s.top[r] == -infinity<C>() ? all : apart.at_top[r];
+        });
+    }
+    const auto is_number = rows.row([&](auto r) { return apart.rest[r] == apart.rest[r] || !(t[r] >= 0); });
+    rows.put(3, rows.row([&](auto r) {
+        const C top = count[r] == 0 ? -infinity<C>() : s.top[r];
+        return is_number[r] ? top : nan_of<C>();
+    }));
+    rows.put(4, rows.row([&](auto r) { return is_number[r] ? t[r] >= 0 ? count[r] : nan_of<C>() : 0; }));
+    rows.put(5, rows.row([&](auto r) { return is_number[r] ? apart.rest[r] : 0; }));
+}
+
 template <bool options, class Rows>
 BOTH auto log_total(Rows& rows, const Scores<options, Rows>& s, const Apart<Rows>& apart) {
     using C = typename Rows::Real;
