@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,9 +106,8 @@ def test_the_identity_changes_nothing(lib: Adapter) -> None:
     def finish(x: Any) -> tuple[Any, ...]:
         part = ps.partial(x, temperature=0.5)
         empty = ps.partial(x[:, :0], temperature=0.5)
-        return [
-            (one.count, one.rest, one.logsumexp()) for one in (part, ps.merge(NOTHING, part), ps.merge(part, empty))
-        ]
+        parts = part, ps.merge(NOTHING, part), ps.merge(part, empty)
+        return tuple((one.count, one.rest, one.logsumexp()) for one in parts)
 
     part, *others = [tuple(map(lib.values, one)) for one in lib.call(finish, x)]
     for other in others:
@@ -119,6 +119,22 @@ def test_a_part_of_another_dtype_is_float32(lib: Adapter) -> None:
     part = lib.call(lambda x: ps.partial(x)[:3], lib.asarray([[1, 2, 3]], lib.backend.capability.integers[0]))
     for one in part:
         lib.require(one, (1, 1), lib.backend.capability.default_float)
+
+
+def test_a_row_has_the_same_bits_in_any_batch_and_layout() -> None:
+    """As its logsumexp has, from NumPy and PyTorch."""
+    if ps.explain(HARD, "softmax").engine != "native":
+        pytest.skip("no native kernels")
+    for n in (5, 33, 300, 5000):
+        x = np.random.default_rng(n).normal(size=(40, n)).astype(np.float32)
+        want = ps.partial(x)[:3]
+        for i in (0, 17):
+            ways = ps.partial(x[i]), ps.partial(np.asfortranarray(x)[i : i + 2]), ps.partial(x.T[:, i : i + 1], axis=0)
+            for found in ways:
+                assert [one.reshape(-1)[0] for one in found[:3]] == [one[i, 0] for one in want]
+        if torch := sys.modules.get("torch"):
+            for tensor, other in zip(ps.partial(torch.asarray(x))[:3], want, strict=True):
+                np.testing.assert_array_equal(tensor.numpy(), other)
 
 
 def test_errors() -> None:
