@@ -13,6 +13,14 @@ from polysoftmax._arrays import namespace
 from polysoftmax._formula import words
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
 from polysoftmax._ops import STANDARD, Ops
+from polysoftmax._partial import (
+    LOG_PROB_OF_PARTIAL,
+    LOGSUMEXP_OF_PARTIAL,
+    MERGE,
+    MERGE_OUTPUTS,
+    PARTIAL,
+    SOFTMAX_OF_PARTIAL,
+)
 from polysoftmax._probability import LOG_PROB, RANKS, TOP_LOG_PROBS
 from polysoftmax._sampling import GUMBEL_SOFTMAX, PEAK, SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
@@ -98,6 +106,7 @@ FILTERS: list[tuple[tuple[Any, ...], int | None]] = [
 ]
 FORMULAS = (SOFTMAX, LOG_SOFTMAX, ENTROPY, KL_DIVERGENCE, TRUNCATE, SAMPLE, LOGSUMEXP, CROSS_ENTROPY)
 FORMULAS += (LOG_PROB, RANKS, TOP_LOG_PROBS, GUMBEL_SOFTMAX, PEAK)
+FORMULAS += (PARTIAL, MERGE, LOGSUMEXP_OF_PARTIAL, SOFTMAX_OF_PARTIAL, LOG_PROB_OF_PARTIAL, MERGE_OUTPUTS)
 
 
 def _cases() -> Iterator[Case]:
@@ -116,6 +125,13 @@ def _cases() -> Iterator[Case]:
                 yield Case(SAMPLE, (X, keys, t, where, None, None, None), how)
         yield Case(LOG_PROB, (X, KEYS % 400 - 50, t, where, None, None, None), {"top_k": None})
         yield Case(PEAK, (X, t, where), {})
+        yield Case(PARTIAL, (X, t, where), {})
+        part, other = (PARTIAL.function(words(X), x, t, where) for x in (X, OTHER))
+        yield Case(MERGE, (*part, *other, t), {})
+        yield Case(LOGSUMEXP_OF_PARTIAL, (*part, t), {})
+        for finish in (SOFTMAX_OF_PARTIAL, LOG_PROB_OF_PARTIAL):
+            yield Case(finish, (X, *part, t, where), {})
+    yield Case(MERGE_OUTPUTS, (X, X[:, :1], OTHER, OTHER[:, :1]), {})
     for where in (None, MASK):
         yield Case(RANKS, (X, CLASSES, where), {})
         yield Case(TOP_LOG_PROBS, (X, where), {"count": 7})
@@ -200,6 +216,7 @@ KINDS = {
     "_torch_words.CompiledOps": "torch",
     "_torch_words.CompiledDifferentiatedOps": "torch",
     "dask.DaskOps": "dask.array",
+    "ndonnx.NdonnxOps": "ndonnx",
 }
 
 INF, NAN = math.inf, math.nan
@@ -324,6 +341,8 @@ ALONG_ANY: dict[str, Callable[[Arrays], Any]] = {
     "divide": lambda a: tuple(a.ops.divide(a(ROWS), a(t, "float32")) for t in (0.5, 3.0, 1e-30, 1e30)),
     "steady": lambda a: a.ops.where(a(ROWS > 0.5), a.ops.steady(a(ROWS), a(ROWS > 0.5)), 0.0),
     "with_slope_of": lambda a: a.ops.with_slope_of(a(ROWS), lambda: a(np.ones_like(ROWS))),
+    "length": lambda a: np.asarray(a.ops.length(a(ROWS))),
+    "broadcast_like": lambda a: a.ops.broadcast_like(a.first(ROWS), a(ROWS)),
     "part": lambda a: (a.ops.part(a(ROWS), 1, 3), a.ops.part(a(ROWS), 1, None), a.ops.part(a(ROWS), 0, 0)),
     "side_by_side": lambda a: (a.ops.side_by_side([a(ROWS)]), a.ops.side_by_side([a(ROWS), a(ORDERED)])),
     "indices": lambda a: (a.ops.indices(a(ROWS)), a.ops.indices(a(ROWS), a.ops.index_dtype)),
@@ -332,6 +351,7 @@ ALONG_ANY: dict[str, Callable[[Arrays], Any]] = {
 }
 
 ALONG_LAST: dict[str, Callable[[Arrays], Any]] = {
+    "row_numbers": lambda a: a.ops.row_numbers(a(ROWS)),
     "descending": lambda a: a.ops.descending(a(LONG)),
     "descending_indices": lambda a: a.ops.descending_indices(a(LONG)),
     "kth_greatest": lambda a: tuple(a.ops.kth_greatest(a(LONG), k) for k in (1, 4, 100, 700)),
@@ -361,6 +381,7 @@ OF_THE_STANDARD: dict[str, Callable[[Arrays], Any]] = {
     "isfinite": lambda a: a.ops.isfinite(a(ROWS)),
     "log": lambda a: a.ops.log(a(np.abs(ROWS))),
     "log1p": lambda a: a.ops.log1p(a(np.abs(ROWS))),
+    "maximum": lambda a: a.ops.maximum(a(ROWS), a(ROWS[::-1])),
     "moveaxis": lambda a: a.ops.moveaxis(a(ROWS), -1, 0),
     "ones_like": lambda a: a.ops.ones_like(a(ROWS)),
     "reshape": lambda a: a.ops.reshape(a(ROWS), (-1, 5)),
@@ -378,7 +399,7 @@ BEHIND_UNORDERED = ("keep_first", "find_crossing")
 
 
 def _values(y: Any) -> Any:
-    for name in ("compute", "detach"):  # of Dask and PyTorch
+    for name in ("compute", "detach", "unwrap_numpy"):  # of Dask, PyTorch and ndonnx
         y = getattr(y, name)() if hasattr(y, name) else y
     return np.asarray(y)
 

@@ -44,6 +44,7 @@ class Ops:
     isfinite: Standard
     log: Standard
     log1p: Standard
+    maximum: Standard
     moveaxis: Standard
     ones_like: Standard
     reshape: Standard

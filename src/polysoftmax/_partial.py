@@ -37,7 +37,7 @@ def partial_of_rows(ops: Ops, x: Array, t: Temperature, where: Maybe) -> tuple[A
 def merged(
     ops: Ops, top: Array, count: Array, rest: Array, top_b: Array, count_b: Array, rest_b: Array, t: Temperature
 ) -> tuple[Array, Array, Array]:
-    both = ops.constant(ops.xp.maximum(top, top_b))
+    both = ops.constant(ops.maximum(top, top_b))
     count, rest = lowered(ops, top, count, rest, both, t)
     count_b, rest_b = lowered(ops, top_b, count_b, rest_b, both, t)
     return both, count + count_b, rest + rest_b
@@ -89,7 +89,7 @@ def is_empty(top: Array, count: Array) -> Array:
 
 def merged_outputs(ops: Ops, out_a: Array, a: Array, out_b: Array, b: Array) -> tuple[Array, Array]:
     """log(exp(a) + exp(b)), and the mean of two outputs, weighted with exp(a) and exp(b)."""
-    top = ops.constant(ops.xp.maximum(a, b))
+    top = ops.constant(ops.maximum(a, b))
     weights = [ops.exp(ops.where(ops.isfinite(top), one - finite(ops, top), -INF)) for one in (a, b)]
     total = nonzero(ops, weights[0] + weights[1])
     shares = [weight / total for weight in weights]

@@ -88,7 +88,7 @@ def _fold(k: Array, index: Array, domain: int) -> Array:
 
 def fold_draws(ops: Ops, k: Array, draws: int) -> Array:
     """Return the keys of several draws with each key, side by side: the key itself, then folded with 1, 2 and so on."""
-    xp, batch, count = ops.xp, k.shape[:-1], k.shape[-1] // 2
+    xp, batch, count = namespace(k), k.shape[:-1], k.shape[-1] // 2
     each = ops.reshape(k, (*batch, count, 1, 2))
     further = fold(each, ops.reshape(xp.arange(1, draws, dtype=xp.int32, device=device_for(k)), (-1, 1)))
     return ops.reshape(xp.concat([each, further], axis=-2), (*batch, 2 * count * draws))
