@@ -32,7 +32,6 @@ _EVERYTHING = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
 """Whether every backend runs in every file and dtype, which takes hours."""
 
 _FUNCTIONS = (
-    "accuracy",
     "derivatives",
     "edges",
     "log_prob",
@@ -50,24 +49,44 @@ _FILES = {
     # A write to an input is found on every backend; here, memory that is taken to be writable.
     Backend.NUMPY_READONLY: {_CONTRACT, "test_losses", "test_sampling", "test_sampling_calls", "test_truncation"},
     # All but laws and peers, which are about the formulas' numbers; these are those of NumPy, a graph for each call.
-    Backend.DASK: {_CONTRACT, "test_dtypes", *(f"test_{name}" for name in _FUNCTIONS)},
+    Backend.DASK: {_CONTRACT, "test_accuracy", "test_dtypes", *(f"test_{name}" for name in _FUNCTIONS)},
     # The programs of `jax` in float64, whose second derivatives have tests of their own, and 64-bit integers.
-    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling", "test_sampling_calls"},
-    # As for Dask; the numbers are those of eager PyTorch.
+    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling"},
+    # As for Dask; the numbers are those of eager PyTorch, to the bit, as test_torch_compiled.py has it.
     Backend.TORCH_COMPILE: {_CONTRACT, *(f"test_{name}" for name in _FUNCTIONS)},
 }
 """The files of tests that a backend runs in, where another backend runs the same code in the rest."""
 
 _DTYPES = {
+    # In both dtypes the graph is of NumPy's operations.
+    Backend.DASK: ("float32",),
     # 16 bits where a compiler may leave their roundings out; for PyTorch's, see test_torch_programs.py.
     Backend.JAX: ("float32",),
     Backend.JAX_FUSED: ("bfloat16",),
     Backend.JAX_X64: ("float64",),
     Backend.TORCH_COMPILE: ("float32",),
 }
-"""The dtypes of a test outside the contract, where each is a compilation of a second or more.
+"""The dtypes of a test outside the contract, where each is a graph or a compilation of a second or more.
 
 A test that takes no dtype takes the default, float32.
+"""
+
+_AS_USERS_RUN_THEM = {
+    _CONTRACT,
+    "test_accuracy",
+    "test_confident",
+    "test_edges",
+    "test_jax",
+    "test_losses",
+    "test_one_rule",
+    "test_peers",
+    "test_rows_without_tokens",
+    "test_sampling",
+    "test_work_before",
+}
+"""The files whose JAX programs are compiled as users' are: numbers, and what a compiler makes of them, are tested there.
+
+Elsewhere shapes, rules and errors are, and JAX's programs do without what LLVM does for their speed.
 """
 
 _FUSED_DTYPES = {"test_accuracy": ("float32", "bfloat16"), "test_confident": ("float32",)}
@@ -189,9 +208,18 @@ def _forget_compiled_code() -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
 
+def _compile_for_speed(*, fast: bool) -> None:
+    """Choose how JAX compiles here and in subprocesses from now on."""
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not fast))
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_disable_most_optimizations", not fast)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _end_of_file() -> Iterator[None]:
+def _programs_of_a_file(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let programs go with the file that they were compiled for: all of them take 5 GB."""
+    file = request.module.__name__.rpartition(".")[2]
+    _compile_for_speed(fast=_EVERYTHING or file in _AS_USERS_RUN_THEM)
     yield
     reference.cache_clear()
     _forget_compiled_code()
