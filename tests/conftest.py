@@ -37,7 +37,6 @@ _FUNCTIONS = (
     "log_prob",
     "loss_derivatives",
     "losses",
-    "random",
     "sampling",
     "sampling_calls",
     "truncation",
@@ -53,7 +52,7 @@ _FILES = {
     # The programs of `jax` in float64, whose second derivatives have tests of their own, and 64-bit integers.
     Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling"},
     # As for Dask; the numbers are those of eager PyTorch, to the bit, as test_torch_compiled.py has it.
-    Backend.TORCH_COMPILE: {_CONTRACT, *(f"test_{name}" for name in _FUNCTIONS)},
+    Backend.TORCH_COMPILE: {_CONTRACT, "test_random", *(f"test_{name}" for name in _FUNCTIONS)},
 }
 """The files of tests that a backend runs in, where another backend runs the same code in the rest."""
 
@@ -93,10 +92,10 @@ _FUSED_DTYPES = {"test_accuracy": ("float32", "bfloat16"), "test_confident": ("f
 """Where float32 matters, as a product is contracted with what follows."""
 
 
-def _runs_in(backend: Backend, engine: str, file: str) -> bool:
+def _runs_in(backend: Backend, engine: str, file: str, *, op_by_op: bool) -> bool:
     # A library that compiles compiles a formula whole; one operation after another, each is a compilation.
     if backend.capability.compiles and engine == "portable":
-        return file == _CONTRACT
+        return file == _CONTRACT and (op_by_op or _EVERYTHING)
     return _EVERYTHING or file in _FILES.get(backend, {file})
 
 
@@ -142,6 +141,7 @@ def _share_programs_of_jax(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(keep): on which backends a test runs, as a function of Capability")
     config.addinivalue_line("markers", "enough(keep): where it need not run, as another test runs the same code there")
+    config.addinivalue_line("markers", "op_by_op: also where each operation is a compilation: on JAX without an engine")
     _share_programs_of_jax(config)
     asked = _asked()
     if asked and all(one.capability.gpu for one in asked):
@@ -171,6 +171,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     names = ("backends",) if _EVERYTHING else ("backends", "enough")
     keep = [mark.args[0] for name in names for mark in metafunc.definition.iter_markers(name)]
+    op_by_op = metafunc.definition.get_closest_marker("op_by_op") is not None
     with_dtype = "dtype" in metafunc.fixturenames
     file = metafunc.module.__name__.rpartition(".")[2]
     params = []
@@ -181,7 +182,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marks = [pytest.mark.gpu] if can.gpu else []
         dtypes = _dtypes_in(backend, file)
         for engine in can.engines:
-            if not _runs_in(backend, engine, file):
+            if not _runs_in(backend, engine, file, op_by_op=op_by_op):
                 continue
             for dtype in dtypes if with_dtype else ("",):
                 values = ((backend, engine), dtype) if with_dtype else ((backend, engine),)

@@ -34,7 +34,7 @@ pytestmark = [
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 # Lengths, and the most rows of a batch: 5000 short ones, and a few long ones, which several threads share.
-ROWS = {1: 5000, 3: 5000, 10: 5000, 33: 64, 100: 64, 257: 64, 1000: 64, 5000: 24, 70_000: 2}
+ROWS = {1: 5000, 3: 5000, 10: 5000, 33: 64, 100: 64, 257: 64, 1000: 64, 5000: 12, 70_000: 2}
 LIKE_LOGITS = ("x", "other", "g", "q")
 THREADS = (2, 3, 8)  # numbers beside one
 
