@@ -75,7 +75,6 @@ _AS_USERS_RUN_THEM = {
     "test_accuracy",
     "test_confident",
     "test_edges",
-    "test_jax",
     "test_losses",
     "test_one_rule",
     "test_peers",
@@ -83,9 +82,9 @@ _AS_USERS_RUN_THEM = {
     "test_sampling",
     "test_work_before",
 }
-"""The files whose JAX programs are compiled as users' are: numbers, and what a compiler makes of them, are tested there.
+"""The files whose JAX programs are compiled as users' are: they test numbers, and what a compiler makes of them.
 
-Elsewhere shapes, rules and errors are, and JAX's programs do without what LLVM does for their speed.
+Elsewhere shapes, rules and errors are tested, and JAX's programs do without what LLVM does for their speed.
 """
 
 _FUSED_DTYPES = {"test_accuracy": ("float32", "bfloat16"), "test_confident": ("float32",)}

@@ -26,7 +26,7 @@ def logits(*shape: int) -> np.ndarray:
 def test_the_greatest_entry_is_the_token_that_is_drawn(lib: Adapter) -> None:
     if lib.backend.library == "jax" and portable():
         pytest.skip("too slow")
-    for n in lib.some((37, 3, 300)):
+    for n in (300,) if lib.can.compiles else (37, 3, 300):
         rows = logits(20, n)
         where = np.random.default_rng(1).random((20, n)) < 0.8
         where[:, 0] = True
