@@ -79,7 +79,6 @@ _AS_USERS_RUN_THEM = {
     "test_one_rule",
     "test_peers",
     "test_rows_without_tokens",
-    "test_sampling",
     "test_work_before",
 }
 """The files whose JAX programs are compiled as users' are: they test numbers, and what a compiler makes of them.

@@ -78,10 +78,6 @@ def losses(x: Any, targets: Any, **options: Any) -> Any:
 
 
 CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "softmax": (
-        lambda x, t, w: ps.softmax(x, temperature=t),
-        lambda x, t, w: shares(x, t),
-    ),
     "softmax, where": (
         lambda x, t, w: ps.softmax(x, temperature=t, where=jnp.asarray(MASK)),
         lambda x, t, w: shares(x, t, MASK),
@@ -93,10 +89,6 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "logsumexp, weights": (
         lambda x, t, w: ps.logsumexp(x, weights=w),
         lambda x, t, w: np.log(total(w * np.exp(x))),
-    ),
-    "cross_entropy, classes": (
-        lambda x, t, w: losses(x, jnp.asarray(TARGETS)),
-        lambda x, t, w: loss(x, ONE_HOT),
     ),
     "cross_entropy, probabilities": (
         lambda x, t, w: losses(x, w, z_loss=0.1),
