@@ -32,13 +32,11 @@ _EVERYTHING = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
 """Whether every backend runs in every file and dtype, which takes hours."""
 
 _FUNCTIONS = (
-    "accuracy",
     "derivatives",
     "edges",
     "log_prob",
     "loss_derivatives",
     "losses",
-    "random",
     "sampling",
     "sampling_calls",
     "truncation",
@@ -50,34 +48,52 @@ _FILES = {
     # A write to an input is found on every backend; here, memory that is taken to be writable.
     Backend.NUMPY_READONLY: {_CONTRACT, "test_losses", "test_sampling", "test_sampling_calls", "test_truncation"},
     # All but laws and peers, which are about the formulas' numbers; these are those of NumPy, a graph for each call.
-    Backend.DASK: {_CONTRACT, "test_dtypes", *(f"test_{name}" for name in _FUNCTIONS)},
+    Backend.DASK: {_CONTRACT, "test_accuracy", "test_dtypes", *(f"test_{name}" for name in _FUNCTIONS)},
     # The programs of `jax` in float64, whose second derivatives have tests of their own, and 64-bit integers.
-    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling", "test_sampling_calls"},
-    # As for Dask; the numbers are those of eager PyTorch.
-    Backend.TORCH_COMPILE: {_CONTRACT, *(f"test_{name}" for name in _FUNCTIONS)},
+    Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling"},
+    # As for Dask; the numbers are those of eager PyTorch, to the bit, as test_torch_compiled.py has it.
+    Backend.TORCH_COMPILE: {_CONTRACT, "test_random", *(f"test_{name}" for name in _FUNCTIONS)},
 }
 """The files of tests that a backend runs in, where another backend runs the same code in the rest."""
 
 _DTYPES = {
+    # In both dtypes the graph is of NumPy's operations.
+    Backend.DASK: ("float32",),
     # 16 bits where a compiler may leave their roundings out; for PyTorch's, see test_torch_programs.py.
     Backend.JAX: ("float32",),
     Backend.JAX_FUSED: ("bfloat16",),
     Backend.JAX_X64: ("float64",),
     Backend.TORCH_COMPILE: ("float32",),
 }
-"""The dtypes of a test outside the contract, where each is a compilation of a second or more.
+"""The dtypes of a test outside the contract, where each is a graph or a compilation of a second or more.
 
 A test that takes no dtype takes the default, float32.
+"""
+
+_AS_USERS_RUN_THEM = {
+    _CONTRACT,
+    "test_accuracy",
+    "test_confident",
+    "test_edges",
+    "test_losses",
+    "test_one_rule",
+    "test_peers",
+    "test_rows_without_tokens",
+    "test_work_before",
+}
+"""The files whose JAX programs are compiled as users' are: they test numbers, and what a compiler makes of them.
+
+Elsewhere shapes, rules and errors are tested, and JAX's programs do without what LLVM does for their speed.
 """
 
 _FUSED_DTYPES = {"test_accuracy": ("float32", "bfloat16"), "test_confident": ("float32",)}
 """Where float32 matters, as a product is contracted with what follows."""
 
 
-def _runs_in(backend: Backend, engine: str, file: str) -> bool:
+def _runs_in(backend: Backend, engine: str, file: str, *, op_by_op: bool) -> bool:
     # A library that compiles compiles a formula whole; one operation after another, each is a compilation.
     if backend.capability.compiles and engine == "portable":
-        return file == _CONTRACT
+        return file == _CONTRACT and (op_by_op or _EVERYTHING)
     return _EVERYTHING or file in _FILES.get(backend, {file})
 
 
@@ -123,6 +139,7 @@ def _share_programs_of_jax(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(keep): on which backends a test runs, as a function of Capability")
     config.addinivalue_line("markers", "enough(keep): where it need not run, as another test runs the same code there")
+    config.addinivalue_line("markers", "op_by_op: also where each operation is a compilation: on JAX without an engine")
     _share_programs_of_jax(config)
     asked = _asked()
     if asked and all(one.capability.gpu for one in asked):
@@ -152,6 +169,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     names = ("backends",) if _EVERYTHING else ("backends", "enough")
     keep = [mark.args[0] for name in names for mark in metafunc.definition.iter_markers(name)]
+    op_by_op = metafunc.definition.get_closest_marker("op_by_op") is not None
     with_dtype = "dtype" in metafunc.fixturenames
     file = metafunc.module.__name__.rpartition(".")[2]
     params = []
@@ -162,7 +180,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marks = [pytest.mark.gpu] if can.gpu else []
         dtypes = _dtypes_in(backend, file)
         for engine in can.engines:
-            if not _runs_in(backend, engine, file):
+            if not _runs_in(backend, engine, file, op_by_op=op_by_op):
                 continue
             for dtype in dtypes if with_dtype else ("",):
                 values = ((backend, engine), dtype) if with_dtype else ((backend, engine),)
@@ -189,9 +207,18 @@ def _forget_compiled_code() -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
 
+def _compile_for_speed(*, fast: bool) -> None:
+    """Choose how JAX compiles here and in subprocesses from now on."""
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not fast))
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_disable_most_optimizations", not fast)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _end_of_file() -> Iterator[None]:
+def _programs_of_a_file(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let programs go with the file that they were compiled for: all of them take 5 GB."""
+    file = request.module.__name__.rpartition(".")[2]
+    _compile_for_speed(fast=_EVERYTHING or file in _AS_USERS_RUN_THEM)
     yield
     reference.cache_clear()
     _forget_compiled_code()

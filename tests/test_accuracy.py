@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import polysoftmax
-from polysoftmax.testing import CASES, Adapter, check_case
+from polysoftmax.testing import CASES, Adapter, Backend, check_case
 
 FAMILY = ("softmax", "log_softmax", "logsumexp")
 
@@ -34,7 +34,9 @@ def test_small_cases(lib: Adapter, dtype: str, op: str) -> None:
 # autograd records what eager PyTorch answers.
 @pytest.mark.enough(lambda can: "compile" not in can.how and "autograd" not in can.how)
 @pytest.mark.parametrize("op", FAMILY)
-def test_large_cases(lib: Adapter, dtype: str, op: str) -> None:
+def test_large_cases(lib: Adapter, dtype: str, op: str, *, everything: bool) -> None:
+    if lib.backend is Backend.JAX_FUSED and dtype != "float32" and not everything:
+        pytest.skip("16 bits are summed in float32, as the contract's tests have it; the product is contracted there")
     assert not failures(lib, op, dtype, large=True)
 
 

@@ -17,12 +17,15 @@ INF, NAN = math.inf, math.nan
 ELEMENTWISE = ("softmax", "log_softmax")
 
 not_compiled = pytest.mark.backends(lambda can: "compile" not in can.how)  # compiling adds nothing to these lines
+# JAX's own, in its other default dtype: the numbers of float64 are in test_accuracy.py.
+in_one_width = pytest.mark.enough(lambda can: "64" not in can.how)
 
 
 def unit(lib: Adapter) -> float:
     return FORMATS[lib.can.default_float].unit
 
 
+@pytest.mark.op_by_op
 @not_compiled
 def test_integers_are_promoted_before_anything_is_subtracted(lib: Adapter) -> None:
     for dtype in lib.can.integers:
@@ -66,12 +69,14 @@ def test_widening_dtype_is_computed_in(lib: Adapter) -> None:
     np.testing.assert_allclose(lib.values(y)[1], 0.7310585786300049, rtol=1e-15)
 
 
+@pytest.mark.op_by_op
 def test_16_bits_are_summed_in_float32(lib: Adapter, dtype: str) -> None:
     y = lib.call(polysoftmax.softmax, lib.asarray(np.zeros(70_000), dtype))
     lib.require(y, (70_000,), dtype)
     np.testing.assert_allclose(lib.values(y), 1 / 70_000, rtol=2e-3 if dtype == "float16" else 4 * FORMATS[dtype].unit)
 
 
+@in_one_width
 @not_compiled
 def test_nan_stays_in_its_row(lib: Adapter) -> None:
     x = lib.asarray([[NAN, 1.0, 2.0], [1.0, 2.0, 3.0]], lib.can.default_float)
@@ -81,6 +86,7 @@ def test_nan_stays_in_its_row(lib: Adapter) -> None:
         assert np.isfinite(y[1]).all()
 
 
+@in_one_width
 @not_compiled
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)])
 def test_zero_size(lib: Adapter, shape: tuple[int, ...]) -> None:
@@ -96,6 +102,7 @@ def test_zero_size(lib: Adapter, shape: tuple[int, ...]) -> None:
     lib.require(lib.call(polysoftmax.logsumexp, x, keepdims=True), (*shape[:-1], 1), dtype)
 
 
+@in_one_width
 @not_compiled
 def test_empty_axis_among_others(lib: Adapter) -> None:
     if lib.can.lazy:
@@ -104,6 +111,7 @@ def test_empty_axis_among_others(lib: Adapter) -> None:
     assert (lib.values(lib.call(polysoftmax.logsumexp, x, axis=(1, 2))) == -INF).all()
 
 
+@in_one_width
 @not_compiled
 def test_keepdims(lib: Adapter) -> None:
     dtype = lib.can.default_float
@@ -114,6 +122,7 @@ def test_keepdims(lib: Adapter) -> None:
         np.testing.assert_allclose(lib.values(y), math.log(24 / math.prod(shape)), rtol=8 * unit(lib))
 
 
+@pytest.mark.op_by_op
 def test_temperature_shapes_are_tried_in_order(lib: Adapter) -> None:
     """A square input tells the reduced shape from one that broadcasts."""
     dtype = lib.can.default_float
@@ -144,6 +153,8 @@ def test_tiny_temperature_does_not_overflow(lib: Adapter) -> None:
         np.testing.assert_allclose(y, [0.5, 0.0, 0.5], rtol=8 * unit(lib))
 
 
+@in_one_width
+@pytest.mark.op_by_op
 @not_compiled
 def test_what_is_masked_never_leaks(lib: Adapter) -> None:
     dtype = lib.can.default_float
@@ -165,6 +176,7 @@ def test_logsumexp_near_zero_keeps_its_digits(lib: Adapter) -> None:
     np.testing.assert_allclose(y, 4.248354255291589e-18, rtol=1e-6)  # exp(-40), by any table
 
 
+@pytest.mark.op_by_op
 @not_compiled
 def test_logsumexp_where_the_rule_for_answers_near_zero_begins(lib: Adapter) -> None:
     """The sum passes 1.25 times its greatest term, and the maximum 1 and -1, in one batch; ties are many terms."""
@@ -225,6 +237,7 @@ def test_unusual_memory(op: str, engine: str) -> None:
             np.testing.assert_allclose(function(x.astype(f"{order}f8")), plain, rtol=1e-13)
 
 
+@in_one_width
 @not_compiled
 def test_number_temperatures_of_every_kind(lib: Adapter) -> None:
     x = lib.asarray([0.0, 1.0], lib.can.default_float)
@@ -233,6 +246,7 @@ def test_number_temperatures_of_every_kind(lib: Adapter) -> None:
         np.testing.assert_allclose(y[1], 1 / (1 + math.exp(-0.5)), rtol=8 * unit(lib))
 
 
+@in_one_width
 @not_compiled
 @pytest.mark.parametrize("temperature", [NAN, -1.0, -INF])
 def test_a_bad_element_of_a_temperature_is_nan_in_its_row(lib: Adapter, temperature: float) -> None:
@@ -246,6 +260,7 @@ def test_a_bad_element_of_a_temperature_is_nan_in_its_row(lib: Adapter, temperat
     assert y[1, 1] == 0
 
 
+@in_one_width
 @not_compiled
 @pytest.mark.parametrize("temperature", [NAN, -1.0, -INF])
 def test_a_bad_temperature_is_nan_everywhere(lib: Adapter, temperature: float) -> None:
@@ -258,6 +273,7 @@ def test_a_bad_temperature_is_nan_everywhere(lib: Adapter, temperature: float) -
             assert np.isnan(lib.values(y)).all(), f"{op} of {n}"
 
 
+@in_one_width
 @not_compiled
 def test_logsumexp_and_its_weights_broadcast_against_each_other(lib: Adapter) -> None:
     """As SciPy's do: the axis is one of the shape that both broadcast to."""

@@ -176,6 +176,7 @@ def test_forward_mode_at_every_line_of_the_contract(lib: Adapter, op: str) -> No
     close(lib, moved, want, dtype, np.where((dead > 0) & (dead < INF), scale, 0.0))
 
 
+@compiled_elsewhere
 @pytest.mark.parametrize("op", OPS)
 def test_products_at_every_line_of_the_contract(lib: Adapter, op: str) -> None:
     dtype = lib.can.default_float
@@ -249,7 +250,7 @@ def test_gradients_of_losses_at_every_line_of_the_contract(lib: Adapter, name: s
     close(lib, by_t, [one for _, one in found], dtype, 8 * scale)
 
 
-@pytest.mark.backends(lambda can: can.autodiff)
+@differentiable
 @compiled_elsewhere
 @pytest.mark.parametrize("op", OPS)
 def test_gradient_for_one_temperature(lib: Adapter, op: str) -> None:

@@ -26,7 +26,7 @@ def logits(*shape: int) -> np.ndarray:
 def test_the_greatest_entry_is_the_token_that_is_drawn(lib: Adapter) -> None:
     if lib.backend.library == "jax" and portable():
         pytest.skip("too slow")
-    for n in lib.some((37, 3, 300)):
+    for n in (300,) if lib.can.compiles else (37, 3, 300):
         rows = logits(20, n)
         where = np.random.default_rng(1).random((20, n)) < 0.8
         where[:, 0] = True
@@ -79,9 +79,10 @@ def test_gradients_with_jax() -> None:
     def loss(x: object, hard: bool) -> object:
         return (weights * ps.gumbel_softmax(x, 7, 0.5, hard=hard)).sum()
 
-    soft, hard = jax.grad(loss)(x, False), jax.jit(jax.grad(loss), static_argnums=1)(x, True)
+    slope = jax.jit(jax.grad(loss), static_argnums=1)
+    soft, hard = slope(x, False), slope(x, True)
     np.testing.assert_allclose(soft, hard, rtol=1e-5, atol=1e-5)
-    forward = jax.jvp(lambda x: loss(x, True), (x,), (x,))[1]
+    forward = jax.jit(lambda x: jax.jvp(lambda x: loss(x, True), (x,), (x,))[1])(x)
     np.testing.assert_allclose(forward, (soft * x).sum(), rtol=1e-4)
 
 

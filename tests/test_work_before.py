@@ -160,10 +160,15 @@ def compare(name: str, work: str, dtype: str, given: tuple[Any, ...], x: Any) ->
     jax.tree.map(lambda a, b: close(a, b, dtype, absolute=name in CANCELS), found, jax.jit(function)(x))
 
 
+LESS = frozenset({"softmax, T", "softmax, T = 1e-9", "log_softmax, T = 0", "entropy", "vmap of cross_entropy"})
+"""Functions whose temperatures are among those of another, and one that is another's program for a row."""
+
+
 def cases() -> list[Any]:
-    """Every function after the kinds of work in turn, or all after all."""
+    """Nearly every function after the kinds of work in turn, or all after all."""
     everything = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
-    pairs = product(FUNCTIONS, EVERY) if everything else zip(FUNCTIONS, cycle(FEW), strict=False)
+    each = [pair for pair in zip(FUNCTIONS, cycle(FEW), strict=False) if pair[0] not in LESS]
+    pairs = product(FUNCTIONS, EVERY) if everything else each
     return [pytest.param(name, *case, id=f"{name}-{'-'.join(map(str, case))}") for name, case in pairs]
 
 
@@ -198,7 +203,7 @@ for work, dtype, n, specs in (("product", "float32", 100, SPECS), ("softcap", "b
     x = jax.jit(tests.WORK[work])(*given)
     for spec in specs:
         sharded = jax.device_put(given[0], NamedSharding(mesh, PartitionSpec(*spec)))
-        for name in {names!r}:
+        for name in {names!r} if spec == SPECS[-1] else {names!r}[1::2]:
             tests.compare(name, work, dtype, (sharded, *given[1:]), x)
 print("compared")
 """
