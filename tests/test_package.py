@@ -52,6 +52,10 @@ SIGNATURES = {
     "top_log_probs": "logits, k, /, *, axis=-1, temperature=1.0, where=None",
     "speculate": "draft_tokens, target_logits, key, /, *, draft_logits=None, temperature=1.0, top_k=None, top_p=None, "
     "min_p=None, where=None",
+    "partial": "x, /, *, axis=-1, temperature=1.0, where=None",
+    "merge": "a, b, /",
+    "merge_outputs": "a, b, /",
+    "Partial": "maximum, count, rest, temperature=None",
     "gumbel_softmax": "logits, key, /, temperature=1.0, *, hard=False, axis=-1, where=None, dtype=None",
     "unpack_mask": "words, n, /",
     "random.key": "seed, *, xp=None, device=None",
