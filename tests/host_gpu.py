@@ -71,7 +71,7 @@ class HostDevice:
 
     def __init__(self, folder: Path, *, processors: int = 1, clusters: bool = True) -> None:
         self.folder = folder
-        self.machine = Machine(processors, clusters)
+        self.machine, self.arch = Machine(processors, clusters), 90
         self.plans = []
         self.xp = np
 

@@ -25,7 +25,7 @@ def tensors(device, monkeypatch):
     monkeypatch.setattr("polysoftmax.engines.torch.is_on_gpu", lambda _: True)
     operator = pytest.importorskip("polysoftmax.engines._operator")
     engine_for = operator._engine
-    monkeypatch.setattr(operator, "_engine", torch.compiler.assume_constant_result(lambda _: engine_for("cuda")))
+    monkeypatch.setattr(operator, "_engine", torch.compiler.assume_constant_result(lambda *_: engine_for("cuda", 0)))
     torch._dynamo.reset()
     yield torch
     torch._dynamo.reset()

@@ -1,6 +1,6 @@
 """CUDA kernels for PyTorch and CuPy: each formula in one read of its input and one write of its answer.
 
-They have run on one GPU, an H200. ``engine("cuda")`` alone turns them on.
+"auto" runs them on the GPUs that `_record` names, and ``engine("cuda")`` on every one that can.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from polysoftmax._ops import Ops, ops_of
 from polysoftmax._probability import LOG_PROB
 from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
-from polysoftmax.engines.cuda import _log_prob, _steps
+from polysoftmax.engines.cuda import _devices, _log_prob, _record, _steps
 from polysoftmax.engines.cuda._calls import evaluate, launch_for_last_axis, prepare
 from polysoftmax.engines.cuda._kind import Launch
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
     from polysoftmax._formula import Call, RowFormula
+    from polysoftmax.engines.cuda._devices import Device
 
 __all__ = ["explain", "run", "words"]
 
@@ -29,8 +30,19 @@ def words(x: Array, axis: int) -> Ops:
 
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:
-    """Run a call in its kernels if they were asked for, and else as it stands."""
-    return launch(call, operands) if chosen() == "cuda" else evaluate(call, operands)
+    """Run a call in its kernels where these are on, and else as it stands."""
+    return launch(call, operands) if are_on_for(operands[0]) else evaluate(call, operands)
+
+
+def are_on_for(x: Array) -> bool:
+    """Whether the kernels run on the device of an array."""
+    return are_on(_devices.device_of(x))
+
+
+def are_on(device: Device | str) -> bool:
+    """Whether the kernels run on a device: by the caller's choice, or because they are on record there."""
+    engine = chosen()
+    return engine == "cuda" or (engine != "portable" and not isinstance(device, str) and device.arch in _record.PASSED)
 
 
 def launch(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -55,9 +67,12 @@ def launch_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
 
 def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     """Return the engine for a formula along the last axis of ``x``, and why."""
-    found: Launch | str = 'only engine("cuda") turns the CUDA kernels on'
-    if chosen() == "cuda":
-        found = launch_for_last_axis(x, formula)
-    if isinstance(found, Launch):
-        return "cuda", found.plan.kernel.layout
-    return "portable", f"the array API formula as it stands: {found}"
+    device = _devices.device_of(x)
+    found: Launch | str = device if isinstance(device, str) else ""
+    if chosen() != "cuda" and not isinstance(device, str):
+        found = _record.reason_against(device.arch)
+    found = found or launch_for_last_axis(x, formula)
+    if isinstance(found, str):
+        return "portable", f"the array API formula as it stands: {found}"
+    why = "" if chosen() == "cuda" else f"; {_record.reason_for(found.device.arch)}"
+    return "cuda", found.plan.kernel.layout + why

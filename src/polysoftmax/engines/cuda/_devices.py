@@ -30,6 +30,8 @@ class Device(Protocol):
     """One GPU as one library uses it."""
 
     machine: Machine
+    arch: int
+    """Compute capability, such as 90."""
 
     def view(self, x: Array) -> tuple[int, Seen]:
         """Return the address of an array, and the rest that there is to know of it."""
@@ -63,23 +65,31 @@ def device_of(x: Array) -> Device | str:
 
 def _open(x: Array, key: tuple[type, Any]) -> Device | str:
     name = library(x).name
-    kind: type[_TorchDevice | _CupyDevice]
     if name == "torch":
         if x.device.type != "cuda":
             return f"the tensor is on {x.device}"
-        ordinal, kind = x.device.index or 0, _TorchDevice
+        found = torch_device(x.device.index or 0)
     elif name == "cupy":
-        ordinal, kind = x.device.id, _CupyDevice
+        found = _opened(_CupyDevice, x.device.id)
     else:
         return f"{name} runs on the GPU in its own way"
-    found: Device | str | None = _devices.get((kind, ordinal))
+    _devices[key] = found
+    return found
+
+
+def torch_device(ordinal: int) -> Device | str:
+    """Return PyTorch's GPU of this number, or why kernels cannot use it."""
+    return _opened(_TorchDevice, ordinal)
+
+
+def _opened(kind: type[_TorchDevice | _CupyDevice], ordinal: int) -> Device | str:
+    found = _devices.get((kind, ordinal))
     if found is None:
         try:
             found = kind(ordinal)
         except ImportError as error:
             found = f"no CUDA kernels here: {error}"
         _devices[kind, ordinal] = found
-    _devices[key] = found
     return found
 
 
@@ -101,14 +111,14 @@ class _TorchDevice:
             msg = "cuda.core is not installed: pip install polysoftmax[cuda]"
             raise ImportError(msg)
         found = torch.cuda.get_device_properties(ordinal)
-        arch = found.major * 10 + found.minor
+        self.arch = found.major * 10 + found.minor
         self.torch = torch
         self.ordinal = ordinal
         self.device = torch.device("cuda", ordinal)
         # Older PyTorch does not say what a block may ask for.
         shared = getattr(found, "shared_memory_per_block_optin", USUAL_SHARED)
-        self.machine = _compile.machine_of(arch, found.multi_processor_count, shared, clusters=True)
-        self.target = _compile.target_of(arch)
+        self.machine = _compile.machine_of(self.arch, found.multi_processor_count, shared, clusters=True)
+        self.target = _compile.target_of(self.arch)
         self.stream = _streams_of(torch)
 
     def view(self, x: Array) -> tuple[int, Seen]:
@@ -136,13 +146,13 @@ class _CupyDevice:
             raise ImportError(msg)
         self.cupy = cupy
         self.device = cupy.cuda.Device(ordinal)
-        arch = int(self.device.compute_capability)
+        self.arch = int(self.device.compute_capability)
         core = has_cuda_core()
         processors = self.device.attributes["MultiProcessorCount"]
         # CuPy's own launches know no clusters.
         shared = self.device.attributes.get("MaxSharedMemoryPerBlockOptin", USUAL_SHARED)
-        self.machine = _compile.machine_of(arch, processors, shared, clusters=core)
-        self.target = _compile.target_of(arch) if core else None
+        self.machine = _compile.machine_of(self.arch, processors, shared, clusters=core)
+        self.target = _compile.target_of(self.arch) if core else None
 
     def view(self, x: Array) -> tuple[int, Seen]:
         pointer, size = x.data.ptr, x.dtype.itemsize
