@@ -211,7 +211,7 @@ def test_rows_longer_than_an_int_are_not_covered(device):
 def test_explanations(device):
     engine, reason = cuda.explain(np.zeros((4096, 50257), np.float32), SOFTMAX)
     assert (engine, "a cluster of" in reason) == ("cuda", True)
-    assert "1 lane of a warp" in cuda.explain(np.zeros((8, 1), np.float32), SOFTMAX)[1]
+    assert "4 lanes of a warp a row, 1 entry an access" in cuda.explain(np.zeros((8, 1), np.float32), SOFTMAX)[1]
     assert ps.explain(np.zeros((8, 3), np.float32), "sample").engine == "cuda"
     assert not device.launched
 
@@ -306,7 +306,8 @@ def test_every_length_has_a_layout():
             assert plan.grid * (kernel.block // kernel.threads) >= rows
             assert kernel.cluster == 1 or (clusters and kernel.cluster in (2, 4, 8))
             if kernel.held and formula == "softmax":
-                assert kernel.width * kernel.threads * kernel.packs * kernel.cluster >= n
+                assert kernel.width * kernel.threads * (kernel.packs + kernel.staged) * kernel.cluster >= n
+            assert plan.shared <= machine.shared
         masses = plan_masses(x, rows, n, general=False, machine=machine)
         assert isinstance(masses, Plan)
 

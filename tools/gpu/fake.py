@@ -52,6 +52,7 @@ def fake_gpu(launched: Callable[[Plan], object], machine: Machine | None = None)
 
     device = FakeDevice(machine or Machine(H100_PROCESSORS, clusters=True, shared=227 << 10), launched)
     with (
+        patch.object(engine, "is_cuda", lambda _: True),
         patch.object(engine, "is_on_gpu", lambda _: True),
         patch.object(_devices, "device_of", lambda _: device),
         patch.object(losses, "values_are_free", lambda _: False),

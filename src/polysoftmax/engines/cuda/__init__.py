@@ -14,12 +14,12 @@ from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
 from polysoftmax.engines.cuda import _devices, _log_prob, _record, _steps
 from polysoftmax.engines.cuda._calls import evaluate, launch_for_last_axis, prepare
-from polysoftmax.engines.cuda._kind import Launch
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
     from polysoftmax._formula import Call, RowFormula
     from polysoftmax.engines.cuda._devices import Device
+    from polysoftmax.engines.cuda._kind import Launch
 
 __all__ = ["explain", "run", "words"]
 

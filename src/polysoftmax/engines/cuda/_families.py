@@ -11,11 +11,12 @@ from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines.cuda import _devices
 from polysoftmax.engines.cuda._devices import Uncovered
 from polysoftmax.engines.cuda._kind import Launch
+from polysoftmax.engines.cuda._layouts import REDUCTIONS
 from polysoftmax.engines.cuda._operands import ONE, Argument, Batch, Given, View
 from polysoftmax.engines.cuda._plan import (
     MOST_LEADING,
-    REDUCTIONS,
     SIZES,
+    answers,
     plan_draw,
     plan_draw_leading,
     plan_filter,
@@ -77,7 +78,7 @@ def rows_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch
     temperature = None if roles.temperature is None else operands[roles.temperature]
     where = None if roles.where is None else operands[roles.where]
     result = _devices.dtype_name(call.result)
-    if result not in (x.dtype, batch.compute):
+    if result not in answers(roles.kernel, x.dtype):
         raise Uncovered(f"the kernels do not answer {x.dtype} in {result}")
     plan = plan_rows(
         roles.kernel,
@@ -134,13 +135,8 @@ def _masses_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Lau
     x, temperature, where, *_ = operands
     batch = Batch(call, x, device)
     stride = batch.row_stride(batch.x)
-    plan = plan_masses(
-        batch.x.dtype,
-        batch.rows,
-        batch.n,
-        general=temperature is not None or where is not None,
-        machine=device.machine,
-    )
+    general = temperature is not None or where is not None
+    plan = plan_masses(batch.x.dtype, batch.rows, batch.n, general=general, machine=device.machine)
     if isinstance(plan, str):
         raise Uncovered(plan)
     after = (batch.n, batch.rows, stride, *batch.parameter(temperature), *batch.mask(where))
