@@ -29,7 +29,7 @@ def test_a_folder_without_an_nvrtc_is_told_so(tmp_path):
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """The kernels and architectures that were compiled, by a compiler and processes that are none, and an empty cache."""
+    """The kernels and architectures that were compiled, by nothing and in no other process, and an empty cache."""
 
     class Pool:
         def __init__(self, *_):

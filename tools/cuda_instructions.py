@@ -11,8 +11,8 @@ the thread has of a row that fills the layout. A row that is read in chunks coun
 second look at rows that are close to their maximum, and entries outside whole accesses. The other branches all count,
 those too that a whole row does not take, so the figures are above what is executed.
 
-The predicted share: at ``ISSUE`` of the instructions that a multiprocessor can issue, or of the exponentials that it can
-compute, what share of the bandwidth of a copy would be left waiting for memory alone. It does not know of latencies.
+The predicted share of the bandwidth of a copy is what 80 % of the instructions that a multiprocessor can issue, and all
+the exponentials that it can compute, leave of it. It does not know of latencies.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ GPUS = {90: Gpu("H200", 132, 1.98e9, 4.07e12), 100: Gpu("B200", 148, 1.965e9, 6.
 
 LEFT_OUT = {
     "bool close = finite(total.top) && total.sum < 2;": "bool close = false;",
-    "DEVICE bool has_extra() const { return W > 1 && member < extra; }": "DEVICE bool has_extra() const { return false; }",
+    "return W > 1 && member < extra;": "return false;",
 }
 """Lines of the source, and what stands in their place while instructions are counted."""
 
@@ -170,9 +170,7 @@ def row(plan: Plan, arch: int, disassemble: Callable[[bytes], str]) -> tuple[str
     moved = SIZES[kernel.x] * (1 if kernel.formula in REDUCTIONS or kernel.lanes else 2)
     cycles = max(entry / ISSUE, 8 * exponentials)  # a quarter of a multiprocessor takes 8 cycles for a warp's
     bound = gpu.processors * 4 * 32 * gpu.clock / cycles * moved
-    loads = (
-        accesses(code, "LDG") if not kernel.staged else f"{accesses(code, 'LDG')}, staged {accesses(code, 'LDGSTS')}"
-    )
+    loads = accesses(code, "LDG") + (f", staged {accesses(code, 'LDGSTS')}" if kernel.staged else "")
     cells = (entry, real.registers, real.spilled, blocks(plan, real.registers), loads, accesses(code, "STG"))
     share = f"{min(1.0, bound / gpu.copy):.0%}"
     return (kernel.layout, *(f"{one:.1f}" if isinstance(one, float) else str(one) for one in cells), share)

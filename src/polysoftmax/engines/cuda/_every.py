@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ _ARCHITECTURES = {"float16": 80, "bfloat16": 90, "float32": 100, "float64": 90}
 _MACHINES = (Machine(132, clusters=True, shared=227 << 10), Machine(108, clusters=False))
 
 
+@functools.cache
 def every_kernel() -> dict[Kernel, bool]:
     """Return every kernel; the value says whether it also runs on devices without clusters."""
     found: dict[Kernel, bool] = {}
