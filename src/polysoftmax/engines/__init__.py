@@ -190,7 +190,10 @@ class _Block(ContextDecorator):
 
     def __exit__(self, *_: object) -> None:
         blocks = _OPEN.get()
-        if self in blocks:  # another context, such as that of a thread, has blocks of its own
+        if blocks == (self,):
+            _OPEN.set(())
+            _CHOICE.set(self.before)
+        elif self in blocks:  # another context, such as that of a thread, has blocks of its own
             at = len(blocks) - 1 - blocks[::-1].index(self)
             left = blocks[:at] + blocks[at + 1 :]
             if left and at == 0:

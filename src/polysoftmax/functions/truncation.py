@@ -29,11 +29,12 @@ def filters(
 ) -> tuple[Filters, int | None]:
     """Check the filters of a call, and return a number ``top_k`` apart; what keeps everything is the same as None."""
     k = None
-    if is_number(top_k):
-        top_k = _whole(top_k)
-        top_k = top_k if 0 < top_k < r.length else None
-    elif top_k is not None:
-        k, top_k = r.parameter(top_k, "top_k", counts=True), None
+    if top_k is not None:  # asked first, since most calls have no filters
+        if is_number(top_k):
+            top_k = _whole(top_k)
+            top_k = top_k if 0 < top_k < r.length else None
+        else:
+            k, top_k = r.parameter(top_k, "top_k", counts=True), None
     return Filters(k, _share(r, top_p, "top_p", off=1.0), _share(r, min_p, "min_p", off=0.0)), top_k
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polysoftmax._arrays import library
 from polysoftmax._ops import Ops, ops_of
-from polysoftmax._probability import LOG_PROB
+from polysoftmax._probability import LOG_PROB, TOP_LOG_PROBS
 from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
 from polysoftmax.engines.cuda import _devices, _log_prob, _record, _steps
@@ -53,6 +53,8 @@ def launch(call: Call, operands: tuple[Array, ...]) -> Any:
         return _steps.run(call, operands, launch_or_evaluate)
     if call.formula is LOG_PROB:
         return _log_prob.run(call, operands, launch_or_evaluate)
+    if call.formula is TOP_LOG_PROBS:
+        return _log_prob.run_leading(call, operands, launch_or_evaluate)
     return launch_or_evaluate(call, operands)
 
 

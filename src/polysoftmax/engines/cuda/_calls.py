@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from polysoftmax._arrays import cast, float_bits, keep, namespace
 from polysoftmax._formula import Call, RowFormula, words
 from polysoftmax._losses import CROSS_ENTROPY
-from polysoftmax._probability import LOG_PROB
+from polysoftmax._probability import LOG_PROB, TOP_LOG_PROBS
 from polysoftmax._rows import rows
-from polysoftmax._sampling import DRAW, MASSES, SAMPLE
+from polysoftmax._sampling import DRAW, LEADING, MASSES, SAMPLE
 from polysoftmax.engines.cuda import _devices
 from polysoftmax.engines.cuda._devices import Uncovered
 from polysoftmax.engines.cuda._families import ROLES, SAMPLING, Roles, rows_launch
@@ -28,7 +28,7 @@ _NUMBER: Any = float
 KERNELS = frozenset({*ROLES, *SAMPLING})
 """The formulas that have a kernel."""
 
-COMPOSED = {SAMPLE: MASSES, LOG_PROB: CROSS_ENTROPY}
+COMPOSED = {SAMPLE: MASSES, LOG_PROB: CROSS_ENTROPY, TOP_LOG_PROBS: LEADING}
 """Formulas that several kernels answer, and the one whose kernel comes first."""
 
 Prepared: TypeAlias = tuple[Launch, list[int | float], tuple["Array", ...]]

@@ -51,30 +51,41 @@ def dtype_name(dtype: DType) -> str:
     return str(dtype).rpartition(".")[2].removesuffix("'>")
 
 
-_devices: dict[tuple[type, Any], Device | str] = {}
-"""What was found for a type of arrays on a device of its library."""
+_devices: dict[tuple[type, int], Device | str] = {}
+"""What was found for a type of arrays, or of devices, and a device's number."""
+
+_numbers: dict[type, Callable[[Array], int]] = {}
+"""How the number of an array's device is told, by its type: in the way that takes least of a call's time."""
 
 
 def device_of(x: Array) -> Device | str:
     """Return the GPU that an array is on, or why there is none that kernels can use."""
-    place = getattr(x, "device", None)
-    key = (type(x), getattr(place, "id", place))  # CuPy's devices have no hash
-    found = _devices.get(key)
-    return _open(x, key) if found is None else found
+    kind = type(x)
+    number = _numbers.get(kind)
+    if number is not None:
+        found = _devices.get((kind, number(x)))
+        if found is not None:
+            return found
+    return _open(x)
 
 
-def _open(x: Array, key: tuple[type, Any]) -> Device | str:
+def _open(x: Array) -> Device | str:
     name = library(x).name
     if name == "torch":
         if x.device.type != "cuda":
             return f"the tensor is on {x.device}"
-        found = torch_device(x.device.index or 0)
+        number, found = type(x).get_device, torch_device(x.device.index or 0)
     elif name == "cupy":
-        found = _opened(_CupyDevice, x.device.id)
+        number, found = _number_of_cupy, _opened(_CupyDevice, x.device.id)
     else:
         return f"{name} runs on the GPU in its own way"
-    _devices[key] = found
+    _numbers[type(x)] = number
+    _devices[type(x), number(x)] = found
     return found
+
+
+def _number_of_cupy(x: Array) -> int:
+    return x.device.id  # type: ignore[no-any-return]
 
 
 def torch_device(ordinal: int) -> Device | str:

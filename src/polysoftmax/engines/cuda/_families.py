@@ -174,8 +174,8 @@ def _truncate_launch(call: Call, operands: tuple[Any, ...], device: Device) -> L
         raise Uncovered(f"the kernels do not answer {batch.x.dtype} in {_devices.dtype_name(call.result)}")
     top_k = call.options["top_k"]
     parameters = (temperature, 1.0), (k if top_k is None else float(top_k), 0.0), (p, 1.0), (min_p, 0.0)
-    answers = (None, ((*batch.batch, batch.n), call.result), None)
-    return _filter(batch, call, where, parameters, answers)
+    answer = ((*batch.batch, batch.n), call.result)
+    return _filter(batch, call, where, parameters, (answer,), beside=(0,))
 
 
 def _leading_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
@@ -195,8 +195,10 @@ def _filter(
     call: Call,
     where: View | None,
     parameters: tuple[tuple[View | Given | float | None, float], ...],
-    answers: tuple[tuple[tuple[int, ...], Any] | None, ...],
+    answers: tuple[tuple[tuple[int, ...], Any], ...],
+    beside: tuple[Argument, ...] = (),
 ) -> Launch:
+    """Return the launch of a search; ``beside`` stands for the arrays before its answers, and after, that it lacks."""
     stride = batch.row_stride(batch.x)
     plan = plan_filter(
         call.formula.name,
@@ -206,8 +208,8 @@ def _filter(
         aligned=call.formula is LEADING or _shares_alignment(batch, batch.x, stride),
     )
     numbers = [number for one in parameters for number in batch.parameter(*one)]
-    after = (batch.n, batch.rows, stride, *numbers)
-    return Launch(batch.device, plan, (batch.x.pointer, *batch.mask(where)), answers, after)
+    before = (batch.x.pointer, *batch.mask(where), *beside)
+    return Launch(batch.device, plan, before, answers, (*beside, batch.n, batch.rows, stride, *numbers))
 
 
 def _draw_leading_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
