@@ -8,8 +8,8 @@ the folder where ``pip install --target FOLDER nvidia-cuda-nvdisasm`` has put it
 How instructions are counted: in the disassembled code of one thread, up to its end, without the subroutines behind it.
 What is unrolled counts as it stands, and a loop over accesses as often as it runs; that is divided by the entries that
 the thread has of a row that fills the layout. A row that is read in chunks counts its loops alone. Left out are the
-second look at rows that are close to their maximum, and entries outside whole accesses. The other branches all count,
-those too that a whole row does not take, so the figures are above what is executed.
+second look at rows that are close to their maximum, entries outside whole accesses, and masks. All other branches
+count, those too that a whole row does not take, so the figures are above what is executed.
 
 The predicted share of the bandwidth of a copy is what 80 % of the instructions that a multiprocessor can issue, and all
 the exponentials that it can compute, leave of it. It does not know of latencies.
@@ -71,6 +71,8 @@ GPUS = {90: Gpu("H200", 132, 1.98e9, 4.07e12), 100: Gpu("B200", 148, 1.965e9, 6.
 LEFT_OUT = {
     "bool close = finite(total.top) && total.sum < 2;": "bool close = false;",
     "return W > 1 && member < extra;": "return false;",
+    "if (!S::GENERAL || !mask.where || !there) return;": "return;",
+    "if (!S::GENERAL || !mask.where) return;": "return;",
 }
 """Lines of the source, and what stands in their place while instructions are counted."""
 

@@ -14,6 +14,7 @@ from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
 from polysoftmax.engines.cuda import _devices, _log_prob, _record, _steps
 from polysoftmax.engines.cuda._calls import evaluate, launch_for_last_axis, prepare
+from polysoftmax.engines.cuda._plan import MOST_LEADING
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -67,6 +68,13 @@ def launch_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
     return launch.run(values)
 
 
+_BESIDE = {
+    LOG_PROB: "; with a temperature or a mask, by the kernel of log_softmax and an array of the logits' size",
+    TOP_LOG_PROBS: f"; of up to {MOST_LEADING} tokens",
+}
+"""What else there is to say of a formula."""
+
+
 def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     """Return the engine for a formula along the last axis of ``x``, and why."""
     device = _devices.device_of(x)
@@ -77,4 +85,4 @@ def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     if isinstance(found, str):
         return "portable", f"the array API formula as it stands: {found}"
     why = "" if chosen() == "cuda" else f"; {_record.reason_for(found.device.arch)}"
-    return "cuda", found.plan.kernel.layout + why
+    return "cuda", found.plan.kernel.layout + _BESIDE.get(formula, "") + why

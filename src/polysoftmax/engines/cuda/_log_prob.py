@@ -1,7 +1,7 @@
 """Log-probabilities of tokens, and the tokens of the greatest, by kernels of other formulas.
 
-A token has the same bits alone and among several: what they share, the greatest logit and log Σ exp(x - max), is found by
-the same kernel in the same layout, and the rest is two subtractions.
+A token has the same bits alone and among several: what they share, the greatest logit and log Σ exp(x - max), is found
+by the same kernel in the same layout, and the rest is two subtractions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def run(call: Call, operands: tuple[Array, ...], step: Step) -> Any:
     if t is not None or where is not None:
         return call.answer(_by_log_softmax(call, x, tokens, (t, where), step))
     if tokens.shape[call.axis] == 1:
-        return -step(call._replace(formula=CROSS_ENTROPY, options=_PLAIN), (x, tokens, None))
+        # Not with its sign changed, which would make -0 of what is 0 among several tokens.
+        return 0.0 - step(call._replace(formula=CROSS_ENTROPY, options=_PLAIN), (x, tokens, None))
     return call.answer(_by_the_loss_of_the_greatest(call, x, tokens, step))
 
 
