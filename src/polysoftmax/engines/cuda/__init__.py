@@ -37,7 +37,7 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
 
 def are_on_for(x: Array) -> bool:
     """Whether the kernels run on the device of an array."""
-    return are_on(_devices.device_of(x))
+    return chosen() == "cuda" or are_on(_devices.device_of(x))
 
 
 def are_on(device: Device | str) -> bool:

@@ -89,6 +89,8 @@ def look(call: Call, operands: tuple[Array, ...], device: Device) -> tuple[tuple
             value, kind = view(one)
         values.append(value)
         seen.append(kind)
+    if not options:
+        return (tuple(seen), device, call.formula, call[2:]), values
     chosen = tuple(options.values())
     values += chosen
     if float in map(type, chosen):
