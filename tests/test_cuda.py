@@ -43,6 +43,9 @@ class FakeDevice:
     def empty(self, shape, dtype):
         return np.empty(shape, dtype)
 
+    def copied(self, x):
+        return np.array(x, order="C")
+
     def launch(self, plan, arguments):
         self.launched.append((plan, arguments))
 
@@ -161,9 +164,10 @@ X, WIDE = np.zeros((4, 64), np.float32), np.zeros((1, 1 << 12), np.float32)
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda: ps.softmax(X, axis=0), "the last axis"),
-        (lambda: ps.softmax(X.T), "do not lie side by side"),
-        (lambda: ps.softmax(X.reshape(4, 8, 8)[:, :3]), "do not lie at one distance"),
+        (lambda: ps.softmax(X, axis=0), None),
+        (lambda: ps.softmax(X.T), None),
+        (lambda: ps.softmax(X.reshape(4, 8, 8)[:, :3]), None),
+        (lambda: ps.entropy(X, axis=0), "no CUDA kernel for entropy"),
         (lambda: ps.softmax(X.astype(int)), "not int64"),
         (lambda: ps.softmax(X, dtype=np.float64), "do not compute float32 in float64"),
         (lambda: ps.softmax(X[:0]), "there are 0 rows"),
@@ -193,7 +197,7 @@ def test_what_the_kernels_do_not_cover_runs_as_it_stands(device, monkeypatch, fu
     monkeypatch.setattr(cuda, "prepare", prepare)
     answer = function()
     if reason is None:
-        assert reasons == [None]
+        assert reasons[-1] is None
         assert device.launched
     else:
         assert len(reasons) == 1
@@ -221,7 +225,6 @@ def test_explanations(device):
     [
         (np.zeros((8, 3), np.float32), "entropy", "there is no CUDA kernel for entropy"),
         (np.zeros((8, 3), int), "softmax", "the kernels take floats of 16, 32 and 64 bits, not int64"),
-        (np.zeros((3, 8), np.float32).T, "softmax_vjp", "the entries of a row do not lie side by side"),
         (np.zeros((0, 8), np.float32), "cross_entropy", "there are 0 rows of 8"),
     ],
 )

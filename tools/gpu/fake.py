@@ -36,6 +36,11 @@ class FakeDevice:
         # What nothing writes to takes no memory, whatever its size.
         return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
+    def copied(self, x: Any) -> Any:
+        import torch
+
+        return x.clone(memory_format=torch.contiguous_format)
+
     def launch(self, plan: Plan, arguments: list[int | float]) -> None:
         del arguments
         self.launched(plan)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from polysoftmax._arrays import library
+from polysoftmax._arrays import library, namespace
+from polysoftmax._formula import Call
 from polysoftmax._ops import Ops, ops_of
 from polysoftmax._probability import LOG_PROB, TOP_LOG_PROBS
 from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
 from polysoftmax.engines.cuda import _devices, _log_prob, _record, _steps
 from polysoftmax.engines.cuda._calls import evaluate, launch_for_last_axis, prepare
+from polysoftmax.engines.cuda._operands import ANOTHER_AXIS
 from polysoftmax.engines.cuda._plan import MOST_LEADING
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
-    from polysoftmax._formula import Call, RowFormula
+    from polysoftmax._formula import RowFormula
     from polysoftmax.engines.cuda._devices import Device
     from polysoftmax.engines.cuda._kind import Launch
 
@@ -63,9 +65,25 @@ def launch_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call in its kernel, or as it stands where no kernel covers it."""
     found = prepare(call, operands)
     if isinstance(found, str):
-        return evaluate(call, operands)
+        return (_launch_along_last_axis if found == ANOTHER_AXIS else evaluate)(call, operands)
     launch, values, _kept = found
     return launch.run(values)
+
+
+def _launch_along_last_axis(call: Call, operands: tuple[Array, ...]) -> Any:
+    """Run a call along another axis in its kernel, on copies of the rows and of the answer."""
+    x, axis = operands[0], call.axis
+    xp = namespace(x)
+    moved = tuple(
+        [one if one is None or type(one) is float or not one.ndim else xp.moveaxis(one, axis, -1) for one in operands]
+    )
+    # The answer has no gaps either: callers may reshape it in place.
+    y = launch_or_evaluate(Call(call.formula, call.options, x.ndim - 1, call.compute, call.result), moved)
+    y = xp.moveaxis(y, -1, axis)
+    device = _devices.device_of(x)
+    if y.shape[axis] > 1 and not isinstance(device, str):
+        y = device.copied(y)
+    return xp.squeeze(y, axis) if call.squeeze else y
 
 
 _BESIDE = {

@@ -11,7 +11,7 @@ from polysoftmax._probability import LOG_PROB, TOP_LOG_PROBS
 from polysoftmax._rows import rows
 from polysoftmax._sampling import DRAW, LEADING, MASSES, SAMPLE
 from polysoftmax.engines.cuda import _devices
-from polysoftmax.engines.cuda._devices import Uncovered
+from polysoftmax.engines.cuda._devices import Scattered, Uncovered
 from polysoftmax.engines.cuda._families import ROLES, SAMPLING, Roles, rows_launch
 from polysoftmax.engines.cuda._kind import Launch
 from polysoftmax.engines.cuda._operands import Given, View
@@ -39,6 +39,12 @@ class _Widen(NamedTuple):
     """Operands to bring to the compute dtype before there can be a launch."""
 
     places: tuple[int, ...]
+
+
+class _Copy(NamedTuple):
+    """The operand to copy, so that its rows lie side by side, before there can be a launch."""
+
+    place: int
 
 
 _MOST_FOUND = 4096
@@ -70,6 +76,9 @@ def prepare(call: Call, operands: tuple[Array, ...]) -> Prepared | str:
     if found is None:
         found = _find(call, operands, device, key[0])
         remember(key, found)
+    if isinstance(found, _Copy):
+        copied = device.copied(operands[found.place])
+        return prepare(call, (*operands[: found.place], copied, *operands[found.place + 1 :]))
     if isinstance(found, _Widen):
         return prepare(call, tuple([cast(x, call.compute) if i in found.places else x for i, x in enumerate(operands)]))
     return found if isinstance(found, str) else (found, values, operands)
@@ -103,7 +112,9 @@ def remember(key: tuple[Any, ...], found: object) -> None:
     keep(_found, key, found, _MOST_FOUND)
 
 
-def _find(call: Call, operands: tuple[Array, ...], device: Device, seen: tuple[Any, ...]) -> Launch | _Widen | str:
+def _find(
+    call: Call, operands: tuple[Array, ...], device: Device, seen: tuple[Any, ...]
+) -> Launch | _Widen | _Copy | str:
     """Return the launch for all calls that look like this one, from what is seen of its operands."""
     places = _to_widen(call, operands)
     if places:
@@ -115,6 +126,8 @@ def _find(call: Call, operands: tuple[Array, ...], device: Device, seen: tuple[A
     )
     try:
         return find(call, given, device)
+    except Scattered as scattered:
+        return _Copy(scattered.place)
     except Uncovered as reason:
         return str(reason)
 

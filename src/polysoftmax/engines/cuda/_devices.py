@@ -22,6 +22,14 @@ class Uncovered(Exception):  # noqa: N818 - control flow that ends in _calls.pre
     """The reason why no kernel covers a call."""
 
 
+class Scattered(Uncovered):
+    """A call that kernels cover once the operand at ``place`` has been copied without gaps."""
+
+    def __init__(self, reason: str, place: int) -> None:
+        super().__init__(reason)
+        self.place = place
+
+
 Seen: TypeAlias = "tuple[DType, tuple[int, ...], tuple[int, ...], int]"
 """What a launch depends on of an array: dtype, shape, strides in entries, and the address modulo 16."""
 
@@ -41,6 +49,9 @@ class Device(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
         """Return a new array without gaps."""
+
+    def copied(self, x: Array) -> Array:
+        """Return a copy without gaps."""
 
     def launch(self, plan: Plan, arguments: list[int | float]) -> None:
         """Launch a kernel on the current stream."""
@@ -144,6 +155,9 @@ class _TorchDevice:
             dtype = getattr(self.torch, dtype)
         return self.torch.empty(shape, dtype=dtype, device=self.device)
 
+    def copied(self, x: Array) -> Array:
+        return x.clone(memory_format=self.torch.contiguous_format)
+
     def launch(self, plan: Plan, arguments: list[int | float]) -> None:
         _launch.launch(plan, self.target, self.ordinal, self.stream(self.ordinal), arguments)
 
@@ -177,6 +191,10 @@ class _CupyDevice:
     def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
         with self.current():
             return self.cupy.empty(shape, dtype)
+
+    def copied(self, x: Array) -> Array:
+        with self.current():
+            return x.copy(order="C")
 
     def launch(self, plan: Plan, arguments: list[int | float]) -> None:
         if self.target is not None:
