@@ -73,16 +73,16 @@ def launch_or_evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
 def _launch_along_last_axis(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a call along another axis in its kernel, on copies of the rows and of the answer."""
     x, axis = operands[0], call.axis
-    xp = namespace(x)
-    moved = tuple(
-        [one if one is None or type(one) is float or not one.ndim else xp.moveaxis(one, axis, -1) for one in operands]
-    )
-    # The answer has no gaps either: callers may reshape it in place.
-    y = launch_or_evaluate(Call(call.formula, call.options, x.ndim - 1, call.compute, call.result), moved)
-    y = xp.moveaxis(y, -1, axis)
-    device = _devices.device_of(x)
-    if y.shape[axis] > 1 and not isinstance(device, str):
-        y = device.copied(y)
+    xp, device = namespace(x), _devices.device_of(x)
+    assert not isinstance(device, str)
+
+    def moved(one: Array, to: int, start: int) -> Array:
+        y = xp.moveaxis(one, start, to)
+        return device.copied(y) if one.shape[start] > 1 else y
+
+    rows = tuple([moved(one, -1, axis) if getattr(one, "ndim", 0) else one for one in operands])
+    y = launch_or_evaluate(Call(call.formula, call.options, x.ndim - 1, call.compute, call.result), rows)
+    y = moved(y, axis, -1)  # without gaps, too: a caller may look at it in another shape
     return xp.squeeze(y, axis) if call.squeeze else y
 
 
