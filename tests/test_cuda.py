@@ -220,6 +220,13 @@ def test_explanations(device):
     assert not device.launched
 
 
+def test_explanations_copy_nothing(device, monkeypatch):
+    monkeypatch.delattr(FakeDevice, "copied")
+    for name in ("softmax_vjp", "logsumexp", "sample"):
+        found = ps.explain(np.zeros((3, 8), np.float32).T, name)
+        assert (found.engine, found.reason) == ("cuda", "rows that do not lie side by side are copied first")
+
+
 @pytest.mark.parametrize(
     ("x", "name", "reason"),
     [

@@ -14,7 +14,7 @@ from polysoftmax._probability import LOG_PROB, TOP_LOG_PROBS
 from polysoftmax._sampling import SAMPLE
 from polysoftmax.engines import chosen
 from polysoftmax.engines.cuda import _devices, _log_prob, _record, _steps
-from polysoftmax.engines.cuda._calls import evaluate, launch_for_last_axis, prepare
+from polysoftmax.engines.cuda._calls import evaluate, layout_for_last_axis, prepare
 from polysoftmax.engines.cuda._operands import ANOTHER_AXIS
 from polysoftmax.engines.cuda._plan import MOST_LEADING
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from polysoftmax._arrays import Array
     from polysoftmax._formula import RowFormula
     from polysoftmax.engines.cuda._devices import Device
-    from polysoftmax.engines.cuda._kind import Launch
 
 __all__ = ["explain", "run", "words"]
 
@@ -96,11 +95,11 @@ _BESIDE = {
 def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     """Return the engine for a formula along the last axis of ``x``, and why."""
     device = _devices.device_of(x)
-    found: Launch | str = device if isinstance(device, str) else ""
-    if chosen() != "cuda" and not isinstance(device, str):
-        found = _record.reason_against(device.arch)
-    found = found or launch_for_last_axis(x, formula)
-    if isinstance(found, str):
-        return "portable", f"the array API formula as it stands: {found}"
-    why = "" if chosen() == "cuda" else f"; {_record.reason_for(found.device.arch)}"
-    return "cuda", found.plan.kernel.layout + _BESIDE.get(formula, "") + why
+    by_name = chosen() == "cuda"
+    found = device if isinstance(device, str) else "" if by_name else _record.reason_against(device.arch)
+    if not found and not isinstance(device, str):
+        runs, found = layout_for_last_axis(x, formula, device)
+        if runs:
+            why = "" if by_name else f"; {_record.reason_for(device.arch)}"
+            return "cuda", found + _BESIDE.get(formula, "") + why
+    return "portable", f"the array API formula as it stands: {found}"

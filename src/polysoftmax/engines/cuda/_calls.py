@@ -63,25 +63,33 @@ def evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
 
 def prepare(call: Call, operands: tuple[Array, ...]) -> Prepared | str:
     """Return the launch that answers a call and what to run it with, or why there is none."""
-    if call.formula not in KERNELS:
-        return f"there is no CUDA kernel for {call.formula.name}"
     device = _devices.device_of(operands[0])
     if isinstance(device, str):
         return device
-    try:
-        key, values = look(call, operands, device)
-    except Uncovered as reason:
-        return str(reason)
-    found = recall(key)
-    if found is None:
-        found = _find(call, operands, device, key[0])
-        remember(key, found)
+    found, values = _plan(call, operands, device)
     if isinstance(found, _Copy):
         copied = device.copied(operands[found.place])
         return prepare(call, (*operands[: found.place], copied, *operands[found.place + 1 :]))
     if isinstance(found, _Widen):
         return prepare(call, tuple([cast(x, call.compute) if i in found.places else x for i, x in enumerate(operands)]))
     return found if isinstance(found, str) else (found, values, operands)
+
+
+def _plan(
+    call: Call, operands: tuple[Array, ...], device: Device
+) -> tuple[Launch | _Widen | _Copy | str, list[int | float]]:
+    """Return the launch of a call, what has to be done before there is one, or why there is none; and its values."""
+    if call.formula not in KERNELS:
+        return f"there is no CUDA kernel for {call.formula.name}", []
+    try:
+        key, values = look(call, operands, device)
+    except Uncovered as reason:
+        return str(reason), []
+    found = recall(key)
+    if found is None:
+        found = _find(call, operands, device, key[0])
+        remember(key, found)
+    return found, values
 
 
 def look(call: Call, operands: tuple[Array, ...], device: Device) -> tuple[tuple[Any, ...], list[int | float]]:
@@ -148,15 +156,17 @@ def _to_widen(call: Call, operands: tuple[Array, ...]) -> tuple[int, ...]:
     return tuple(i for i, one in enumerate(operands) if i in places and is_narrow(one))
 
 
-def launch_for_last_axis(x: Array, formula: RowFormula) -> Launch | str:
-    """Return the launch of a formula along the last axis of ``x`` with nothing beside it, or why there is none."""
+def layout_for_last_axis(x: Array, formula: RowFormula, device: Device) -> tuple[bool, str]:
+    """Return whether a kernel runs a formula along the last axis of ``x`` alone, and its layout, or why none does."""
     formula = COMPOSED.get(formula, formula)
     roles, dtype = ROLES.get(formula, Roles(formula.name)), _devices.dtype_name(x.dtype)
     if dtype not in SIZES:
-        return f"the kernels take floats of 16, 32 and 64 bits, not {dtype}"
+        return False, f"the kernels take floats of 16, 32 and 64 bits, not {dtype}"
     r = rows(x, -1)
     options = {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0, "top_k": 1}
     operands = tuple(r.x if i in (0, roles.x, roles.y_or_cotangent) else None for i in range(7))
     result = r.compute if formula is CROSS_ENTROPY else r.result
-    found = prepare(Call(formula, options, r.axis, r.compute, result), operands)
-    return found if isinstance(found, str) else found[0]
+    found, _ = _plan(Call(formula, options, r.axis, r.compute, result), operands, device)
+    if isinstance(found, _Copy):
+        return True, "rows that do not lie side by side are copied first"
+    return (True, found.plan.kernel.layout) if isinstance(found, Launch) else (False, str(found))
