@@ -71,7 +71,7 @@ class HostDevice:
 
     def __init__(self, folder: Path, *, processors: int = 1, clusters: bool = True) -> None:
         self.folder = folder
-        self.machine, self.arch = Machine(processors, clusters), 90
+        self.machine, self.arch, self.by_cuda_core = Machine(processors, clusters), 90, True
         self.plans = []
         self.xp = np
 

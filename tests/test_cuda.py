@@ -28,7 +28,7 @@ H100 = Machine(132, clusters=True)
 class FakeDevice:
     """A GPU that remembers what was launched."""
 
-    machine, arch = H100, 90
+    machine, arch, by_cuda_core = H100, 90, True
 
     def __init__(self):
         self.launched = []

@@ -60,6 +60,15 @@ def test_elsewhere_auto_runs_the_formulas_and_says_how_to_turn_the_kernels_on(de
     assert "smoke" not in ps.explain(X, "softmax").reason
 
 
+def test_what_cupy_compiles_itself_is_not_on_record(device):
+    device.by_cuda_core = False
+    with ps.engine("auto"):
+        ps.softmax(X)
+        found = ps.explain(X, "softmax")
+    assert not device.launched
+    assert (found.engine, "have not been tested without cuda.core" in found.reason) == ("portable", True)
+
+
 def test_portable_runs_the_formulas_on_a_gpu_on_record(device):
     with ps.engine("portable"):
         np.testing.assert_allclose(ps.softmax(X), 1 / 300, rtol=1e-6)

@@ -19,7 +19,7 @@ class FakeDevice:
     """Plans as a device with these multiprocessors does; ``launched`` is called in place of a launch."""
 
     def __init__(self, machine: Machine, launched: Callable[[Plan], object]) -> None:
-        self.machine, self.arch = machine, 90
+        self.machine, self.arch, self.by_cuda_core = machine, 90, True
         self.launched = launched
 
     def view(self, x: Any) -> Any:

@@ -44,7 +44,7 @@ def are_on_for(x: Array) -> bool:
 def are_on(device: Device | str) -> bool:
     """Whether the kernels run on a device: by the caller's choice, or because they are on record there."""
     engine = chosen()
-    return engine == "cuda" or (engine != "portable" and not isinstance(device, str) and device.arch in _record.PASSED)
+    return engine == "cuda" or (engine != "portable" and not isinstance(device, str) and _record.has_passed(device))
 
 
 def launch(call: Call, operands: tuple[Array, ...]) -> Any:
@@ -96,10 +96,10 @@ def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     """Return the engine for a formula along the last axis of ``x``, and why."""
     device = _devices.device_of(x)
     by_name = chosen() == "cuda"
-    found = device if isinstance(device, str) else "" if by_name else _record.reason_against(device.arch)
+    found = device if isinstance(device, str) else "" if by_name else _record.reason_against(device)
     if not found and not isinstance(device, str):
         runs, found = layout_for_last_axis(x, formula, device)
         if runs:
-            why = "" if by_name else f"; {_record.reason_for(device.arch)}"
+            why = "" if by_name else f"; {_record.reason_for(device)}"
             return "cuda", found + _BESIDE.get(formula, "") + why
     return "portable", f"the array API formula as it stands: {found}"

@@ -40,6 +40,8 @@ class Device(Protocol):
     machine: Machine
     arch: int
     """Compute capability, such as 90."""
+    by_cuda_core: bool
+    """Whether cuda.core compiles and launches, and not CuPy."""
 
     def view(self, x: Array) -> tuple[int, Seen]:
         """Return the address of an array, and the rest that there is to know of it."""
@@ -123,6 +125,8 @@ def _streams_of(torch: Any) -> Callable[[int], int]:
 
 
 class _TorchDevice:
+    by_cuda_core = True
+
     def __init__(self, ordinal: int) -> None:
         import torch
 
@@ -172,7 +176,7 @@ class _CupyDevice:
         self.cupy = cupy
         self.device = cupy.cuda.Device(ordinal)
         self.arch = int(self.device.compute_capability)
-        core = has_cuda_core()
+        self.by_cuda_core = core = has_cuda_core()
         processors = self.device.attributes["MultiProcessorCount"]
         # CuPy's own launches know no clusters.
         shared = self.device.attributes.get("MaxSharedMemoryPerBlockOptin", USUAL_SHARED)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from polysoftmax.engines.cuda._devices import Device
 
 
 class Passed(NamedTuple):
@@ -21,14 +24,20 @@ memory. Another capability has instructions, and an assembler's choices, of its 
 """
 
 
-def reason_against(arch: int) -> str:
-    """Return why "auto" leaves the kernels off on a compute capability such as 90; empty if it does not."""
-    if arch in PASSED:
+def has_passed(device: Device) -> bool:
+    """Whether a run on record has shown the kernels right on such a device."""
+    return device.by_cuda_core and device.arch in PASSED
+
+
+def reason_against(device: Device) -> str:
+    """Return why "auto" leaves the kernels off on a device; empty if it does not."""
+    if has_passed(device):
         return ""
-    return f'the kernels have not been tested on compute capability {arch / 10}: engine("cuda") turns them on'
+    where = f"on compute capability {device.arch / 10}" if device.by_cuda_core else "without cuda.core"
+    return f'the kernels have not been tested {where}: engine("cuda") turns them on'
 
 
-def reason_for(arch: int) -> str:
-    """Return why "auto" runs the kernels on a compute capability on record."""
-    gpu, results = PASSED[arch]
+def reason_for(device: Device) -> str:
+    """Return why "auto" runs the kernels on a device."""
+    gpu, results = PASSED[device.arch]
     return f"all smoke cases passed on an {gpu}, of the same compute capability, on {results[:10]}"
