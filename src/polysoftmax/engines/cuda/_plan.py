@@ -299,8 +299,8 @@ def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Pl
     """
     compute = compute_of(x)
     width = 16 // SIZES[x] if aligned else 1
-    is_short = aligned and n <= 64 * width * FEW_PACKS and compute == "float32"
-    threads = 64 if is_short else _MOST_THREADS
+    is_short = aligned and n <= _SMALL_BLOCK * width * FEW_PACKS and compute == "float32"
+    threads = _SMALL_BLOCK if is_short else _MOST_THREADS
     y = compute if formula == "sample_leading" else x
     packs = FEW_PACKS if compute == "float32" else FEW_PACKS // 2
     kernel = Kernel(formula, x, y, compute, width, threads, threads, packs)
