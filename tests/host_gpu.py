@@ -71,7 +71,7 @@ class HostDevice:
 
     def __init__(self, folder: Path, *, processors: int = 1, clusters: bool = True) -> None:
         self.folder = folder
-        self.machine = Machine(processors, clusters)
+        self.machine, self.arch, self.by_cuda_core = Machine(processors, clusters), 90, True
         self.plans = []
         self.xp = np
 
@@ -96,6 +96,11 @@ class HostDevice:
         start = -raw.ctypes.data % 16
         raw = raw[start : len(raw) - 16 + start]
         return (raw if self.xp is np else self.xp.from_numpy(raw)).view(dtype).reshape(shape)
+
+    def copied(self, x):
+        made = self.empty(tuple(x.shape), x.dtype)
+        made[...] = x
+        return made
 
     def launch(self, plan, arguments):
         self.plans.append(plan)

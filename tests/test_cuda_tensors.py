@@ -22,10 +22,11 @@ __all__ = ["device", "folder"]  # fixtures
 def tensors(device, monkeypatch):
     """PyTorch, whose tensors are on a GPU as far as the library can see, and compiled code is new."""
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr("polysoftmax.engines.torch.is_on_gpu", lambda _: True)
+    for question in ("is_cuda", "is_on_gpu"):
+        monkeypatch.setattr(f"polysoftmax.engines.torch.{question}", lambda _: True)
     operator = pytest.importorskip("polysoftmax.engines._operator")
     engine_for = operator._engine
-    monkeypatch.setattr(operator, "_engine", torch.compiler.assume_constant_result(lambda _: engine_for("cuda")))
+    monkeypatch.setattr(operator, "_engine", torch.compiler.assume_constant_result(lambda *_: engine_for("cuda", 0)))
     torch._dynamo.reset()
     yield torch
     torch._dynamo.reset()

@@ -19,7 +19,7 @@ class FakeDevice:
     """Plans as a device with these multiprocessors does; ``launched`` is called in place of a launch."""
 
     def __init__(self, machine: Machine, launched: Callable[[Plan], object]) -> None:
-        self.machine = machine
+        self.machine, self.arch, self.by_cuda_core = machine, 90, True
         self.launched = launched
 
     def view(self, x: Any) -> Any:
@@ -35,6 +35,11 @@ class FakeDevice:
 
         # What nothing writes to takes no memory, whatever its size.
         return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+    def copied(self, x: Any) -> Any:
+        import torch
+
+        return x.clone(memory_format=torch.contiguous_format)
 
     def launch(self, plan: Plan, arguments: list[int | float]) -> None:
         del arguments
@@ -52,6 +57,7 @@ def fake_gpu(launched: Callable[[Plan], object], machine: Machine | None = None)
 
     device = FakeDevice(machine or Machine(H100_PROCESSORS, clusters=True, shared=227 << 10), launched)
     with (
+        patch.object(engine, "is_cuda", lambda _: True),
         patch.object(engine, "is_on_gpu", lambda _: True),
         patch.object(_devices, "device_of", lambda _: device),
         patch.object(losses, "values_are_free", lambda _: False),

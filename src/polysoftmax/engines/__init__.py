@@ -1,7 +1,7 @@
 """How row formulas are run: one file a library, with its words and its ways, and the choice among engines.
 
-"auto" runs native kernels on the CPU for NumPy and PyTorch, ``jax.jit`` around eager calls of JAX, and everything else
-as it stands. Formulas know nothing of this.
+"auto" runs native kernels on the CPU for NumPy and PyTorch, CUDA kernels on the GPUs where they have been tested,
+``jax.jit`` around eager calls of JAX, and everything else as it stands. Formulas know nothing of this.
 """
 
 from __future__ import annotations
@@ -195,7 +195,10 @@ class _Block(ContextDecorator):
 
     def __exit__(self, *_: object) -> None:
         blocks = _OPEN.get()
-        if self in blocks:  # another context, such as that of a thread, has blocks of its own
+        if blocks == (self,):
+            _OPEN.set(())
+            _CHOICE.set(self.before)
+        elif self in blocks:  # another context, such as that of a thread, has blocks of its own
             at = len(blocks) - 1 - blocks[::-1].index(self)
             left = blocks[:at] + blocks[at + 1 :]
             if left and at == 0:
@@ -217,8 +220,8 @@ def engine(name: str) -> _Block:
     name : str
         ``"auto"`` picks the fastest engine that meets the accuracy bounds. ``"portable"`` runs the array API formulas
         as they stand. ``"native"`` is what "auto" picks for NumPy and for PyTorch on the CPU, and an error where there
-        is no native library. ``"cuda"`` runs PyTorch's CUDA tensors and CuPy's arrays in CUDA kernels, which have not
-        yet run on a GPU, as far as there are any; elsewhere it means "auto". The environment variable
+        is no native library. ``"cuda"`` runs PyTorch's CUDA tensors and CuPy's arrays in CUDA kernels, as far as there
+        are any, on GPUs on which they have not been tested, too; elsewhere it means "auto". The environment variable
         ``POLYSOFTMAX_ENGINE`` sets the choice outside any block.
 
     Raises

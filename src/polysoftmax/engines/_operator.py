@@ -19,6 +19,7 @@ from polysoftmax.engines._torch_memory import MEMORY, is_plain
 from polysoftmax.engines._torch_words import evaluate, is_transformed
 from polysoftmax.engines.cuda._calls import COMPOSED as CUDA_COMPOSED
 from polysoftmax.engines.cuda._calls import KERNELS as CUDA_KERNELS
+from polysoftmax.engines.cuda._devices import torch_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +41,8 @@ def run(call: Call, operands: tuple[Array, ...]) -> Any:
     """Put a call into the graph that is being made: as the operator, or as it stands."""
     if is_transformed() or not all(is_plain(one) for one in operands if isinstance(one, Tensor)):
         return evaluate(call, operands)
-    return _put(_engine(operands[0].device.type), call, operands)
+    device = operands[0].device
+    return _put(_engine(device.type, device.index), call, operands)
 
 
 def words_of(numbers: list[int], device: Any) -> Tensor:
@@ -48,8 +50,8 @@ def words_of(numbers: list[int], device: Any) -> Tensor:
 
     Inductor would compile a C++ kernel for these few bytes, and take most of the time of a first call for it.
     """
-    kind = "cpu" if device is None else torch.device(device).type
-    if is_transformed() or _engine(kind) == "portable":
+    place = torch.device("cpu" if device is None else device)
+    if is_transformed() or _engine(place.type, place.index) == "portable":
         return torch.tensor(numbers, dtype=torch.int32, device=device)  # asarray would make constants of symbols
     return torch.ops.polysoftmax.words.default(numbers, device)
 
@@ -58,13 +60,13 @@ def words_of(numbers: list[int], device: Any) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _engine(device: str) -> str:
+def _engine(device: str, ordinal: int | None) -> str:
     """Return the engine of compiled code; what is chosen while torch.compile traces stays in it."""
     # An exported program is run without this package. PyTorch 2.6 has no such flag.
     if chosen() == "portable" or getattr(torch.compiler, "_is_exporting_flag", False):
         return "portable"
     if device == "cuda":
-        return "cuda" if chosen() == "cuda" else "portable"
+        return "cuda" if cuda.are_on(torch_device(ordinal or 0)) else "portable"
     return "native" if device == "cpu" and _library.load() is not None else "portable"
 
 

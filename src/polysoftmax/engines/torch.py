@@ -1,8 +1,9 @@
-"""PyTorch: derivative rules in eager mode, native kernels on the CPU, CUDA kernels if asked for, formulas elsewhere."""
+"""PyTorch: derivative rules in eager mode, native kernels on the CPU, CUDA kernels on GPUs, formulas elsewhere."""
 
 from __future__ import annotations
 
 from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +47,10 @@ def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     return native.explain(x, formula)
 
 
+is_cuda = attrgetter("is_cuda")
+"""Whether a tensor is on a GPU: all that calls on the CPU take time for."""
+
+
 def _operator() -> Any:
     """Return what puts formulas into compiled code, which eager mode does without."""
     from polysoftmax.engines import _operator
@@ -63,11 +68,10 @@ def _cuda() -> Any:
 
 def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula that nothing is differentiated through."""
-    engine = chosen()
-    if engine == "portable" or _len_torch_dispatch_stack():
+    if chosen() == "portable" or _len_torch_dispatch_stack():
         return evaluate(call, operands)
-    if engine == "cuda" and _are_on_gpu(operands):
-        return _cuda().run(call, operands)
+    if is_cuda(operands[0]):
+        return (_cuda().run if _are_on_gpu(operands) else evaluate)(call, operands)
     y = native.run(call, operands, MEMORY)
     return evaluate(call, operands) if y is NotImplemented else y
 
@@ -112,7 +116,7 @@ class _Formula(torch.autograd.Function):  # type: ignore[misc]
             operands[0] = y
         if numbers is not None:
             operands = [one if number is None else number for one, number in zip(operands, numbers, strict=True)]
-        if engine == "cuda":
+        if is_on_gpu(y) and _cuda().are_on_for(y):
             y = answer_for_gradient(call, y)
         elif not is_exact(call, y):
             y = None  # the gradient is to be rounded once, too, and not twice

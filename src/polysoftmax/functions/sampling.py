@@ -160,7 +160,8 @@ def sample(
     keys = as_key(key, like=r.x)
     t, mask = r.temperature(temperature), r.mask(where)
     kept, top_k = filters(r, top_k, top_p, min_p)
-    layout = _Draws.of(tuple(keys.shape[:-1]), r.reduced_shape, several)
+    batch, is_single = r.reduced_shape, keys.ndim == 1
+    layout = _Draws.of(() if is_single else tuple(keys.shape[:-1]), batch, several)
     constant = words(r.x).constant
     tokens = SAMPLE(
         r,
@@ -170,7 +171,7 @@ def sample(
         result=default_index(r.xp),
         squeeze=layout.is_one,
         top_k=top_k,
-        is_one_key=keys.ndim == 1 and bool(r.reduced_shape),
+        is_one_key=is_single and bool(batch),
         draws=several or 1,
         replace=bool(replace),
     )

@@ -138,7 +138,7 @@ CAPABILITIES = {
         ("int8", "int32", "int64", "uint8"),
         "float64",
         "int64",
-        ("portable", "cuda"),
+        ("portable", "cuda"),  # "auto" is one of the two, by the GPU
         gpu=True,
         mutable=True,
     ),

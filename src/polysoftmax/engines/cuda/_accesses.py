@@ -6,7 +6,8 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from polysoftmax.engines.cuda._plan import REDUCTIONS, SIZES, TWO_INPUTS
+from polysoftmax.engines.cuda._layouts import REDUCTIONS, TWO_INPUTS
+from polysoftmax.engines.cuda._plan import SIZES
 
 if TYPE_CHECKING:
     from polysoftmax.engines.cuda._plan import Kernel

@@ -39,10 +39,15 @@ def cache_folder() -> Path | None:
     return base / "polysoftmax" / "cuda"
 
 
+def place_of(kernel: Kernel, arch: int) -> Path | None:
+    """Return the file that keeps the machine code of a kernel; None for a user without a cache."""
+    folder = cache_folder()
+    return folder and folder / f"{kernel.name}-sm_{arch}-{_fingerprint(kernel)}.cubin"
+
+
 def machine_code(kernel: Kernel, arch: int) -> bytes:
     """Return the machine code of a kernel, from the disk if it has been compiled before."""
-    folder = cache_folder()
-    path = folder and folder / f"{kernel.name}-sm_{arch}-{_fingerprint(kernel)}.cubin"
+    path = place_of(kernel, arch)
     code = _read(path) if path else None
     if code is None:
         code = _compile.compile_kernel(kernel, arch).code

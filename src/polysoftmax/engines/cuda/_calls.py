@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from polysoftmax._arrays import cast, float_bits, keep, namespace
 from polysoftmax._formula import Call, RowFormula, words
 from polysoftmax._losses import CROSS_ENTROPY
-from polysoftmax._probability import LOG_PROB
+from polysoftmax._probability import LOG_PROB, TOP_LOG_PROBS
 from polysoftmax._rows import rows
-from polysoftmax._sampling import DRAW, MASSES, SAMPLE
+from polysoftmax._sampling import DRAW, LEADING, MASSES, SAMPLE
 from polysoftmax.engines.cuda import _devices
-from polysoftmax.engines.cuda._devices import Uncovered
+from polysoftmax.engines.cuda._devices import Scattered, Uncovered
 from polysoftmax.engines.cuda._families import ROLES, SAMPLING, Roles, rows_launch
 from polysoftmax.engines.cuda._kind import Launch
 from polysoftmax.engines.cuda._operands import Given, View
@@ -28,7 +28,7 @@ _NUMBER: Any = float
 KERNELS = frozenset({*ROLES, *SAMPLING})
 """The formulas that have a kernel."""
 
-COMPOSED = {SAMPLE: MASSES, LOG_PROB: CROSS_ENTROPY}
+COMPOSED = {SAMPLE: MASSES, LOG_PROB: CROSS_ENTROPY, TOP_LOG_PROBS: LEADING}
 """Formulas that several kernels answer, and the one whose kernel comes first."""
 
 Prepared: TypeAlias = tuple[Launch, list[int | float], tuple["Array", ...]]
@@ -39,6 +39,12 @@ class _Widen(NamedTuple):
     """Operands to bring to the compute dtype before there can be a launch."""
 
     places: tuple[int, ...]
+
+
+class _Copy(NamedTuple):
+    """The operand to copy, so that its rows lie side by side, before there can be a launch."""
+
+    place: int
 
 
 _MOST_FOUND = 4096
@@ -57,22 +63,33 @@ def evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
 
 def prepare(call: Call, operands: tuple[Array, ...]) -> Prepared | str:
     """Return the launch that answers a call and what to run it with, or why there is none."""
-    if call.formula not in KERNELS:
-        return f"there is no CUDA kernel for {call.formula.name}"
     device = _devices.device_of(operands[0])
     if isinstance(device, str):
         return device
+    found, values = _plan(call, operands, device)
+    if isinstance(found, _Copy):
+        copied = device.copied(operands[found.place])
+        return prepare(call, (*operands[: found.place], copied, *operands[found.place + 1 :]))
+    if isinstance(found, _Widen):
+        return prepare(call, tuple([cast(x, call.compute) if i in found.places else x for i, x in enumerate(operands)]))
+    return found if isinstance(found, str) else (found, values, operands)
+
+
+def _plan(
+    call: Call, operands: tuple[Array, ...], device: Device
+) -> tuple[Launch | _Widen | _Copy | str, list[int | float]]:
+    """Return the launch of a call, what has to be done before there is one, or why there is none; and its values."""
+    if call.formula not in KERNELS:
+        return f"there is no CUDA kernel for {call.formula.name}", []
     try:
         key, values = look(call, operands, device)
     except Uncovered as reason:
-        return str(reason)
+        return str(reason), []
     found = recall(key)
     if found is None:
         found = _find(call, operands, device, key[0])
         remember(key, found)
-    if isinstance(found, _Widen):
-        return prepare(call, tuple([cast(x, call.compute) if i in found.places else x for i, x in enumerate(operands)]))
-    return found if isinstance(found, str) else (found, values, operands)
+    return found, values
 
 
 def look(call: Call, operands: tuple[Array, ...], device: Device) -> tuple[tuple[Any, ...], list[int | float]]:
@@ -89,6 +106,8 @@ def look(call: Call, operands: tuple[Array, ...], device: Device) -> tuple[tuple
             value, kind = view(one)
         values.append(value)
         seen.append(kind)
+    if not options:
+        return (tuple(seen), device, call.formula, call[2:]), values
     chosen = tuple(options.values())
     values += chosen
     if float in map(type, chosen):
@@ -101,7 +120,9 @@ def remember(key: tuple[Any, ...], found: object) -> None:
     keep(_found, key, found, _MOST_FOUND)
 
 
-def _find(call: Call, operands: tuple[Array, ...], device: Device, seen: tuple[Any, ...]) -> Launch | _Widen | str:
+def _find(
+    call: Call, operands: tuple[Array, ...], device: Device, seen: tuple[Any, ...]
+) -> Launch | _Widen | _Copy | str:
     """Return the launch for all calls that look like this one, from what is seen of its operands."""
     places = _to_widen(call, operands)
     if places:
@@ -113,6 +134,8 @@ def _find(call: Call, operands: tuple[Array, ...], device: Device, seen: tuple[A
     )
     try:
         return find(call, given, device)
+    except Scattered as scattered:
+        return _Copy(scattered.place)
     except Uncovered as reason:
         return str(reason)
 
@@ -133,15 +156,17 @@ def _to_widen(call: Call, operands: tuple[Array, ...]) -> tuple[int, ...]:
     return tuple(i for i, one in enumerate(operands) if i in places and is_narrow(one))
 
 
-def launch_for_last_axis(x: Array, formula: RowFormula) -> Launch | str:
-    """Return the launch of a formula along the last axis of ``x`` with nothing beside it, or why there is none."""
+def layout_for_last_axis(x: Array, formula: RowFormula, device: Device) -> tuple[bool, str]:
+    """Return whether a kernel runs a formula along the last axis of ``x`` alone, and its layout, or why none does."""
     formula = COMPOSED.get(formula, formula)
     roles, dtype = ROLES.get(formula, Roles(formula.name)), _devices.dtype_name(x.dtype)
     if dtype not in SIZES:
-        return f"the kernels take floats of 16, 32 and 64 bits, not {dtype}"
+        return False, f"the kernels take floats of 16, 32 and 64 bits, not {dtype}"
     r = rows(x, -1)
     options = {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0, "top_k": 1}
     operands = tuple(r.x if i in (0, roles.x, roles.y_or_cotangent) else None for i in range(7))
     result = r.compute if formula is CROSS_ENTROPY else r.result
-    found = prepare(Call(formula, options, r.axis, r.compute, result), operands)
-    return found if isinstance(found, str) else found[0]
+    found, _ = _plan(Call(formula, options, r.axis, r.compute, result), operands, device)
+    if isinstance(found, _Copy):
+        return True, "rows that do not lie side by side are copied first"
+    return (True, found.plan.kernel.layout) if isinstance(found, Launch) else (False, str(found))

@@ -74,6 +74,34 @@ def target_of(arch: int) -> int:
     return max(family)
 
 
+def targets_present() -> list[int]:
+    """Return the compute capabilities to compile for on the GPUs of this machine.
+
+    Raises
+    ------
+    ImportError
+        With the reason, where nothing could be compiled for one of them.
+    """
+    from cuda.bindings import driver
+
+    kinds = driver.CUdevice_attribute
+    major, minor = (
+        kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+        kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+    )
+    try:
+        driver.cuInit(0)
+        status, count = driver.cuDeviceGetCount()
+    except RuntimeError:  # what the bindings raise where there is no driver
+        return []
+    if status:
+        return []
+    found = {
+        10 * driver.cuDeviceGetAttribute(major, i)[1] + driver.cuDeviceGetAttribute(minor, i)[1] for i in range(count)
+    }
+    return sorted({target_of(arch) for arch in found})
+
+
 class Compiled(NamedTuple):
     """Machine code, the PTX that it was assembled from, and what the assembler says of it."""
 

@@ -22,6 +22,14 @@ class Uncovered(Exception):  # noqa: N818 - control flow that ends in _calls.pre
     """The reason why no kernel covers a call."""
 
 
+class Scattered(Uncovered):
+    """A call that kernels cover once the operand at ``place`` has been copied without gaps."""
+
+    def __init__(self, reason: str, place: int) -> None:
+        super().__init__(reason)
+        self.place = place
+
+
 Seen: TypeAlias = "tuple[DType, tuple[int, ...], tuple[int, ...], int]"
 """What a launch depends on of an array: dtype, shape, strides in entries, and the address modulo 16."""
 
@@ -30,6 +38,10 @@ class Device(Protocol):
     """One GPU as one library uses it."""
 
     machine: Machine
+    arch: int
+    """Compute capability, such as 90."""
+    by_cuda_core: bool
+    """Whether cuda.core compiles and launches, and not CuPy."""
 
     def view(self, x: Array) -> tuple[int, Seen]:
         """Return the address of an array, and the rest that there is to know of it."""
@@ -40,6 +52,9 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
         """Return a new array without gaps."""
 
+    def copied(self, x: Array) -> Array:
+        """Return a copy without gaps."""
+
     def launch(self, plan: Plan, arguments: list[int | float]) -> None:
         """Launch a kernel on the current stream."""
 
@@ -49,37 +64,56 @@ def dtype_name(dtype: DType) -> str:
     return str(dtype).rpartition(".")[2].removesuffix("'>")
 
 
-_devices: dict[tuple[type, Any], Device | str] = {}
-"""What was found for a type of arrays on a device of its library."""
+_devices: dict[tuple[type, int], Device | str] = {}
+"""What was found for a type of arrays, or of devices, and a device's number."""
+
+_numbers: dict[type, Callable[[Array], int]] = {}
+"""How the number of an array's device is told, by its type: in the way that takes least of a call's time."""
 
 
 def device_of(x: Array) -> Device | str:
     """Return the GPU that an array is on, or why there is none that kernels can use."""
-    place = getattr(x, "device", None)
-    key = (type(x), getattr(place, "id", place))  # CuPy's devices have no hash
-    found = _devices.get(key)
-    return _open(x, key) if found is None else found
+    kind = type(x)
+    number = _numbers.get(kind)
+    if number is not None:
+        found = _devices.get((kind, number(x)))
+        if found is not None:
+            return found
+    return _open(x)
 
 
-def _open(x: Array, key: tuple[type, Any]) -> Device | str:
+def _open(x: Array) -> Device | str:
     name = library(x).name
-    kind: type[_TorchDevice | _CupyDevice]
     if name == "torch":
         if x.device.type != "cuda":
             return f"the tensor is on {x.device}"
-        ordinal, kind = x.device.index or 0, _TorchDevice
+        number, found = type(x).get_device, torch_device(x.device.index or 0)
     elif name == "cupy":
-        ordinal, kind = x.device.id, _CupyDevice
+        number, found = _number_of_cupy, _opened(_CupyDevice, x.device.id)
     else:
         return f"{name} runs on the GPU in its own way"
-    found: Device | str | None = _devices.get((kind, ordinal))
+    _numbers[type(x)] = number
+    _devices[type(x), number(x)] = found
+    return found
+
+
+def _number_of_cupy(x: Array) -> int:
+    return x.device.id  # type: ignore[no-any-return]
+
+
+def torch_device(ordinal: int) -> Device | str:
+    """Return PyTorch's GPU of this number, or why kernels cannot use it."""
+    return _opened(_TorchDevice, ordinal)
+
+
+def _opened(kind: type[_TorchDevice | _CupyDevice], ordinal: int) -> Device | str:
+    found = _devices.get((kind, ordinal))
     if found is None:
         try:
             found = kind(ordinal)
         except ImportError as error:
             found = f"no CUDA kernels here: {error}"
         _devices[kind, ordinal] = found
-    _devices[key] = found
     return found
 
 
@@ -91,6 +125,8 @@ def _streams_of(torch: Any) -> Callable[[int], int]:
 
 
 class _TorchDevice:
+    by_cuda_core = True
+
     def __init__(self, ordinal: int) -> None:
         import torch
 
@@ -101,14 +137,14 @@ class _TorchDevice:
             msg = "cuda.core is not installed: pip install polysoftmax[cuda]"
             raise ImportError(msg)
         found = torch.cuda.get_device_properties(ordinal)
-        arch = found.major * 10 + found.minor
+        self.arch = found.major * 10 + found.minor
         self.torch = torch
         self.ordinal = ordinal
         self.device = torch.device("cuda", ordinal)
         # Older PyTorch does not say what a block may ask for.
         shared = getattr(found, "shared_memory_per_block_optin", USUAL_SHARED)
-        self.machine = _compile.machine_of(arch, found.multi_processor_count, shared, clusters=True)
-        self.target = _compile.target_of(arch)
+        self.machine = _compile.machine_of(self.arch, found.multi_processor_count, shared, clusters=True)
+        self.target = _compile.target_of(self.arch)
         self.stream = _streams_of(torch)
 
     def view(self, x: Array) -> tuple[int, Seen]:
@@ -123,6 +159,9 @@ class _TorchDevice:
             dtype = getattr(self.torch, dtype)
         return self.torch.empty(shape, dtype=dtype, device=self.device)
 
+    def copied(self, x: Array) -> Array:
+        return x.clone(memory_format=self.torch.contiguous_format)
+
     def launch(self, plan: Plan, arguments: list[int | float]) -> None:
         _launch.launch(plan, self.target, self.ordinal, self.stream(self.ordinal), arguments)
 
@@ -136,13 +175,13 @@ class _CupyDevice:
             raise ImportError(msg)
         self.cupy = cupy
         self.device = cupy.cuda.Device(ordinal)
-        arch = int(self.device.compute_capability)
-        core = has_cuda_core()
+        self.arch = int(self.device.compute_capability)
+        self.by_cuda_core = core = has_cuda_core()
         processors = self.device.attributes["MultiProcessorCount"]
         # CuPy's own launches know no clusters.
         shared = self.device.attributes.get("MaxSharedMemoryPerBlockOptin", USUAL_SHARED)
-        self.machine = _compile.machine_of(arch, processors, shared, clusters=core)
-        self.target = _compile.target_of(arch) if core else None
+        self.machine = _compile.machine_of(self.arch, processors, shared, clusters=core)
+        self.target = _compile.target_of(self.arch) if core else None
 
     def view(self, x: Array) -> tuple[int, Seen]:
         pointer, size = x.data.ptr, x.dtype.itemsize
@@ -156,6 +195,10 @@ class _CupyDevice:
     def empty(self, shape: tuple[int, ...], dtype: DType | str) -> Array:
         with self.current():
             return self.cupy.empty(shape, dtype)
+
+    def copied(self, x: Array) -> Array:
+        with self.current():
+            return x.copy(order="C")
 
     def launch(self, plan: Plan, arguments: list[int | float]) -> None:
         if self.target is not None:

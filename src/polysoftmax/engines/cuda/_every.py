@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import product
 from typing import TYPE_CHECKING
 
 from polysoftmax.engines.cuda._compile import CLUSTERS_SINCE
 from polysoftmax.engines.cuda._plan import (
-    FILTERS,
     ROW_FORMULAS,
     SIZES,
     Kernel,
     Machine,
+    answers,
+    compute_of,
     plan_draw,
     plan_draw_leading,
     plan_filter,
@@ -28,6 +30,7 @@ _ARCHITECTURES = {"float16": 80, "bfloat16": 90, "float32": 100, "float64": 90}
 _MACHINES = (Machine(132, clusters=True, shared=227 << 10), Machine(108, clusters=False))
 
 
+@functools.cache
 def every_kernel() -> dict[Kernel, bool]:
     """Return every kernel; the value says whether it also runs on devices without clusters."""
     found: dict[Kernel, bool] = {}
@@ -56,18 +59,16 @@ def _weight(kernel: Kernel) -> tuple[bool, bool, int, int, int]:
 
 
 def _chosen(machine: Machine) -> Iterator[Kernel]:
-    for x, n, rows, aligned, general in product(SIZES, _LENGTHS, _ROWS, (True, False), (False, True)):
-        compute = "float64" if x == "float64" else "float32"
-        for formula in ROW_FORMULAS:
-            if general and formula.startswith("cross_entropy"):
-                continue
-            for y in sorted({compute} if formula == "cross_entropy" else {x, compute}):
+    for x, n, rows, aligned in product(SIZES, _LENGTHS, _ROWS, (True, False)):
+        for formula, general in product(ROW_FORMULAS, (False, True)):
+            for y in answers(formula, x):
                 plan = plan_rows(formula, x, y, rows, n, aligned=aligned, general=general, machine=machine)
                 yield plan.kernel
-        masses = plan_masses(x, rows, n, general=general, machine=machine)
-        if not isinstance(masses, str):
-            yield masses.kernel
-        yield plan_draw(x, rows, n, general=general, machine=machine).kernel
-        yield plan_draw_leading(compute, rows, 1).kernel
-        for formula in FILTERS:
-            yield plan_filter(formula, x, rows, n, aligned=aligned).kernel
+        for general in (False, True):
+            masses = plan_masses(x, rows, n, general=general, machine=machine)
+            if not isinstance(masses, str):
+                yield masses.kernel
+            yield plan_draw(x, rows, n, general=general, machine=machine).kernel
+        yield plan_draw_leading(compute_of(x), rows, 1).kernel
+        yield plan_filter("truncate", x, rows, n, aligned=aligned).kernel
+        yield plan_filter("sample_leading", x, rows, n, aligned=True).kernel

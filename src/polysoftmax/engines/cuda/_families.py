@@ -11,11 +11,12 @@ from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines.cuda import _devices
 from polysoftmax.engines.cuda._devices import Uncovered
 from polysoftmax.engines.cuda._kind import Launch
+from polysoftmax.engines.cuda._layouts import REDUCTIONS
 from polysoftmax.engines.cuda._operands import ONE, Argument, Batch, Given, View
 from polysoftmax.engines.cuda._plan import (
     MOST_LEADING,
-    REDUCTIONS,
     SIZES,
+    answers,
     plan_draw,
     plan_draw_leading,
     plan_filter,
@@ -77,7 +78,7 @@ def rows_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch
     temperature = None if roles.temperature is None else operands[roles.temperature]
     where = None if roles.where is None else operands[roles.where]
     result = _devices.dtype_name(call.result)
-    if result not in (x.dtype, batch.compute):
+    if result not in answers(roles.kernel, x.dtype):
         raise Uncovered(f"the kernels do not answer {x.dtype} in {result}")
     plan = plan_rows(
         roles.kernel,
@@ -134,13 +135,8 @@ def _masses_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Lau
     x, temperature, where, *_ = operands
     batch = Batch(call, x, device)
     stride = batch.row_stride(batch.x)
-    plan = plan_masses(
-        batch.x.dtype,
-        batch.rows,
-        batch.n,
-        general=temperature is not None or where is not None,
-        machine=device.machine,
-    )
+    general = temperature is not None or where is not None
+    plan = plan_masses(batch.x.dtype, batch.rows, batch.n, general=general, machine=device.machine)
     if isinstance(plan, str):
         raise Uncovered(plan)
     after = (batch.n, batch.rows, stride, *batch.parameter(temperature), *batch.mask(where))
@@ -178,8 +174,8 @@ def _truncate_launch(call: Call, operands: tuple[Any, ...], device: Device) -> L
         raise Uncovered(f"the kernels do not answer {batch.x.dtype} in {_devices.dtype_name(call.result)}")
     top_k = call.options["top_k"]
     parameters = (temperature, 1.0), (k if top_k is None else float(top_k), 0.0), (p, 1.0), (min_p, 0.0)
-    answers = (None, ((*batch.batch, batch.n), call.result), None)
-    return _filter(batch, call, where, parameters, answers)
+    answer = ((*batch.batch, batch.n), call.result)
+    return _filter(batch, call, where, parameters, (answer,), beside=(0,))
 
 
 def _leading_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
@@ -199,8 +195,10 @@ def _filter(
     call: Call,
     where: View | None,
     parameters: tuple[tuple[View | Given | float | None, float], ...],
-    answers: tuple[tuple[tuple[int, ...], Any] | None, ...],
+    answers: tuple[tuple[tuple[int, ...], Any], ...],
+    beside: tuple[Argument, ...] = (),
 ) -> Launch:
+    """Return the launch of a search; ``beside`` stands for the arrays before its answers, and after, that it lacks."""
     stride = batch.row_stride(batch.x)
     plan = plan_filter(
         call.formula.name,
@@ -210,8 +208,8 @@ def _filter(
         aligned=call.formula is LEADING or _shares_alignment(batch, batch.x, stride),
     )
     numbers = [number for one in parameters for number in batch.parameter(*one)]
-    after = (batch.n, batch.rows, stride, *numbers)
-    return Launch(batch.device, plan, (batch.x.pointer, *batch.mask(where)), answers, after)
+    before = (batch.x.pointer, *batch.mask(where), *beside)
+    return Launch(batch.device, plan, before, answers, (*beside, batch.n, batch.rows, stride, *numbers))
 
 
 def _draw_leading_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:

@@ -31,14 +31,14 @@ class Launch:
         device: Device,
         plan: Plan,
         before: tuple[Argument, ...],
-        answers: tuple[tuple[tuple[int, ...], Any] | None, ...],
+        answers: tuple[tuple[tuple[int, ...], Any], ...],
         after: tuple[Argument, ...],
     ) -> None:
         arguments = [*before, *[0] * len(answers), *after]
         self.device, self.plan = device, plan
         self._arguments = [0 if isinstance(one, Given) else one for one in arguments]
         self._given = tuple((i, one.place) for i, one in enumerate(arguments) if isinstance(one, Given))
-        self._answers = tuple((i, *one) for i, one in enumerate(answers, len(before)) if one is not None)
+        self._answers = tuple((i, *one) for i, one in enumerate(answers, len(before)))
         self._pieces: tuple[tuple[int, int], ...] = ()
         self._is_tuple = plan.kernel.family.is_tuple
 

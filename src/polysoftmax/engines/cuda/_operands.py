@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from polysoftmax.engines.cuda import _devices
-from polysoftmax.engines.cuda._devices import Uncovered
+from polysoftmax.engines.cuda._devices import Scattered, Uncovered
 from polysoftmax.engines.cuda._plan import SIZES
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Map = tuple[int, int, int]
 """Where the entry for a row stands: at ``row // inner % period * stride``."""
+
+ANOTHER_AXIS: Final = "the kernels reduce the last axis"
 
 ONE: Map = (1, 1, 0)
 _MOST_ROWS = (1 << 31) - 1
@@ -51,7 +53,7 @@ class Batch:
         self.compute = _devices.dtype_name(call.compute)
         shape = self.x.shape
         if call.axis != len(shape) - 1:
-            raise Uncovered("the kernels reduce the last axis")
+            raise Uncovered(ANOTHER_AXIS)
         if self.x.dtype not in SIZES:
             raise Uncovered(f"the kernels take floats of 16, 32 and 64 bits, not {self.x.dtype}")
         if self.compute != ("float64" if self.x.dtype == "float64" else "float32"):
@@ -64,10 +66,10 @@ class Batch:
     def row_stride(self, view: View) -> int:
         """Return the distance between rows whose entries lie side by side."""
         if self.n > 1 and view.strides[-1] != 1:
-            raise Uncovered("the entries of a row do not lie side by side")
+            raise Scattered("the entries of a row do not lie side by side", view.pointer.place)
         found = row_map(view.shape[:-1], view.strides[:-1], self.batch)
         if found is None or (found != ONE and found[:2] != (1, self.rows)):
-            raise Uncovered("the rows do not lie at one distance")
+            raise Scattered("the rows do not lie at one distance", view.pointer.place)
         return found[2]
 
     def map(self, view: View) -> Map:

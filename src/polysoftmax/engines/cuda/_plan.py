@@ -6,6 +6,15 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from polysoftmax._sampling import block_length
+from polysoftmax.engines.cuda._layouts import (
+    FEW_PACKS,
+    LOSSES,
+    REDUCTIONS,
+    TWO_INPUTS,
+    Layout,
+    layouts,
+    streamed,
+)
 
 SIZES: Final = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -20,10 +29,7 @@ ROW_FORMULAS: Final = (
     "cross_entropy",
     "cross_entropy_slope",
 )
-TWO_INPUTS: Final = frozenset({"softmax_vjp", "log_softmax_vjp", "softmax_pullback", "log_softmax_pullback"})
-STAGED: Final = frozenset({"softmax", "log_softmax"})
 FILTERS: Final = ("truncate", "sample_leading")
-REDUCTIONS: Final = frozenset({"logsumexp", "cross_entropy"})
 
 
 class Family(NamedTuple):
@@ -59,6 +65,9 @@ _SLOT = 32
 _ROOM_FOR_MASSES = 16 << 10
 """Bytes of shared memory that the masses of blocks of tokens may take, as sample.cuh says."""
 
+_LARGEST_SIZE = block_length(1 << 20)
+"""Tokens of a block in long rows."""
+
 _BINS = 2048
 _LISTED = 2048
 _BOARD = 320
@@ -74,17 +83,14 @@ _LARGEST_CLUSTER = 8
 _SMALL_BLOCK = 128
 """Threads of a block that several short rows share."""
 
+_SHORT = 128
+"""Entries of a row that is not worth whole accesses."""
+
 _MOST_THREADS = 512
 """Threads of a block: more would have fewer than 128 registers each."""
 
 _LIGHT = 32
 """Registers that a thread may fill with its row and still do with 64."""
-
-_FEW_PACKS = 4
-"""Accesses under way that hide the latency of memory."""
-
-_STAGED = 12
-"""Accesses of a thread that stay in shared memory, at most."""
 
 
 class Machine(NamedTuple):
@@ -147,10 +153,11 @@ class Kernel:
         elif self.threads > 32 or self.lanes:
             team = f"a block of {self.threads} threads"
         else:
-            team = f"{self.threads} lane{'s' * (self.threads > 1)} of a warp"
+            team = f"{self.threads} lanes of a warp"
         kept = "" if self.held or self.formula in REDUCTIONS else ", read twice"
         kept = ", most of them in shared memory" if self.staged else kept
-        return f"{team} a row, {self.width} entries an access{kept}"
+        width = "1 entry" if self.width == 1 else f"{self.width} entries"
+        return f"{team} a row, {width} an access{kept}"
 
     def declaration(self) -> str:
         """Return the C++ type that tells a kernel what it is."""
@@ -176,6 +183,25 @@ class Plan(NamedTuple):
     shared: int
 
 
+def answers(formula: str, x: str) -> tuple[str, ...]:
+    """Return the dtypes that a formula answers rows of ``x`` in."""
+    compute = compute_of(x)
+    if formula == "cross_entropy":
+        return (compute,)
+    if formula.endswith("pullback"):
+        return (x,) if x == compute else ()  # an answer that was rounded to 16 bits has not the digits
+    return (x, compute) if x != compute and formula in _IN_FLOAT32 else (x,)
+
+
+_IN_FLOAT32 = frozenset({"softmax", "log_softmax", "logsumexp"})
+"""What answers rows of 16 bits in float32 where that is asked for."""
+
+
+def compute_of(x: str) -> str:
+    """Return the dtype that rows of ``x`` are computed in."""
+    return "float64" if x == "float64" else "float32"
+
+
 def plan_rows(
     formula: str, x: str, y: str, rows: int, n: int, *, aligned: bool, general: bool, machine: Machine
 ) -> Plan:
@@ -183,65 +209,51 @@ def plan_rows(
 
     ``aligned`` says that the arrays of a row share an alignment, so that whole accesses of one are those of the other.
     """
-    compute = "float64" if x == "float64" else "float32"
-    width = 16 // SIZES[x] if aligned and n > 4 * 32 else 1
-    units = _over(n, width)
-    if units <= 32 * _FEW_PACKS:
-        threads = min(32, _power(units if width == 1 else _over(units, 2)))
-        packs = _power(_over(units, threads))
-        kernel = Kernel(formula, x, y, compute, width, threads, _SMALL_BLOCK, packs, general=general)
-        return Plan(kernel, _over(rows, _SMALL_BLOCK // threads), 2 * _slots(threads, 1))
-    if formula in STAGED and width > 1 and not general:
-        plan = _plan_staged(formula, x, y, rows, units, machine)
-        if plan is not None:
-            return plan
-    few = _FEW_PACKS >> (formula in TWO_INPUTS)
-    # Beside a row of many accesses a thread has no registers for a division by the temperature, or a loss in float64.
-    usual, most = (few, few) if general else (2 * few, 4 * few)
-    if formula == "cross_entropy_slope" and compute == "float64":
-        most = usual
-    # What reads only, and has no answer of that size to write, is done sooner with fewer threads and more under way.
-    threads = min(_MOST_THREADS, max(64, _power(_over(units, usual if formula in REDUCTIONS else few))))
-    cluster = 1
-    if machine.clusters and formula not in REDUCTIONS:
-        cluster = min(_LARGEST_CLUSTER, _power(_over(units, threads * usual)))
-    packs = _power(_over(units, threads * cluster))
-    held = packs <= most
-    if not held:
-        cluster, packs = 1, few
-    busy = machine.processors if held else 4 * machine.processors
-    while machine.clusters and cluster < _LARGEST_CLUSTER and 2 * cluster * rows <= busy:
-        if units < 2 * cluster * threads * few:
-            break
-        cluster *= 2
-    if held:
-        packs = _power(_over(units, threads * cluster))
-    kernel = Kernel(formula, x, y, compute, width, threads, threads, packs, cluster, held, general)
-    return Plan(kernel, rows, 2 * _slots(threads, cluster))
+    width = 16 // SIZES[x] if aligned and n > _SHORT and x != "float64" else 1
+    # Kernels that ask for a mask and a temperature serve calls without them, too, where a kernel less is worth more.
+    widened = formula in _IN_FLOAT32 and x != y
+    general = formula not in LOSSES and (general or width == 1 or widened)
+    held = layouts(formula, width=width, general=general, widened=widened)
+    layout = _layout_of(formula, held, width, general, rows, _over(n, width), machine)
+    block = max(layout.threads, _SMALL_BLOCK) if layout.threads <= 32 else layout.threads
+    kernel = Kernel(
+        *(formula, x, y, compute_of(x), width, layout.threads, block, layout.packs, layout.cluster, layout.held),
+        general=general,
+        staged=layout.staged,
+    )
+    return Plan(kernel, _over(rows, block // layout.threads), _shared_of(layout))
 
 
-def _plan_staged(formula: str, x: str, y: str, rows: int, units: int, machine: Machine) -> Plan | None:
-    """Choose a layout that keeps most of a long row in shared memory, where small blocks leave room for several.
+def _layout_of(
+    formula: str, held: tuple[Layout, ...], width: int, general: bool, rows: int, units: int, machine: Machine
+) -> Layout:
+    """Return the first layout that holds a row of so many accesses, or one that streams it."""
+    found = [
+        one
+        for one in held
+        if one.capacity >= units and (machine.clusters or one.cluster == 1) and _shared_of(one) <= machine.shared
+    ]
+    # Few rows leave multiprocessors without work, unless each takes many blocks.
+    if units >= _MOST_THREADS * _LARGEST_CLUSTER and _LARGEST_CLUSTER * rows <= machine.processors:
+        in_clusters = [one for one in found if one.cluster == _LARGEST_CLUSTER and not one.staged]
+        found = in_clusters if in_clusters or formula in REDUCTIONS else found
+    if found:
+        return found[0]
+    *of_many_blocks, alone = streamed(formula)
+    for one in of_many_blocks:
+        if machine.clusters and width > 1 and not general and one.cluster * rows <= 4 * machine.processors:
+            return one
+    return alone
 
-    Registers alone hold as much only in large blocks, two to a multiprocessor: in clusters, these wait for each other.
-    """
-    blocks = _over(units, 256 * (_FEW_PACKS + _STAGED))
-    threads, cluster = (256, _power(blocks)) if blocks <= _LARGEST_CLUSTER else (512, _LARGEST_CLUSTER)
-    staged = _over(_over(units, threads * cluster) - _FEW_PACKS, 4) * 4
-    shared = 2 * _slots(threads, cluster) + 16 * threads * staged
-    if not machine.clusters or cluster == 1 or staged > _STAGED or shared > machine.shared:
-        return None
-    if 2 * cluster * rows <= machine.processors:
-        return None
-    compute = "float64" if x == "float64" else "float32"
-    width = 16 // SIZES[x]
-    kernel = Kernel(formula, x, y, compute, width, threads, threads, _FEW_PACKS, cluster, staged=staged)
-    return Plan(kernel, rows, shared)
+
+def _shared_of(layout: Layout) -> int:
+    """Return the bytes of shared memory that a block takes: two merges, and what is staged."""
+    return 2 * _slots(layout.threads, layout.cluster) + 16 * layout.threads * layout.staged
 
 
 def plan_masses(x: str, rows: int, n: int, *, general: bool, machine: Machine) -> Plan | str:
     """Choose the layout of the masses of blocks of tokens, or say why there is none."""
-    compute = "float64" if x == "float64" else "float32"
+    compute = compute_of(x)
     size = block_length(n)
     width = 16 // SIZES[x]
     if size < width:
@@ -249,10 +261,11 @@ def plan_masses(x: str, rows: int, n: int, *, general: bool, machine: Machine) -
     lanes = min(size // width, 16 if compute == "float64" else 8)
     packs = size // (lanes * width)
     count = _over(n, size)
-    threads = min(_MOST_THREADS, max(32, _power(count * lanes)))
+    # For as many blocks of tokens as rows have that are cut into blocks of this size.
+    threads = min(_MOST_THREADS, max(32, size * lanes))
     groups = threads // lanes
     cluster = 1
-    while machine.clusters and cluster < _LARGEST_CLUSTER and count >= 2 * cluster * groups:
+    while machine.clusters and size == _LARGEST_SIZE and cluster < _LARGEST_CLUSTER and count >= 2 * cluster * groups:
         enough = 2 * cluster * rows > machine.processors
         if enough and _masses_shared(count, cluster, threads, groups, compute) <= USUAL_SHARED:
             break
@@ -260,19 +273,21 @@ def plan_masses(x: str, rows: int, n: int, *, general: bool, machine: Machine) -
     shared = _masses_shared(count, cluster, threads, groups, compute)
     if shared > USUAL_SHARED:
         return f"rows of {n} have more blocks of tokens than fit shared memory"
+    general = general or size < _LARGEST_SIZE or compute == "float64"
     kernel = Kernel("sample_masses", x, compute, compute, width, threads, threads, packs, cluster, True, general, lanes)
     return Plan(kernel, rows, shared)
 
 
 def plan_draw(x: str, rows: int, n: int, *, general: bool, machine: Machine) -> Plan:
     """Choose the layout of a draw from given masses."""
-    compute = "float64" if x == "float64" else "float32"
+    compute = compute_of(x)
     size = block_length(n)
     threads = 32 if max(size, _over(n, size)) <= 2 * 32 else _SMALL_BLOCK
     # Blocks begin early, where there is room for them: many small ones would crowd on few multiprocessors.
-    while _SMALL_BLOCK <= threads < _MOST_THREADS and rows * threads < machine.processors * _MOST_THREADS:
-        threads *= 2
+    if threads == _SMALL_BLOCK and rows < 2 * machine.processors:
+        threads = _MOST_THREADS
     block = max(threads, _SMALL_BLOCK)
+    general = general or threads < _SMALL_BLOCK or compute == "float64"
     kernel = Kernel("sample_draw", x, compute, compute, 1, threads, block, 1, general=general)
     return Plan(kernel, _over(rows, block // threads), _SCRATCH)
 
@@ -282,11 +297,12 @@ def plan_filter(formula: str, x: str, rows: int, n: int, *, aligned: bool) -> Pl
 
     ``aligned`` says that whole accesses of a row are those of its answer.
     """
-    compute = "float64" if x == "float64" else "float32"
+    compute = compute_of(x)
     width = 16 // SIZES[x] if aligned else 1
-    threads = min(_MOST_THREADS, max(64, _power(_over(n, width * _FEW_PACKS))))
+    is_short = aligned and n <= _SMALL_BLOCK * width * FEW_PACKS and compute == "float32"
+    threads = _SMALL_BLOCK if is_short else _MOST_THREADS
     y = compute if formula == "sample_leading" else x
-    packs = _FEW_PACKS if compute == "float32" else _FEW_PACKS // 2
+    packs = FEW_PACKS if compute == "float32" else FEW_PACKS // 2
     kernel = Kernel(formula, x, y, compute, width, threads, threads, packs)
     return Plan(kernel, rows, _SCRATCH + 8 * _BINS + (4 + max(4, SIZES[x])) * _LISTED + _BOARD)
 
