@@ -285,7 +285,7 @@ def test_a_bad_element_of_a_parameter(lib: Adapter, name: str, bad: list[float])
 def test_dask_orders_nothing(lib: Adapter) -> None:
     x = lib.asarray([[0.0, 1.0, 2.0]], "float32")
     for parameters in ({"top_k": 2}, {"top_p": 0.5}):
-        with pytest.raises(NotImplementedError, match=r"Dask cannot order rows lazily.*compute the logits first"):
+        with pytest.raises(NotImplementedError, match=r"Dask cannot order rows lazily.*rechunk"):
             lib.call(polysoftmax.truncate, x, **parameters)
     assert kept(lib, lib.call(polysoftmax.truncate, x, min_p=0.3)[0]) == [1, 2]
 

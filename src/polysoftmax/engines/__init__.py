@@ -89,9 +89,9 @@ def _load(x: Array) -> Runner:
 
         return cuda_engine
     if name == "dask":
-        from polysoftmax.engines.dask import DaskOps
+        from polysoftmax.engines import dask as dask_engine
 
-        return _Portable(DaskOps)
+        return dask_engine
     if name == "ndonnx":
         from polysoftmax.engines.ndonnx import NdonnxOps
 

@@ -1,15 +1,27 @@
-"""Dask: no gathers along an axis, and no order without the values."""
+"""Dask: where chunks hold whole rows, each is computed by itself; elsewhere formulas become a graph of Dask's own.
+
+In that graph there are no gathers along an axis, and no order without the values.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from polysoftmax._arrays import require_known_shape
-from polysoftmax._ops import Ops
+import dask.array
+import numpy as np
+from dask.base import tokenize
+
+from polysoftmax import _formula
+from polysoftmax._arrays import is_unknown, library, require_known_shape
+from polysoftmax._ops import Ops, ops_of
+from polysoftmax._sampling import SAMPLE
+from polysoftmax._threefry import fold
+from polysoftmax.engines import native, portable
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
+    from polysoftmax._formula import Call, RowFormula
 
 
 class DaskOps(Ops):
@@ -49,5 +61,91 @@ class DaskOps(Ops):
 
 
 def _unordered() -> NotImplementedError:
-    msg = "Dask cannot order rows lazily, as top_k and top_p need: compute the logits first, logits.compute()"
+    msg = (
+        "Dask cannot order rows lazily that are spread over chunks, as top_k and top_p need: "
+        "bring whole rows into a chunk first, logits.rechunk({axis: -1})"
+    )
     return NotImplementedError(msg)
+
+
+_OPEN = object()
+"""Stands in a template for an operand that comes in chunks."""
+
+
+def words(x: Array, axis: int) -> Ops:
+    """Return Dask's words for rows of ``x``."""
+    return ops_of(DaskOps, library(x).xp, axis)
+
+
+def run(call: Call, operands: tuple[Array, ...]) -> Any:
+    """Run a formula on each chunk, or as it stands where rows are spread over chunks."""
+    if call.reduction is not None:
+        return call.in_steps(run, operands)
+    answer = None if portable() else _answer(call, operands)
+    if answer is None:
+        return call.evaluate(words(operands[0], call.axis), operands)
+    return _by_chunks(call, operands, answer)
+
+
+def _answer(call: Call, operands: tuple[Array, ...]) -> native.Answer | None:
+    """Return what the formula answers for each row of chunks that hold whole ones; None where it cannot be told."""
+    kernel, x = native.KERNELS.get(call.formula), operands[0]
+    if kernel is None or x.numblocks[call.axis] != 1:
+        return None
+    if any(is_unknown(n) for one in operands for n in getattr(one, "shape", ())):
+        return None
+    answers = [one for one in kernel.answers(call, operands) if one.length != 0]
+    return answers[0] if len(answers) == 1 else None
+
+
+def _by_chunks(call: Call, operands: tuple[Array, ...], answer: native.Answer) -> Array:
+    """Run a formula chunk by chunk, in the engine of what the chunks are, which is NumPy's as a rule."""
+    x, axis = operands[0], call.axis
+    if call.formula is SAMPLE and call.options["is_one_key"]:
+        # A chunk does not know which rows are its own.
+        keys = fold(operands[1], words(x, axis).row_numbers(x))
+        call, operands = call._replace(options={**call.options, "is_one_key": False}), (x, keys, *operands[2:])
+    given: list[Any] = []
+    for place, one in enumerate(operands):
+        if one is None or isinstance(one, float):
+            continue
+        labels = list(range(x.ndim - one.ndim, x.ndim))
+        if axis in labels:
+            along = labels.index(axis)
+            if one.shape[along] not in (1, x.shape[axis]):
+                labels[along] = x.ndim + 1 + place  # several tokens a row, or its key
+            one = one.rechunk({along: -1})  # noqa: PLW2901
+        given += (one, labels)
+    length = x.shape[axis] if answer.length is None else answer.length
+    label = axis if length == x.shape[axis] else x.ndim
+    out = [*range(axis), *(() if call.squeeze else (label,)), *range(axis + 1, x.ndim)]
+    dtype = np.dtype(answer.dtype)
+    names = [one.name for one in given[::2]]
+    template = tuple(one if one is None or isinstance(one, float) else _OPEN for one in operands)
+    numbers = [one for one in template if one is not _OPEN]
+    return dask.array.blockwise(
+        _run_chunk,
+        out,
+        *given,
+        name=f"{call.formula.name}-{tokenize(names, numbers, str(call))}",
+        new_axes={label: length} if label in out and label == x.ndim else None,
+        concatenate=True,
+        dtype=dtype,
+        meta=np.empty((0,) * len(out), dtype),
+        call=call,
+        template=template,
+    )
+
+
+def _run_chunk(*chunks: Array, call: Call, template: tuple[Any, ...]) -> Array:
+    left = iter(chunks)
+    operands = tuple(np.asarray(next(left)) if one is _OPEN else one for one in template)
+    return _formula.runner(operands[0]).run(call, operands)
+
+
+def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
+    """Return the engine for a formula along the last axis of ``x``, and why."""
+    if formula in native.KERNELS and x.ndim and x.numblocks[-1] == 1 and not portable():
+        engine, why = native.explain(x, formula)
+        return engine, f"{why}, for each chunk"
+    return "portable", "the array API formula as it stands, in Dask's graph: rows are spread over chunks"

@@ -32,12 +32,11 @@ def filters(
         return _OFF, None
     r.require_length()
     k = None
-    if top_k is not None:  # asked first, since most calls have no filters
-        if is_number(top_k):
-            top_k = _whole(top_k)
-            top_k = top_k if 0 < top_k < r.length else None
-        else:
-            k, top_k = r.parameter(top_k, "top_k", counts=True), None
+    if is_number(top_k):
+        top_k = _whole(top_k)
+        top_k = top_k if 0 < top_k < r.length else None
+    elif top_k is not None:
+        k, top_k = r.parameter(top_k, "top_k", counts=True), None
     return Filters(k, _share(r, top_p, "top_p", off=1.0), _share(r, min_p, "min_p", off=0.0)), top_k
 
 
