@@ -101,10 +101,10 @@ def _answer(call: Call, operands: tuple[Array, ...]) -> native.Answer | None:
 def _by_chunks(call: Call, operands: tuple[Array, ...], answer: native.Answer) -> Array:
     """Run a formula chunk by chunk, in the engine of what the chunks are, which is NumPy's as a rule."""
     x, axis = operands[0], call.axis
-    if call.formula is SAMPLE and call.options["is_one_key"]:
-        # A chunk does not know which rows are its own.
-        keys = fold(operands[1], words(x, axis).row_numbers(x))
-        call, operands = call._replace(options={**call.options, "is_one_key": False}), (x, keys, *operands[2:])
+    folds = call.formula is SAMPLE and call.options["is_one_key"]
+    if folds:  # a chunk does not know which rows are its own
+        call = call._replace(options={**call.options, "is_one_key": False})
+        operands = (*operands, words(x, axis).row_numbers(x))
     given: list[Any] = []
     for place, one in enumerate(operands):
         if one is None or isinstance(one, float):
@@ -134,13 +134,17 @@ def _by_chunks(call: Call, operands: tuple[Array, ...], answer: native.Answer) -
         meta=np.empty((0,) * len(out), dtype),
         call=call,
         template=template,
+        folds=folds,
     )
 
 
-def _run_chunk(*chunks: Array, call: Call, template: tuple[Any, ...]) -> Array:
+def _run_chunk(*chunks: Array, call: Call, template: tuple[Any, ...], folds: bool) -> Array:
     left = iter(chunks)
-    operands = tuple(np.asarray(next(left)) if one is _OPEN else one for one in template)
-    return _formula.runner(operands[0]).run(call, operands)
+    operands = [np.asarray(next(left)) if one is _OPEN else one for one in template]
+    if folds:
+        numbers = operands.pop()
+        operands[1] = fold(operands[1], numbers)
+    return _formula.runner(operands[0]).run(call, tuple(operands))
 
 
 def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
