@@ -91,9 +91,10 @@ def test_rows_without_an_answer(lib: Adapter) -> None:
 
     def finish(x: Any, mask: Any) -> tuple[Any, ...]:
         merged = whole([ps.partial(x[:, i : i + 1], where=mask[:, i : i + 1]) for i in (0, 1)])
-        return merged.logsumexp(), merged.softmax(x, where=mask), merged.log_prob(x, where=mask)
+        return merged.count, merged.logsumexp(), merged.softmax(x, where=mask), merged.log_prob(x, where=mask)
 
-    lse, p, log_p = map(lib.values, lib.call(finish, x, mask))
+    count, lse, p, log_p = map(lib.values, lib.call(finish, x, mask))
+    np.testing.assert_array_equal(count[:, 0], [2, 0, 0, 1])
     np.testing.assert_array_equal(lse[:, 0], [-INF, -INF, math.nan, INF])
     np.testing.assert_array_equal(np.isnan(p), [[True, True], [False, False], [True, True], [True, False]])
     np.testing.assert_array_equal(p[1], [0, 0])

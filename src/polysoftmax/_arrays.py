@@ -136,6 +136,14 @@ def is_whole(value: object) -> bool:
     return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
 
 
+def as_int(value: object, name: str, what: str = "an int") -> int:
+    """Return a number as an int; ``TypeError`` for anything that is not whole, an array of it among them."""
+    if not (is_number(value) and is_whole(value)):
+        msg = f"{name} must be {what}, got {type(value).__name__}"
+        raise TypeError(msg)
+    return int(value)  # type: ignore[call-overload,no-any-return]
+
+
 def as_float(value: float) -> float:
     """Return a number as a float, inf where it is an int too large to be one."""
     try:

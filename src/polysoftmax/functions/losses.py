@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from polysoftmax._arrays import (
     as_float,
+    as_int,
     cast,
     float_bits,
     in_native_order,
     is_kind,
     is_number,
-    is_whole,
     namespace,
     quietly,
     require_same_library,
@@ -119,7 +119,7 @@ def cross_entropy(
     r = _rows(logits, axis, dtype)
     r.require_entries("cross_entropy", "class", may_be_open=True)
     if ignore_index is not None:
-        ignore_index = _index(ignore_index, "ignore_index")
+        ignore_index = as_int(ignore_index, "ignore_index", "an int or None")
     q, is_index = _row_targets(r, targets, ignore_index)
     if ignore_index is not None and not -(1 << 31) <= ignore_index < 1 << 31:
         ignore_index = _within(ignore_index, r.xp.iinfo(q.dtype))
@@ -190,13 +190,6 @@ def _row_weight(r: Rows, weight: Array) -> Array:
         msg = f"weight must have one entry a class, shape ({r.length},), got {tuple(weight.shape)}"
         raise ValueError(msg)
     return r.xp.reshape(r.real(weight, "weight"), (1,) * r.axis + (-1,) + (1,) * (r.x.ndim - r.axis - 1))
-
-
-def _index(value: int, name: str) -> int:
-    if not (is_number(value) and is_whole(value)):
-        msg = f"{name} must be an int or None, got {type(value).__name__}"
-        raise TypeError(msg)
-    return int(value)
 
 
 def _within(index: int, limits: Any) -> int | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from polysoftmax._arrays import (
+    as_int,
     default_index,
     in_native_order,
     is_kind,
-    is_number,
-    is_whole,
     namespace,
     require_same_library,
     values_are_free,
@@ -188,15 +187,13 @@ def top_log_probs(
     """
     r = last_rows(logits, axis)
     r.require_entries("top_log_probs", "token")
-    if not (is_number(k) and is_whole(k)):
-        msg = f"k must be an int, got {type(k).__name__}"
-        raise TypeError(msg)
+    k = as_int(k, "k")
     if not 1 <= k <= r.length:
         msg = f"k must lie in [1, {r.length}], the number of tokens of a row, got {k}"
         raise ValueError(msg)
     t, mask = r.temperature(temperature), r.mask(where)
     x = r.floats()
-    tokens = TOP_LOG_PROBS(r, words(x).constant(x), mask, result=default_index(r.xp), count=int(k))
+    tokens = TOP_LOG_PROBS(r, words(x).constant(x), mask, result=default_index(r.xp), count=k)
     y = LOG_PROB(r, x, tokens, t, mask, None, None, None, result=r.compute, top_k=None)
     return _as_given(r, y, False), _as_given(r, tokens, False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from polysoftmax._arrays import default_index, is_number, is_whole, namespace
+from polysoftmax._arrays import as_int, default_index, namespace
 from polysoftmax._formula import words
 from polysoftmax._rows import last_rows
 from polysoftmax._sampling import SAMPLE
@@ -183,13 +183,11 @@ def sample(
 
 
 def _count(draws: int) -> int:
-    if not (is_number(draws) and is_whole(draws)):
-        msg = f"draws must be an int or None, got {type(draws).__name__}"
-        raise TypeError(msg)
-    if draws < 1:
+    count = as_int(draws, "draws", "an int or None")
+    if count < 1:
         msg = f"draws must be 1 or greater, got {draws}"
         raise ValueError(msg)
-    return int(draws)
+    return count
 
 
 class _Draws(NamedTuple):

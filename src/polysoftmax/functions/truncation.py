@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polysoftmax._arrays import (
     as_float,
+    as_int,
     cast,
     device_for,
     in_native_order,
@@ -182,9 +183,7 @@ def unpack_mask(words: Array, n: int, /) -> Array:
     if name not in ("int32", "uint32"):
         msg = f"words must hold 32 bits each, int32 or uint32, got dtype {packed.dtype}"
         raise TypeError(msg)
-    if not (is_number(n) and is_whole(n)):
-        msg = f"n must be an int, got {type(n).__name__}"
-        raise TypeError(msg)
+    n = as_int(n, "n")
     if packed.ndim < 1 or not 0 <= n <= 32 * packed.shape[-1]:
         msg = f"{n} tokens need {-(-n // 32)} words along the last axis, got shape {tuple(packed.shape)}"
         raise ValueError(msg)
