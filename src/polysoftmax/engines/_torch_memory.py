@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,12 @@ def is_in_memory(x: Array) -> bool:
 def is_on_gpu(x: Array) -> bool:
     """Whether a CUDA kernel can be given the memory of ``x``."""
     return x.is_cuda and is_plain(x) and not x.is_neg()
+
+
+def is_sharded(x: Array) -> bool:
+    """Whether ``x`` is a DTensor, a part of which is on each of several devices."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(x, tensors.DTensor)
 
 
 class _Memory:

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from polysoftmax._arrays import library, values_are_free
 from polysoftmax._ops import Ops, ops_of
 from polysoftmax._refused import require_dense
+from polysoftmax.engines._torch_memory import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,12 +145,20 @@ def _round(x: Array) -> Array:
 
 def words(x: Array, axis: int) -> Ops:
     """Return PyTorch's words for rows of ``x``, as it is run now."""
+    compiles = torch.compiler.is_compiling()
+    if not compiles and is_sharded(x):
+        from polysoftmax.engines import _torch_sharded
+
+        return ops_of(_torch_sharded.kind(differentiates=_differentiates()), library(x).xp, axis)
     # The second question is for derivatives that are traced for compiled code, which PyTorch 2.11 runs as any others.
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+    if compiles or _len_torch_dispatch_stack():
         return (CompiledDifferentiatedOps if torch.is_grad_enabled() else CompiledOps)(library(x).xp, axis)
     require_dense(x)
-    kind = DifferentiatedOps if torch.is_grad_enabled() or is_transformed() else TorchOps
-    return ops_of(kind, library(x).xp, axis)
+    return ops_of(DifferentiatedOps if _differentiates() else TorchOps, library(x).xp, axis)
+
+
+def _differentiates() -> bool:
+    return torch.is_grad_enabled() or is_transformed()
 
 
 def evaluate(call: Call, operands: tuple[Array, ...]) -> Any:

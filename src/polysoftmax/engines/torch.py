@@ -11,7 +11,7 @@ from torch._C import _len_torch_dispatch_stack
 
 from polysoftmax.engines import chosen, native, using
 from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_exact, is_recorded
-from polysoftmax.engines._torch_memory import MEMORY, is_in_memory, is_on_gpu
+from polysoftmax.engines._torch_memory import MEMORY, is_in_memory, is_on_gpu, is_sharded
 from polysoftmax.engines._torch_words import evaluate, is_transformed, words
 
 if TYPE_CHECKING:
@@ -69,11 +69,21 @@ def _cuda() -> Any:
 def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula that nothing is differentiated through."""
     if chosen() == "portable" or _len_torch_dispatch_stack():
-        return evaluate(call, operands)
+        return _run_elsewhere(call, operands)
     if _is_cuda(operands[0]):
-        return (_cuda().run if _are_on_gpu(operands) else evaluate)(call, operands)
+        return (_cuda().run if _are_on_gpu(operands) else _run_elsewhere)(call, operands)
     y = native.run(call, operands, MEMORY)
-    return evaluate(call, operands) if y is NotImplemented else y
+    return _run_elsewhere(call, operands) if y is NotImplemented else y
+
+
+def _run_elsewhere(call: Call, operands: tuple[Array, ...]) -> Any:
+    """Run a formula that no kernel covers as it is."""
+    if is_sharded(operands[0]):
+        from polysoftmax.engines import _torch_sharded
+
+        if _torch_sharded.has_whole_rows(operands[0], call.axis):
+            return _torch_sharded.run(call, operands, _run_constant)
+    return evaluate(call, operands)
 
 
 def _are_on_gpu(operands: tuple[Array, ...]) -> bool:
