@@ -47,7 +47,7 @@ def explain(x: Array, formula: RowFormula) -> tuple[str, str]:
     return native.explain(x, formula)
 
 
-_is_cuda = attrgetter("is_cuda")
+is_cuda = attrgetter("is_cuda")
 """Whether a tensor is on a GPU: all that calls on the CPU take time for."""
 
 
@@ -70,7 +70,7 @@ def _run_constant(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula that nothing is differentiated through."""
     if chosen() == "portable" or _len_torch_dispatch_stack():
         return _run_elsewhere(call, operands)
-    if _is_cuda(operands[0]):
+    if is_cuda(operands[0]):
         return (_cuda().run if _are_on_gpu(operands) else _run_elsewhere)(call, operands)
     y = native.run(call, operands, MEMORY)
     return _run_elsewhere(call, operands) if y is NotImplemented else y
