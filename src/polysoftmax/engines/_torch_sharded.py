@@ -32,15 +32,13 @@ def run(call: Call, operands: tuple[Array, ...], run_local: Callable[[Call, tupl
     x, axis = operands[0], call.axis
     if call.reduction is not None:
         return call.in_steps(lambda call, operands: run(call, operands, run_local), operands)
+    local = [_on_this_device(one, x) for one in operands]
     if call.formula is SAMPLE and call.options["is_one_key"]:
         # A device does not know which rows are its own.
         numbers = torch.arange(math.prod(x.shape[:-1]), dtype=torch.int32, device=x.device)
-        keys = fold(_on_this_device(operands[1], x), _on_this_device(numbers.reshape(*x.shape[:-1], 1), x))
+        local[1] = fold(local[1], _on_this_device(numbers.reshape(*x.shape[:-1], 1), x))
         call = call._replace(options={**call.options, "is_one_key": False})
-        rest = [_on_this_device(one, x) for one in operands[2:]]
-        y = run_local(call, (_on_this_device(x, x), keys, *rest))
-    else:
-        y = run_local(call, tuple([_on_this_device(one, x) for one in operands]))
+    y = run_local(call, tuple(local))
     several = y if isinstance(y, tuple) else (y,)
     answers = tuple([_everywhere(one, x, axis, squeezed=call.squeeze) for one in several])
     return answers if isinstance(y, tuple) else answers[0]
@@ -74,8 +72,8 @@ def _everywhere(y: Array, x: DTensor, axis: int, *, squeezed: bool) -> DTensor:
     return DTensor.from_local(y, x.device_mesh, places, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-class _Sharded(TorchOps):
-    """What DTensor needs: indices that are DTensors, and no gather along an axis that is spread."""
+class ShardedOps(TorchOps):
+    """The words of PyTorch for DTensors: indices that are DTensors, and no gather along an axis that is spread."""
 
     def indices(self, x: Array, dtype: DType = None) -> Array:
         axis = self.axis % x.ndim
@@ -127,9 +125,5 @@ def kind(*, differentiates: bool) -> type[TorchOps]:
     return ShardedDifferentiatedOps if differentiates else ShardedOps
 
 
-class ShardedOps(_Sharded):
-    """The words of PyTorch for DTensors."""
-
-
-class ShardedDifferentiatedOps(_Sharded, DifferentiatedOps):
+class ShardedDifferentiatedOps(ShardedOps, DifferentiatedOps):
     """The words of PyTorch for DTensors, where it differentiates the formula itself."""

@@ -134,7 +134,7 @@ def partial(x: Array, /, *, axis: Axis = -1, temperature: Array | Number = 1.0, 
     if r.length == 0:
         top, count, rest = (r.empty_result(answer) for answer in (-math.inf, 0.0, 0.0))
     else:
-        top, count, rest = PARTIAL(r, cast(r.x, r.compute), t, mask, squeeze=True)
+        top, count, rest = PARTIAL(r, r.x, t, mask, squeeze=True)
     return Partial(r.keepdims(top), r.keepdims(count), r.keepdims(rest), _beside(r, t))
 
 
