@@ -32,6 +32,7 @@ def test_all_is_complete_and_works() -> None:
 
 PROBABILITIES = "x, /, *, axis=-1, temperature=1.0, where=None"
 FILTERS = "axis=-1, temperature=1.0, top_k=None, top_p=None, min_p=None"
+LOSS = "ignore_index=None, label_smoothing=0.0, class_weight=None, z_loss=0.0, chunk_size=None"
 SIGNATURES = {
     "softmax": f"{PROBABILITIES}, dtype=None",
     "log_softmax": f"{PROBABILITIES}, dtype=None",
@@ -46,6 +47,12 @@ SIGNATURES = {
     "weight=None, z_loss=0.0, dtype=None",
     "entropy": f"{PROBABILITIES}, dtype=None",
     "kl_divergence": f"{PROBABILITIES.replace('x', 'logits_p, logits_q', 1)}, dtype=None",
+    "linear_cross_entropy": f"hidden, weight, targets, /, *, bias=None, softcap=None, reduction='mean', {LOSS}",
+    "linear_cross_entropy_value_and_grad": "hidden, weight, targets, /, *, bias=None, softcap=None, reduction='mean', "
+    f"{LOSS}",
+    "linear_log_prob": "hidden, weight, tokens, /, *, bias=None, softcap=None, "
+    f"{FILTERS.removeprefix('axis=-1, ')}, where=None, chunk_size=None",
+    "LinearGradients": "hidden, weight, bias",
     "truncate": f"logits, /, *, {FILTERS}",
     "sample": f"logits, key, /, *, {FILTERS}, where=None, draws=None, replace=True, return_logprobs=False",
     "log_prob": f"logits, tokens, /, *, {FILTERS}, where=None, return_rank=False",

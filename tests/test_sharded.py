@@ -24,6 +24,7 @@ WORDS_A_ROW = {
     "cross_entropy": 6,
     "gradient": 8,
     "log_prob": 6,
+    "head": 8,
     "sample": 256 + N // 256 + 24,
     "sample, top_p": 2 * 256 + 2 * N // 256 + 48,
 }
@@ -33,9 +34,9 @@ FUNCTIONS = (*WORDS_A_ROW, "sample, top_k", "sample, top_ks", "truncate, top_p",
 
 MODES = {
     "explicit, vocabulary": ("Explicit", "vocabulary", FUNCTIONS),
-    "explicit, rows": ("Explicit", "rows", ("gradient", "sample, top_ks")),
-    "automatic, vocabulary": ("Auto", "vocabulary", ("gradient", "sample, top_p")),
-    "automatic, rows": ("Auto", "rows", ("gradient", "truncate, top_p")),
+    "explicit, rows": ("Explicit", "rows", ("gradient", "sample, top_ks", "hidden states")),
+    "automatic, vocabulary": ("Auto", "vocabulary", ("gradient", "sample, top_p", "head")),
+    "automatic, rows": ("Auto", "rows", ("gradient", "truncate, top_p", "hidden states")),
     "shard_map, rows": (None, "rows", ("sample, top_p", "sample, top_ks")),
 }
 """Axes of the mesh, what is spread over them, and functions: those whose words are special there."""
@@ -49,7 +50,17 @@ def functions() -> dict[str, Any]:
     def loss(x: Any, i: Any) -> Any:
         return ps.cross_entropy(x, i, reduction="none")
 
+    def small(x: Any, *shape: int) -> Any:
+        """Hidden states or a head that are whole on each device."""
+        values = np.random.default_rng(1).normal(size=shape, scale=0.1).astype(np.float32)
+        return values if isinstance(x, np.ndarray) else jax.numpy.asarray(values)
+
+    def head(hidden: Any, weight: Any, i: Any) -> Any:
+        return ps.linear_cross_entropy(hidden, weight, i, reduction="none", chunk_size=ROWS // 2)
+
     return {
+        "head": lambda x, i, k: head(small(x, ROWS, ROWS), x.T, i),
+        "hidden states": lambda x, i, k: head(x, small(x, 16, N), i % 16),
         "softmax": lambda x, i, k: ps.softmax(x),
         "logsumexp": lambda x, i, k: ps.logsumexp(x),
         "cross_entropy": lambda x, i, k: loss(x, i),

@@ -15,6 +15,12 @@ from polysoftmax.functions.jacobian import (
     softmax_jvp,
     softmax_vjp,
 )
+from polysoftmax.functions.linear import (
+    LinearGradients,
+    linear_cross_entropy,
+    linear_cross_entropy_value_and_grad,
+    linear_log_prob,
+)
 from polysoftmax.functions.losses import cross_entropy, entropy, kl_divergence
 from polysoftmax.functions.partial import Partial, merge, merge_outputs, partial
 from polysoftmax.functions.probability import log_prob, top_log_probs
@@ -43,6 +49,7 @@ def __dir__() -> list[str]:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearGradients",
     "Partial",
     "__version__",
     "cross_entropy",
@@ -51,6 +58,9 @@ __all__ = [
     "explain",
     "gumbel_softmax",
     "kl_divergence",
+    "linear_cross_entropy",
+    "linear_cross_entropy_value_and_grad",
+    "linear_log_prob",
     "log_prob",
     "log_softmax",
     "log_softmax_jacobian",

@@ -14,6 +14,7 @@ from polysoftmax._arrays import MOST_TYPES, Array, DType, cast, float_bits, keep
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from polysoftmax._linear import Heads
     from polysoftmax._ops import Ops
     from polysoftmax._rows import Rows
 
@@ -177,6 +178,10 @@ class Call(NamedTuple):
 
 class Runner(Protocol):
     """What an engine is to a library: a module of ``engines/``, or an object."""
+
+    @property
+    def heads(self) -> Heads:
+        """How it runs formulas of a linear layer's logits."""
 
     def run(self, call: Call, operands: tuple[Array, ...]) -> Any:
         """Run a call."""

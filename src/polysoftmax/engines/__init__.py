@@ -13,11 +13,12 @@ import os
 import warnings
 from contextlib import ContextDecorator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from polysoftmax import _formula
 from polysoftmax._arrays import Array, library
+from polysoftmax._linear import Heads, WholeHeads
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE
 from polysoftmax._ops import Ops, ops_of
 from polysoftmax._probability import LOG_PROB, TOP_LOG_PROBS
@@ -55,6 +56,7 @@ class _Portable:
     """A library of the standard whose formulas run as they stand, in words of its own if it has some."""
 
     kind: type[Ops] = Ops
+    heads: Heads = field(default_factory=Heads)
 
     def words(self, x: Array, axis: int) -> Ops:
         return ops_of(self.kind, library(x).xp, axis)
@@ -95,7 +97,7 @@ def _load(x: Array) -> Runner:
     if name == "ndonnx":
         from polysoftmax.engines.ndonnx import NdonnxOps
 
-        return _Portable(NdonnxOps)
+        return _Portable(NdonnxOps, WholeHeads())
     return _Portable()
 
 

@@ -16,7 +16,7 @@ from polysoftmax._formula import Call
 from polysoftmax.engines import _library, chosen, cuda, native
 from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_recorded
 from polysoftmax.engines._torch_memory import MEMORY, is_plain
-from polysoftmax.engines._torch_words import evaluate, is_transformed
+from polysoftmax.engines._torch_words import evaluate, is_exporting, is_transformed
 from polysoftmax.engines.cuda._calls import COMPOSED as CUDA_COMPOSED
 from polysoftmax.engines.cuda._calls import KERNELS as CUDA_KERNELS
 from polysoftmax.engines.cuda._devices import torch_device
@@ -62,8 +62,7 @@ def words_of(numbers: list[int], device: Any) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _engine(device: str, ordinal: int | None) -> str:
     """Return the engine of compiled code; what is chosen while torch.compile traces stays in it."""
-    # An exported program is run without this package. PyTorch 2.6 has no such flag.
-    if chosen() == "portable" or getattr(torch.compiler, "_is_exporting_flag", False):
+    if chosen() == "portable" or is_exporting():
         return "portable"
     if device == "cuda":
         return "cuda" if cuda.are_on(torch_device(ordinal or 0)) else "portable"

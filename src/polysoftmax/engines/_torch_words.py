@@ -174,3 +174,8 @@ def is_transformed() -> bool:
     """Whether PyTorch batches, differentiates forward or by ``torch.func``, or records for ``torch.jit.trace``."""
     # PyTorch has no public question for the first two, and no cheap one for the last.
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
+
+
+def is_exporting() -> bool:
+    """Whether the program that is made is one of torch.export, which is run without this package."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)  # PyTorch 2.6 has no such flag

@@ -14,6 +14,7 @@ from dask.base import tokenize
 
 from polysoftmax import _formula
 from polysoftmax._arrays import is_unknown, library, require_known_shape
+from polysoftmax._linear import WholeHeads
 from polysoftmax._ops import Ops, ops_of
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._threefry import fold
@@ -67,6 +68,8 @@ def _unordered() -> NotImplementedError:
     )
     return NotImplementedError(msg)
 
+
+heads = WholeHeads()
 
 _OPEN = object()
 """Stands in a template for an operand that comes in chunks."""

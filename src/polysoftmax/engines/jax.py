@@ -22,6 +22,7 @@ from polysoftmax._sampling import SAMPLE
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, OUTWEIGHED, SOFTMAX, log_of_sum, nonzero, others
 from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines import portable
+from polysoftmax.engines._jax_linear import JaxHeads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -365,6 +366,8 @@ def _search_in_cache(x: Array, mass: Array, target: Array) -> Array:
 
     return jnp.moveaxis(lax.map(search, jnp.arange(parts)), 0, 1).reshape(*batch, 1)
 
+
+heads = JaxHeads()
 
 _OPEN = object()
 """Stands in a template for an operand, and in a call for an option, whose value is an argument of the program.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polysoftmax._arrays import library
+from polysoftmax._linear import Heads
 from polysoftmax._ops import Ops, ops_of
 from polysoftmax.engines import chosen, native
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from polysoftmax._arrays import Array, DType
     from polysoftmax._formula import Call, RowFormula
+    from polysoftmax._linear import Head
 
 _GROUP = 64
 """Entries that are looked at together: they are passed over unless their maximum may be among the greatest."""
@@ -92,6 +94,27 @@ class NumpyOps(Ops):
         kept = flags.copy()
         kept.reshape(-1)[place[number > room.reshape(-1)[row]]] = False
         return kept
+
+
+_CLASSES = 4096
+"""Rows of a weight's gradient that a product is added to at once."""
+
+
+class NumpyHeads(Heads):
+    """Linear heads of NumPy, whose arrays can be written to."""
+
+    @np.errstate(all="ignore")
+    def answers(self, head: Head, *arrays: Any) -> Array:
+        return super().answers(head, *arrays)
+
+    def add_product(self, total: Array, slope: Array, hidden: Array) -> Array:
+        for start in range(0, total.shape[0], _CLASSES):
+            part = slice(start, min(start + _CLASSES, total.shape[0]))
+            total[part, ...] = super().add_product(total[part, ...], slope[:, part], hidden)
+        return total
+
+
+heads = NumpyHeads()
 
 
 class _Memory:

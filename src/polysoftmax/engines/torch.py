@@ -11,6 +11,7 @@ from torch._C import _len_torch_dispatch_stack
 
 from polysoftmax.engines import chosen, native, using
 from polysoftmax.engines._gradients import answer_for_gradient, gradients, is_exact, is_recorded
+from polysoftmax.engines._torch_linear import TorchHeads
 from polysoftmax.engines._torch_memory import MEMORY, is_in_memory, is_on_gpu, is_sharded
 from polysoftmax.engines._torch_words import evaluate, is_transformed, words
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from polysoftmax._arrays import Array
     from polysoftmax._formula import Call, RowFormula
 
-__all__ = ["explain", "run", "words"]
+__all__ = ["explain", "heads", "run", "words"]
+
+heads = TorchHeads()
 
 
 def run(call: Call, operands: tuple[Array, ...]) -> Any:

@@ -19,11 +19,13 @@ from polysoftmax._arrays import (
     values_are_free,
 )
 from polysoftmax._formula import words
-from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE, classes, weight_of
+from polysoftmax._losses import CROSS_ENTROPY, ENTROPY, KL_DIVERGENCE, weight_of
 from polysoftmax._rows import may_be_equal, rows
 from polysoftmax.functions._indices import as_index, first_outside, has_nan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polysoftmax._arrays import Array, DType
     from polysoftmax._ops import Ops
     from polysoftmax._rows import Axis, Number, Rows
@@ -113,36 +115,82 @@ def cross_entropy(
     >>> polysoftmax.cross_entropy(logits, np.asarray([2, -1]), ignore_index=-1, reduction="none").round(4)
     array([0.4076, 0.    ])
     """
-    if reduction not in ("none", "sum", "mean"):
-        msg = f'reduction must be "none", "sum" or "mean", got {reduction!r}'
-        raise ValueError(msg)
     r = _rows(logits, axis, dtype)
     r.require_entries("cross_entropy", "class", may_be_open=True)
-    if ignore_index is not None:
-        ignore_index = as_int(ignore_index, "ignore_index", "an int or None")
-    q, is_index = _row_targets(r, targets, ignore_index)
-    if ignore_index is not None and not -(1 << 31) <= ignore_index < 1 << 31:
-        ignore_index = _within(ignore_index, r.xp.iinfo(q.dtype))
-    w = None if weight is None else _row_weight(r, weight)
-    is_weighted = is_index and not (w is None and ignore_index is None)
+    of_rows = Targets(r, targets, weight, "weight", reduction, ignore_index, label_smoothing, z_loss)
     losses = CROSS_ENTROPY(
         r,
         r.x,
-        q,
-        w,
+        of_rows.classes,
+        of_rows.weight,
         result=r.compute,
         squeeze=reduction == "none",
-        reduction=None if reduction == "none" else "sum" if is_weighted else reduction,
-        ignore_index=ignore_index,
-        label_smoothing=_number(label_smoothing, "label_smoothing", 1.0),
-        z_loss=_number(z_loss, "z_loss", math.inf),
+        reduction=None if reduction == "none" else "sum" if of_rows.is_weighted else reduction,
+        **of_rows.options,
     )
-    if is_index and values_are_free(losses) and has_nan(losses):
-        _require_known(r, targets, q, ignore_index)  # the loss of a target that is no class is NaN
-    if reduction == "mean" and is_weighted:
+    of_rows.require_known(losses)
+    if reduction == "mean" and of_rows.is_weighted:
         with quietly(losses):
-            losses = mean_or_zero(losses, _total_weight(words(r.x, r.axis), r, q, w, ignore_index))
+            losses = mean_or_zero(losses, of_rows.total_weight(words(r.x, r.axis)))
     return losses if dtype is None else cast(losses, r.result)
+
+
+class Targets:
+    """The targets of losses, their weights and options, checked and in the layout of the rows."""
+
+    def __init__(
+        self,
+        r: Rows,
+        targets: Array,
+        weight: Array | None,
+        name_of_weight: str,
+        reduction: str,
+        ignore_index: int | None,
+        label_smoothing: float,
+        z_loss: float,
+    ) -> None:
+        if reduction not in ("none", "sum", "mean"):
+            msg = f'reduction must be "none", "sum" or "mean", got {reduction!r}'
+            raise ValueError(msg)
+        if ignore_index is not None:
+            ignore_index = as_int(ignore_index, "ignore_index", "an int or None")
+        self._rows, self._given = r, targets
+        self.classes, self.is_index = _row_targets(r, targets, ignore_index)
+        if ignore_index is not None and not -(1 << 31) <= ignore_index < 1 << 31:
+            ignore_index = _within(ignore_index, r.xp.iinfo(self.classes.dtype))
+        self.weight = None if weight is None else _row_weight(r, weight, name_of_weight)
+        self.is_weighted = self.is_index and not (weight is None and ignore_index is None)
+        """Whether a mean is one of weights, and of rows that count."""
+        self.options = {
+            "ignore_index": ignore_index,
+            "label_smoothing": _number(label_smoothing, "label_smoothing", 1.0),
+            "z_loss": _number(z_loss, "z_loss", math.inf),
+        }
+
+    def require_known(self, losses: Array) -> None:
+        """Raise ``IndexError`` where a loss is NaN, and can be looked at, for a target that is no class."""
+        if not (self.is_index and values_are_free(losses) and has_nan(losses)):
+            return
+        r, ignore_index = self._rows, self.options["ignore_index"]
+        known = (self.classes >= 0) & (self.classes < r.length)
+        if ignore_index is not None:
+            known = known | (self.classes == ignore_index)
+        worst = first_outside(r, self._given, known)
+        if worst is not None:
+            msg = f"target {worst} is out of range for {r.length} classes and is not ignore_index={ignore_index}"
+            raise IndexError(msg)
+
+    def total_weight(self, ops: Ops, weight_of: Callable[[Ops, Array, Array, Array], Array] = weight_of) -> Array:
+        """Return Σ w_t over the rows that count; ``weight_of`` finds those of classes."""
+        r, ignore_index = self._rows, self.options["ignore_index"]
+        xp, targets = r.xp, self.classes
+        counts = xp.ones_like(targets, dtype=xp.bool) if ignore_index is None else targets != ignore_index
+        if self.weight is None:
+            return ops.total(xp.astype(counts, r.compute))
+        known = (targets >= 0) & (targets < r.length)
+        index = ops.where(known, targets, 0)
+        each = weight_of(ops, r.x, ops.cast(self.weight, r.compute), index)
+        return ops.total(ops.where(counts & known, each, 0.0))
 
 
 def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Array, bool]:
@@ -173,23 +221,12 @@ def _row_targets(r: Rows, targets: Array, ignore_index: int | None) -> tuple[Arr
     return r.from_reduced(targets), True
 
 
-def _require_known(r: Rows, targets: Array, classes: Array, ignore_index: int | None) -> None:
-    """Raise ``IndexError`` for the first of the targets that is neither ignored nor, as an index, a class."""
-    known = (classes >= 0) & (classes < r.length)
-    if ignore_index is not None:
-        known = known | (classes == ignore_index)
-    worst = first_outside(r, targets, known)
-    if worst is not None:
-        msg = f"target {worst} is out of range for {r.length} classes and is not ignore_index={ignore_index}"
-        raise IndexError(msg)
-
-
-def _row_weight(r: Rows, weight: Array) -> Array:
-    require_same_library(r.x, weight, "weight")
+def _row_weight(r: Rows, weight: Array, name: str) -> Array:
+    require_same_library(r.x, weight, name)
     if tuple(weight.shape) != (r.length,):
-        msg = f"weight must have one entry a class, shape ({r.length},), got {tuple(weight.shape)}"
+        msg = f"{name} must have one entry a class, shape ({r.length},), got {tuple(weight.shape)}"
         raise ValueError(msg)
-    return r.xp.reshape(r.real(weight, "weight"), (1,) * r.axis + (-1,) + (1,) * (r.x.ndim - r.axis - 1))
+    return r.xp.reshape(r.real(weight, name), (1,) * r.axis + (-1,) + (1,) * (r.x.ndim - r.axis - 1))
 
 
 def _within(index: int, limits: Any) -> int | None:
@@ -205,18 +242,6 @@ def _number(value: float, name: str, upper: float) -> float:
         msg = f"{name} must lie in [0, {upper:g}], got {as_float(value)}"
         raise ValueError(msg)
     return as_float(value)
-
-
-def _total_weight(ops: Ops, r: Rows, targets: Array, weight: Array | None, ignore_index: int | None) -> Array:
-    """Return Σ w_t over the rows that count."""
-    xp = r.xp
-    counts = xp.ones_like(targets, dtype=xp.bool) if ignore_index is None else targets != ignore_index
-    if weight is None:
-        each = xp.astype(counts, r.compute)
-    else:
-        known, index = classes(ops, r.x, targets)
-        each = ops.where(counts & known, weight_of(ops, r.x, ops.cast(weight, r.compute), index), 0.0)
-    return ops.total(each)
 
 
 def mean_or_zero(total: Array, count: Array) -> Array:

@@ -112,10 +112,10 @@ def log_prob(
     r.require_entries("log_prob", "token", may_be_open=True)
     t, mask = r.temperature(temperature), r.mask(where)
     kept, most = filters(r, top_k, top_p, min_p)
-    laid_out, is_one = _lay_out_tokens(r, tokens)
+    laid_out, is_one = lay_out_tokens(r, tokens)
     y = log_prob_of_tokens(r, laid_out, t, mask, kept, most, squeeze=is_one)
     if values_are_free(y) and has_nan(y):
-        _require_tokens(r, tokens)  # the log-probability of what is no token is NaN
+        require_tokens(r, tokens)  # the log-probability of what is no token is NaN
     y = _as_given(r, y, is_one)
     if not return_rank:
         return y
@@ -198,7 +198,7 @@ def top_log_probs(
     return _as_given(r, y, False), _as_given(r, tokens, False)
 
 
-def _lay_out_tokens(r: Rows, tokens: Array) -> tuple[Array, bool]:
+def lay_out_tokens(r: Rows, tokens: Array) -> tuple[Array, bool]:
     """Bring tokens into the rows' layout, several of a row side by side; the second answer: whether each has one."""
     require_same_library(r.x, tokens, "tokens")
     xp = r.xp
@@ -228,7 +228,7 @@ def _as_given(r: Rows, y: Array, is_one: bool) -> Array:
     return y if is_one or at == y.ndim - 1 else namespace(y).moveaxis(y, -1, at)
 
 
-def _require_tokens(r: Rows, tokens: Array) -> None:
+def require_tokens(r: Rows, tokens: Array) -> None:
     """Raise ``IndexError`` for the first of the tokens that is neither -1 nor an index."""
     worst = first_outside(r, tokens, (tokens >= -1) & (tokens < r.length))
     if worst is not None:

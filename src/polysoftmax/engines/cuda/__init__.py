@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polysoftmax._arrays import library, namespace
 from polysoftmax._formula import Call
+from polysoftmax._linear import Heads
 from polysoftmax._ops import Ops, ops_of
 from polysoftmax._probability import LOG_PROB, TOP_LOG_PROBS
 from polysoftmax._sampling import SAMPLE
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from polysoftmax._formula import RowFormula
     from polysoftmax.engines.cuda._devices import Device
 
-__all__ = ["explain", "run", "words"]
+__all__ = ["explain", "heads", "run", "words"]
+
+heads = Heads()
 
 
 def words(x: Array, axis: int) -> Ops:

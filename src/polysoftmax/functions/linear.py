@@ -1,0 +1,417 @@
+"""linear_cross_entropy and linear_log_prob: a language model's head, whose logits never stand in memory as a whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from polysoftmax._arrays import (
+    as_float,
+    as_int,
+    float_bits,
+    in_native_order,
+    is_number,
+    is_unknown,
+    namespace,
+    quietly,
+    require_same_library,
+    values_are_free,
+)
+from polysoftmax._formula import runner, words
+from polysoftmax._linear import Head, answers_and_gradients
+from polysoftmax._losses import CROSS_ENTROPY
+from polysoftmax._probability import LOG_PROB
+from polysoftmax._rows import rows
+from polysoftmax.functions._indices import has_nan
+from polysoftmax.functions.losses import Targets, mean_or_zero
+from polysoftmax.functions.probability import lay_out_tokens, require_tokens
+from polysoftmax.functions.truncation import filters
+
+if TYPE_CHECKING:
+    from polysoftmax._arrays import Array
+    from polysoftmax._ops import Ops
+    from polysoftmax._rows import Number, Rows
+
+
+class LinearGradients(NamedTuple):
+    """The gradients for what a linear layer takes.
+
+    Attributes
+    ----------
+    hidden, weight : array
+        Of the shapes and dtypes of these.
+    bias : array or None
+        Of the shape and dtype of the bias; None where there is none.
+    """
+
+    hidden: Array
+    weight: Array
+    bias: Array | None
+
+
+def linear_cross_entropy(
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    /,
+    *,
+    bias: Array | None = None,
+    softcap: float | None = None,
+    reduction: Literal["none", "sum", "mean"] = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    class_weight: Array | None = None,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+) -> Array:
+    r"""`cross_entropy` of the logits of a linear layer, which are computed for a few rows at a time.
+
+    .. math:: \ell = \mathrm{cross\_entropy}(x), \qquad x = c \tanh \frac{h W^\top + b}{c}
+
+    Parameters
+    ----------
+    hidden : array
+        h, floating, of shape (..., d): what a language model makes of each position.
+    weight : array
+        W, of shape (v, d) and the dtype of ``hidden``, as ``torch.nn.Linear`` and an embedding hold it: a row a class.
+    targets : array of int
+        The class of each row, of shape (...).
+    bias : array, optional
+        b, of shape (v,).
+    softcap : float, optional
+        c, above 0: logits are squeezed between -c and c; without it they are h·Wᵀ + b.
+    reduction, ignore_index, label_smoothing, z_loss
+        As for `cross_entropy`.
+    class_weight : array, optional
+        A factor for each class, of shape (v,): the ``weight`` of `cross_entropy`.
+    chunk_size : int, optional
+        Rows whose logits stand in memory at once. By default as many as have twice the size of ``hidden``, 192 or more.
+
+    Returns
+    -------
+    array
+        Losses in nats, float32 or wider: a 0-d array, or one entry a row for "none".
+
+    Raises
+    ------
+    IndexError
+        If a target is out of range, where values can be looked at for free (NumPy, and PyTorch eager on the CPU);
+        elsewhere the loss of that row is NaN.
+    TypeError
+        If arrays of two libraries, devices or dtypes are mixed, or targets are no integers: probabilities would be as
+        large as the logits.
+    ValueError
+        If a shape or a number does not fit.
+
+    Notes
+    -----
+    The answer is that of ``cross_entropy(hidden @ weight.mT + bias, targets)``, but for the rounding of a product of
+    fewer rows: it is the library's own, in the dtype of the layer, so a row's bits may depend on its batch. -inf and
+    NaN are answered as there.
+
+    The backward pass computes the logits again, a chunk at a time, and adds up the gradient of the weight in float32 or
+    wider. Reverse mode in PyTorch (eager, and under ``torch.compile``) and JAX (``grad`` and ``vjp``, ``jit``) and a
+    forward pass by itself hold two arrays of a chunk's logits beside the gradients. Second derivatives, ``torch.func``
+    and forward mode in PyTorch are right, and take as much memory as they take for the logits as a whole.
+    `linear_cross_entropy_value_and_grad` is for NumPy. Source: see the module ``_linear``; Wijmans et al., "Cut Your
+    Losses in Large-Vocabulary Language Models", ICLR 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> hidden, weight = np.eye(2), np.asarray([[2.0, 0.0], [1.0, 3.0], [0.0, 1.0]])
+    >>> polysoftmax.linear_cross_entropy(hidden, weight, np.asarray([0, 1]), reduction="none").round(4)
+    array([0.4076, 0.1698])
+    """
+    layer = _Layer(hidden, weight, bias, softcap, chunk_size)
+    of_rows = _targets(layer, targets, class_weight, reduction, ignore_index, label_smoothing, z_loss)
+    head = layer.head(CROSS_ENTROPY, squeeze=True, **of_rows.options)
+    losses = layer.answers(head, (of_rows.classes, of_rows.weight))
+    of_rows.require_known(losses)
+    if reduction == "none":
+        return layer.as_given(losses)
+    ops = words(losses, 0)
+    with quietly(losses):
+        if reduction == "mean" and not of_rows.is_weighted:
+            return ops.mean(losses)
+        total = ops.total(losses)
+        return total if reduction == "sum" else mean_or_zero(total, of_rows.total_weight(ops, _weight_of))
+
+
+def linear_cross_entropy_value_and_grad(
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    /,
+    *,
+    bias: Array | None = None,
+    softcap: float | None = None,
+    reduction: Literal["sum", "mean"] = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    class_weight: Array | None = None,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+) -> tuple[Array, LinearGradients]:
+    r"""`linear_cross_entropy` and its gradients, for libraries that do not differentiate, from logits computed once.
+
+    .. math:: \frac{\partial \ell}{\partial h} = g W, \quad \frac{\partial \ell}{\partial W} = g^\top h, \quad
+              \frac{\partial \ell}{\partial b} = \sum_{\mathrm{rows}} g, \qquad
+              g = \frac{\partial \ell}{\partial x} \left(1 - \frac{x^2}{c^2}\right)
+
+    Parameters
+    ----------
+    hidden, weight, targets, bias, softcap, ignore_index, label_smoothing, class_weight, z_loss, chunk_size
+        As for `linear_cross_entropy`.
+    reduction : {"mean", "sum"}
+        As for `linear_cross_entropy`.
+
+    Returns
+    -------
+    (array, LinearGradients)
+        The loss, and its gradients for ``hidden``, ``weight`` and ``bias``.
+
+    Raises
+    ------
+    IndexError, TypeError, ValueError
+        As for `linear_cross_entropy`.
+
+    Notes
+    -----
+    Works on every library; on JAX and PyTorch, ``jax.grad`` and autograd answer the same. -inf and NaN are answered as
+    by `cross_entropy`. The second part of the last formula is that of the softcap.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> hidden, weight = np.ones((1, 1)), np.zeros((2, 1))
+    >>> loss, gradients = polysoftmax.linear_cross_entropy_value_and_grad(hidden, weight, np.asarray([1]))
+    >>> float(loss.round(4)), gradients.weight.tolist()
+    (0.6931, [[0.5], [-0.5]])
+    """
+    if reduction not in ("sum", "mean"):
+        msg = f'reduction must be "sum" or "mean" for a gradient, got {reduction!r}'
+        raise ValueError(msg)
+    layer = _Layer(hidden, weight, bias, softcap, chunk_size)
+    of_rows = _targets(layer, targets, class_weight, reduction, ignore_index, label_smoothing, z_loss)
+    head = layer.head(CROSS_ENTROPY, squeeze=True, **of_rows.options)
+    arrays = (layer.hidden, layer.weight, layer.bias, *layer.laid_out((of_rows.classes, of_rows.weight)))
+    xp, ops = namespace(layer.hidden), words(layer.hidden, 0)
+    with quietly(layer.hidden):
+        each = xp.ones_like(layer.hidden[:, 0], dtype=layer.rows.compute)
+        cotangent = each
+        if reduction == "mean":
+            count = of_rows.total_weight(ops, _weight_of) if of_rows.is_weighted else ops.total(each)
+            cotangent = mean_or_zero(each, count)
+        wanted = (True, True, bias is not None, False, False)
+        losses, (of_hidden, of_weight, of_bias, *_) = answers_and_gradients(head, cotangent, arrays, wanted)
+        of_rows.require_known(losses)
+        found = LinearGradients(
+            layer.as_given(of_hidden), of_weight, None if bias is None else xp.reshape(of_bias, (-1,))
+        )
+        return ops.total(losses * cotangent), found
+
+
+def linear_log_prob(
+    hidden: Array,
+    weight: Array,
+    tokens: Array,
+    /,
+    *,
+    bias: Array | None = None,
+    softcap: float | None = None,
+    temperature: Array | Number = 1.0,
+    top_k: Array | int | None = None,
+    top_p: Array | Number | None = None,
+    min_p: Array | Number | None = None,
+    where: Array | None = None,
+    chunk_size: int | None = None,
+) -> Array:
+    r"""`log_prob` of given tokens under the logits of a linear layer, which are computed for a few rows at a time.
+
+    .. math:: \log p_t = \mathrm{log\_prob}(x, t), \qquad x = c \tanh \frac{h W^\top + b}{c}
+
+    Parameters
+    ----------
+    hidden : array
+        h, floating, of shape (..., d).
+    weight : array
+        W, of shape (v, d) and the dtype of ``hidden``: a row a token.
+    tokens : array of int
+        One token a row, of shape (...), or K tokens a row, of shape (..., K); -1 stands for none.
+    bias : array, optional
+        b, of shape (v,).
+    softcap : float, optional
+        c, above 0: logits are squeezed between -c and c; without it they are h·Wᵀ + b.
+    temperature, top_k, top_p, min_p : number or array
+        As for `log_prob`, with one entry a row in an array.
+    where : array of bool, optional
+        Broadcasts against (..., v). Tokens under False do not exist. One of a single row is kept as it is; one with
+        rows of its own is as long as the logits.
+    chunk_size : int, optional
+        Rows whose logits stand in memory at once (see `linear_cross_entropy`).
+
+    Returns
+    -------
+    array
+        Natural logarithms of the shape of ``tokens``, in float32 or wider.
+
+    Raises
+    ------
+    IndexError
+        If a token is out of range, where values can be looked at for free (NumPy, and PyTorch eager on the CPU);
+        elsewhere the answer is NaN.
+    TypeError
+        If arrays of two libraries, devices or dtypes are mixed, or tokens are no integers.
+    ValueError
+        If a shape or a number does not fit.
+
+    Notes
+    -----
+    The answer is that of ``log_prob(hidden @ weight.mT + bias, tokens)``, but for the rounding of the product; -inf and
+    NaN are answered as there. Memory and derivatives are those of `linear_cross_entropy`, also for the temperature.
+    Source of the formula: see `log_prob`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polysoftmax
+    >>> hidden, weight = np.eye(2), np.log([[0.5, 0.1], [0.3, 0.1], [0.2, 0.8]])
+    >>> np.exp(polysoftmax.linear_log_prob(hidden, weight, np.asarray([0, 2]))).round(3)
+    array([0.5, 0.8])
+    """
+    layer = _Layer(hidden, weight, bias, softcap, chunk_size)
+    r = layer.rows
+    t, mask = r.temperature(temperature), r.mask(where)
+    kept, most = filters(r, top_k, top_p, min_p)
+    laid_out, is_one = lay_out_tokens(r, tokens)
+    head = layer.head(LOG_PROB, squeeze=is_one, top_k=most)
+    y = layer.answers(head, (laid_out, t, mask, *kept))
+    if values_are_free(y) and has_nan(y):
+        require_tokens(r, tokens)  # the log-probability of what is no token is NaN
+    return layer.as_given(y)
+
+
+def _targets(layer: _Layer, targets: Array, class_weight: Array | None, *options: Any) -> Targets:
+    of_rows = Targets(layer.rows, targets, class_weight, "class_weight", *options)
+    if not of_rows.is_index:
+        msg = (
+            f"targets must be integers, got dtype {targets.dtype}: probabilities are as large as the logits, "
+            "for which there is cross_entropy(hidden @ weight.mT, targets)"
+        )
+        raise TypeError(msg)
+    return of_rows
+
+
+def _weight_of(ops: Ops, x: Array, weight: Array, index: Array) -> Array:
+    """Return the weight of each class of an index, without an array of the logits' size."""
+    del x
+    xp = namespace(weight)
+    return ops.reshape(xp.take(xp.reshape(weight, (-1,)), xp.reshape(index, (-1,)), axis=0), tuple(index.shape))
+
+
+class _Layer:
+    """The arrays of a linear layer, checked, and the rows of logits that it will make."""
+
+    def __init__(
+        self, hidden: Array, weight: Array, bias: Array | None, softcap: float | None, chunk_size: int | None
+    ) -> None:
+        r = rows(hidden, -1)
+        xp = r.xp
+        require_same_library(hidden, weight, "weight")
+        if not hidden.ndim:
+            msg = "hidden must have the shape (..., d), got an array without axes"
+            raise ValueError(msg)
+        if not float_bits(xp, hidden.dtype):
+            msg = f"hidden must be floating, got dtype {hidden.dtype}"
+            raise TypeError(msg)
+        if weight.ndim != 2 or not _is_length(weight.shape[1], hidden.shape[-1]):
+            msg = (
+                f"weight must have the shape (v, {hidden.shape[-1]}) for hidden states of shape {tuple(hidden.shape)}, "
+                f"got {tuple(weight.shape)}"
+            )
+            raise ValueError(msg)
+        self.weight, self.bias = _of_dtype(hidden, weight, "weight"), None
+        length = weight.shape[0]
+        if length == 0:
+            msg = f"a head needs at least one class, got a weight of shape {tuple(weight.shape)}"
+            raise ValueError(msg)
+        if bias is not None:
+            require_same_library(hidden, bias, "bias")
+            if tuple(bias.shape) != (length,):
+                msg = f"bias must have one entry a class, shape ({length},), got {tuple(bias.shape)}"
+                raise ValueError(msg)
+            self.bias = xp.reshape(_of_dtype(hidden, bias, "bias"), (1, -1))
+        self.softcap = _positive(softcap)
+        self.batch = tuple(hidden.shape[:-1])
+        self.hidden = hidden if hidden.ndim == 2 else xp.reshape(hidden, (math.prod(self.batch), hidden.shape[-1]))
+        self.size = _chunk_size(chunk_size, self.hidden.shape, length)
+        self.rows: Rows = replace(r, shape=(*self.batch, length))  # their x has another length, which is not asked for
+
+    def head(self, formula: Any, *, squeeze: bool, **options: Any) -> Head:
+        """Return the head of a formula."""
+        return Head(formula, tuple(options.items()), self.softcap, squeeze, self.size)
+
+    def answers(self, head: Head, operands: tuple[Any, ...]) -> Array:
+        """Return what the formula answers for each row, side by side."""
+        laid_out = self.laid_out(operands)
+        return runner(self.hidden).heads.answers(head, self.hidden, self.weight, self.bias, *laid_out)
+
+    def as_given(self, y: Array) -> Array:
+        """Give what has an entry for each row the axes that the rows were given in."""
+        return y if len(self.batch) == 1 else self.rows.xp.reshape(y, (*self.batch, *y.shape[1:]))
+
+    def laid_out(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return operands with an entry for each row along the first axis, or with one for all."""
+        return tuple(map(self._laid_out, operands))
+
+    def _laid_out(self, operand: Any) -> Any:
+        if operand is None or is_number(operand) or operand.ndim == 0 or operand.ndim == len(self.batch) + 1 == 2:
+            return operand
+        xp, last = self.rows.xp, operand.shape[-1]
+        if math.prod(operand.shape[:-1]) == 1:
+            return xp.reshape(operand, (1, last))
+        return xp.reshape(xp.broadcast_to(operand, (*self.batch, last)), (math.prod(self.batch), last))
+
+
+def _is_length(n: int, other: int) -> bool:
+    return n == other or is_unknown(n) or is_unknown(other)
+
+
+def _of_dtype(hidden: Array, one: Array, name: str) -> Array:
+    one = in_native_order(one)
+    if one.dtype != hidden.dtype:
+        msg = f"{name} must have the dtype of the hidden states, {hidden.dtype}, got {one.dtype}: cast one of them"
+        raise TypeError(msg)
+    return one
+
+
+def _positive(softcap: float | None) -> float | None:
+    if softcap is None:
+        return None
+    if not is_number(softcap):
+        msg = f"softcap must be a number or None, got {type(softcap).__name__}"
+        raise TypeError(msg)
+    if not 0.0 < softcap < math.inf:
+        msg = f"softcap must be above 0 and finite, got {as_float(softcap)}"
+        raise ValueError(msg)
+    return as_float(softcap)
+
+
+_LEAST, _STEP = 192, 64
+"""Rows below which a product takes longer to read the weight than to multiply, and what their number is whole in."""
+
+
+def _chunk_size(given: int | None, shape: tuple[int, ...], length: int) -> int:
+    """Return how many rows have logits at once: of twice as many numbers as the hidden states, if that is enough."""
+    if given is not None:
+        given = as_int(given, "chunk_size", "an int or None")
+        if given < 1:
+            msg = f"chunk_size must be 1 or greater, got {given}"
+            raise ValueError(msg)
+        return given
+    n, d = shape
+    return max(_LEAST, 2 * n * d // length // _STEP * _STEP) if type(n) is int else _LEAST
