@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FOLDER = Path(__file__).parent / "figures"
+RESULTS = max((FOLDER.parents[1] / "benchmarks" / "results").glob("*-cpus")) / "results.json"  # the newest run
+SMALL = 10_000  # entries of a call whose time is overhead
 
 BLUE, ORANGE = "#2f86c8", "#d9822b"
 INK = "#010203"  # becomes currentColor
@@ -164,7 +166,52 @@ def attention() -> Figure:
     return figure
 
 
-FIGURES = (steps, emphasis, temperature, jacobian, rounded_maximum, loss_gradient, attention)
+def speed(backend: str, mode: str) -> Figure:
+    """Draw how many times as long the library's own functions took, a dot for each size that was measured."""
+    cases = [
+        case
+        for case in json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
+        if (case["backend"], case["mode"], case["dtype"], case["axis"]) == (backend, mode, "float32", -1)
+    ]
+    ops = list(dict.fromkeys(case["op"] for case in cases))
+    figure = Figure(figsize=(5, 3.2))
+    panel = figure.subplots()
+    panel.axvline(1, color=INK, linewidth=0.8)
+    for is_small, colour, label in ((True, ORANGE, "up to 10,000 entries"), (False, BLUE, "more")):
+        chosen = [case for case in cases if (case["elements"] <= SMALL) == is_small]
+        ratios = [case["peers"][0]["ratio"] for case in chosen]
+        places = [ops.index(case["op"]) for case in chosen]
+        panel.plot(ratios, places, "o", color=colour, alpha=0.8, markeredgewidth=0, label=label)
+    panel.invert_yaxis()
+    panel.set_yticks(range(len(ops)), ops)
+    panel.set_xscale("log")
+    panel.set_xticks([0.2, 0.5, 1, 2, 5, 10, 20, 50], ["0.2", "0.5", "1", "2", "5", "10", "20", "50"])
+    panel.minorticks_off()
+    panel.set_xlim(0.15, 60)
+    panel.set_xlabel("time of the other / ours: right of 1 ours is faster")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def speed_numpy() -> Figure:
+    """Draw the ratios on NumPy, to SciPy and to Gumbel noise in NumPy."""
+    return speed("numpy", "eager")
+
+
+def speed_torch() -> Figure:
+    """Draw the ratios on PyTorch."""
+    return speed("torch", "eager")
+
+
+def speed_jax() -> Figure:
+    """Draw the ratios on JAX, inside `jit`."""
+    return speed("jax", "jit")
+
+
+FIGURES = (
+    *(steps, emphasis, temperature, jacobian, rounded_maximum, loss_gradient, attention),
+    *(speed_numpy, speed_torch, speed_jax),
+)
 
 
 def draw(function: Callable[[], Figure]) -> str:
