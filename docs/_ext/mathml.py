@@ -30,7 +30,6 @@ def _visit_block(translator: HTML5Translator, node: nodes.math_block) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register the renderer."""
+    """Register the renderer, which Sphinx prefers to its own, MathJax."""
     app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))
-    app.config.html_math_renderer = "mathml"
     return {"parallel_read_safe": True, "parallel_write_safe": True}

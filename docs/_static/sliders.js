@@ -4,12 +4,11 @@
 
 "use strict";
 
-/* The stable softmax: the maximum is subtracted before the division, and T = 0 is the limit, shared by tied maxima. */
+/* The stable softmax: the maximum is subtracted before the division. At T = 0 that gives the limit, since what lies below
+   the maximum becomes exp(-Infinity); only the maxima themselves, which would be 0 / 0, are told apart. */
 function softmax(logits, temperature) {
   const top = Math.max(...logits);
-  const terms = logits.map((x) =>
-    x === top ? 1 : temperature === 0 ? 0 : Math.exp((x - top) / temperature),
-  );
+  const terms = logits.map((x) => (x === top ? 1 : Math.exp((x - top) / temperature)));
   const total = terms.reduce((a, b) => a + b, 0);
   return terms.map((term) => term / total);
 }
