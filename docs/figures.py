@@ -1,72 +1,243 @@
-"""The figures of the guide, drawn with the functions that they show."""
+"""The figures of the guide, drawn with the functions that they show: python docs/figures.py writes them anew.
+
+They are transparent, and their text has the colour of the page, light or dark. A file records what it shows, so a test
+can tell that it is up to date whatever the version of matplotlib.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator
 
-import polysoftmax
+import polysoftmax as ps
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
 
-BLUE = "#0072B2"
+    from matplotlib.axes import Axes
+
+FOLDER = Path(__file__).parent / "figures"
+RESULTS = max((FOLDER.parents[1] / "benchmarks" / "results").glob("*-cpus")) / "results.json"  # the newest run
+SMALL = 10_000  # entries of a call whose time is overhead
+
+BLUE, ORANGE = "#2f86c8", "#d9822b"
+INK = "#010203"  # becomes currentColor
+
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize"), 10),
+    "axes.titlesize": 11,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "polysoftmax",
+    "figure.constrained_layout.use": True,
+}
+
+# A file that is looked at by itself, as on a code host, follows the preference of the reader's system.
+SCHEME = "<style>svg { color: #1f2328; } @media (prefers-color-scheme: dark) { svg { color: #e6edf3; } }</style>"
+
+
+def bars(panel: Axes, heights: Iterable[float], names: Iterable[str], labels: Iterable[str] = ()) -> None:
+    """Draw bars, orange below 0, with their names under the axis and their values at their ends."""
+    heights, names = list(heights), list(names)
+    drawn = panel.bar(names, heights, color=[ORANGE if height < 0 else BLUE for height in heights])
+    if labels := list(labels):
+        panel.bar_label(drawn, labels, padding=2, fontsize=10)
+        panel.margins(y=0.2)
+    if min(heights) < 0:
+        panel.axhline(0, color=INK, linewidth=0.8)
+
+
+def steps() -> Figure:
+    """Draw the way from logits to probabilities."""
+    x = np.asarray([-2.0, 0.0, 3.0])
+    terms = np.exp(x)
+    figure = Figure(figsize=(5, 2.3))
+    names = ["$x_1$", "$x_2$", "$x_3$"]
+    titles = ("$x$", "$e^x$", r"$e^x\,/\,\Sigma$")
+    for panel, title, values, form in zip(
+        figure.subplots(1, 3), titles, (x, terms, ps.softmax(x)), ("{:g}", "{:.2f}", "{:.3f}"), strict=True
+    ):
+        bars(panel, values, names, map(form.format, values))
+        panel.set_title(title)
+        panel.set_yticks([])
+        panel.spines["left"].set_visible(False)
+    return figure
+
+
+def emphasis() -> Figure:
+    """Draw what one great logit does."""
+    figure = Figure(figsize=(5, 2.3))
+    for panel, x in zip(figure.subplots(1, 2, sharey=True), ([1, 2, 3], [1, 2, 10]), strict=True):
+        y = ps.softmax(np.asarray(x, dtype=float))
+        bars(panel, y, map(str, x), (f"{one:.4f}" for one in y))
+        panel.set_title(f"softmax({x})")
+        panel.set_yticks([0, 0.5, 1])
+    return figure
 
 
 def temperature() -> Figure:
-    """Draw the softmax of five logits at five temperatures."""
+    """Draw the softmax of five logits at six temperatures."""
     logits = np.asarray([0.0, 2.0, 1.0, 3.0, -1.0])
-    figure = Figure(figsize=(9, 2.4), layout="constrained")
-    panels = figure.subplots(1, 5, sharey=True)
-    for panel, t in zip(panels, (0.0, 0.5, 1.0, 2.0, np.inf), strict=True):
-        panel.bar(range(5), polysoftmax.softmax(logits, temperature=t), color=BLUE)
+    figure = Figure(figsize=(5, 3.4))
+    for panel, t in zip(figure.subplots(2, 3, sharey=True).flat, (0.0, 0.3, 0.7, 1.0, 2.0, np.inf), strict=True):
+        bars(panel, ps.softmax(logits, temperature=t), (f"{one:g}" for one in logits))
         panel.set_title("T = ∞" if t == np.inf else f"T = {t:g}")
-        panel.set_xticks(range(5), [f"{one:g}" for one in logits])
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("probability")
-    figure.supxlabel("logit", fontsize="medium")
+        panel.set_yticks([0, 0.5, 1])
     return figure
+
+
+def heat(panel: Axes, values: np.ndarray, **options: Any) -> Any:
+    """Draw a matrix as cells, the first row on top."""
+    panel.invert_yaxis()
+    panel.set_aspect("equal")
+    return panel.pcolormesh(values, **options)
 
 
 def jacobian() -> Figure:
     """Draw the Jacobians of softmax and log_softmax at the logits 1, 2, 3."""
     logits = np.asarray([1.0, 2.0, 3.0])
-    figure = Figure(figsize=(7, 2.9), layout="constrained")
-    functions = {"softmax": polysoftmax.softmax_jacobian, "log_softmax": polysoftmax.log_softmax_jacobian}
+    figure = Figure(figsize=(5, 2.7))
+    functions = {"softmax": ps.softmax_jacobian, "log_softmax": ps.log_softmax_jacobian}
     for panel, (name, function) in zip(figure.subplots(1, 2), functions.items(), strict=True):
         matrix = function(logits)
-        panel.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1)
+        heat(panel, matrix, cmap="RdBu", vmin=-1, vmax=1, edgecolors="#808080", linewidth=0.5)
         for (i, j), value in np.ndenumerate(matrix):
-            panel.text(j, i, f"{value:.4f}", ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
-        panel.set_title(f"Jacobian of {name}")
-        panel.set_xlabel("j, of the logit")
-        panel.set_ylabel("i, of the answer")
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_locator(MultipleLocator(1))
+            colour = "#ffffff" if abs(value) > 0.6 else "#000000"
+            panel.text(j + 0.5, i + 0.5, f"{value:.3f}", ha="center", va="center", color=colour)
+        panel.set_title(name)
+        panel.set_xlabel("$j$")
+        panel.set_ylabel("$i$")
+        panel.set_xticks(np.arange(3) + 0.5, ["1", "2", "3"])
+        panel.set_yticks(np.arange(3) + 0.5, ["1", "2", "3"])
+    return figure
+
+
+def rounded_maximum() -> Figure:
+    """Draw logsumexp beside the maximum that it rounds off."""
+    x = np.linspace(-4, 4, 33)
+    pairs = np.stack([x, np.zeros_like(x)], axis=-1)
+    figure = Figure(figsize=(5, 2.5))
+    panel = figure.subplots()
+    panel.plot(x, pairs.max(axis=-1), color=INK, linestyle="--", label="max(x, 0)")
+    panel.plot(x, ps.logsumexp(pairs), color=BLUE, linewidth=2, label="logsumexp([x, 0])")
+    panel.set_xlabel("x")
+    panel.legend(frameon=False)
+    return figure
+
+
+def loss_gradient() -> Figure:
+    """Draw the gradient of the cross-entropy: probabilities, less 1 at the target."""
+    x, target = np.asarray([2.0, 1.0, 0.0, -1.0]), 1
+    p = ps.softmax(x)
+    onehot = np.eye(4)[target]
+    figure = Figure(figsize=(5, 2.3))
+    shown = {"$p$": p, "onehot": onehot, "$p$ − onehot": p - onehot}
+    for panel, (title, values) in zip(figure.subplots(1, 3, sharey=True), shown.items(), strict=True):
+        bars(panel, values, ["0", "1", "2", "3"], (f"{one:.2f}" for one in values))
+        panel.set_title(title)
+        panel.set_yticks([-1, 0, 1])
+        panel.set_ylim(-1.05, 1.3)
     return figure
 
 
 def attention() -> Figure:
     """Draw scores and what a causal mask makes of them."""
-    n = 12
+    n = 8
     scores = np.random.default_rng(0).normal(size=(n, n), scale=1.5)
     causal = np.tril(np.ones((n, n), dtype=bool))
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    weights = polysoftmax.softmax(scores, where=causal)
-    shown = {"scores": (scores, "Greys"), "softmax(scores, where=causal)": (weights, "Blues")}
-    for panel, (title, (values, colours)) in zip(figure.subplots(1, 2), shown.items(), strict=True):
-        figure.colorbar(panel.imshow(values, cmap=colours), ax=panel)
+    figure = Figure(figsize=(5, 2.7))
+    shown = {"scores": scores, "weights": ps.softmax(scores, where=causal)}
+    for panel, (title, values) in zip(figure.subplots(1, 2), shown.items(), strict=True):
+        cells = heat(panel, values, cmap="cividis")
+        figure.colorbar(cells, ax=panel, shrink=0.8)
         panel.set_title(title)
-        panel.set_xlabel("key, the position looked at")
-        panel.set_ylabel("query, the position that looks")
+        panel.set_xlabel("key")
+        panel.set_ylabel("query")
+        panel.set_xticks([])
+        panel.set_yticks([])
     return figure
 
 
-def draw_all(folder: Path) -> None:
-    """Draw every figure into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for figure in (temperature, jacobian, attention):
-        figure().savefig(folder / f"{figure.__name__}.svg", metadata={"Date": None})
+def speed(backend: str, mode: str) -> Figure:
+    """Draw how many times as long the library's own functions took, a dot for each size that was measured."""
+    cases = [
+        case
+        for case in json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
+        if (case["backend"], case["mode"], case["dtype"], case["axis"]) == (backend, mode, "float32", -1)
+    ]
+    ops = list(dict.fromkeys(case["op"] for case in cases))
+    figure = Figure(figsize=(5, 3.2))
+    panel = figure.subplots()
+    panel.axvline(1, color=INK, linewidth=0.8)
+    for is_small, colour, label in ((True, ORANGE, "up to 10,000 entries"), (False, BLUE, "more")):
+        chosen = [case for case in cases if (case["elements"] <= SMALL) == is_small]
+        ratios = [case["peers"][0]["ratio"] for case in chosen]
+        places = [ops.index(case["op"]) for case in chosen]
+        panel.plot(ratios, places, "o", color=colour, alpha=0.8, markeredgewidth=0, label=label)
+    panel.invert_yaxis()
+    panel.set_yticks(range(len(ops)), ops)
+    panel.set_xscale("log")
+    panel.set_xticks([0.2, 0.5, 1, 2, 5, 10, 20, 50], ["0.2", "0.5", "1", "2", "5", "10", "20", "50"])
+    panel.minorticks_off()
+    panel.set_xlim(0.15, 60)
+    panel.set_xlabel("time of the other / ours: right of 1 ours is faster")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def speed_numpy() -> Figure:
+    """Draw the ratios on NumPy, to SciPy and to Gumbel noise in NumPy."""
+    return speed("numpy", "eager")
+
+
+def speed_torch() -> Figure:
+    """Draw the ratios on PyTorch."""
+    return speed("torch", "eager")
+
+
+def speed_jax() -> Figure:
+    """Draw the ratios on JAX, inside `jit`."""
+    return speed("jax", "jit")
+
+
+FIGURES = (
+    *(steps, emphasis, temperature, jacobian, rounded_maximum, loss_gradient, attention),
+    *(speed_numpy, speed_torch, speed_jax),
+)
+
+
+def draw(function: Callable[[], Figure]) -> str:
+    """Return a figure as the text of an SVG file."""
+    with mpl.rc_context(STYLE):
+        figure = function()
+        file = io.StringIO()
+        metadata = {"Date": None, "Creator": None, "Description": digest(figure)}
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    head, _, rest = file.getvalue().replace(INK, "currentColor").partition("<metadata>")
+    return "\n".join(line.rstrip() for line in f"{head}{SCHEME}<metadata>{rest}".splitlines()) + "\n"
+
+
+def digest(figure: Figure) -> str:
+    """Return a hash of the numbers and words of a figure, not of how matplotlib draws them."""
+    shown: list[Any] = []
+    for panel in figure.axes:
+        words = [panel.get_title(), panel.get_xlabel(), panel.get_ylabel(), *(one.get_text() for one in panel.texts)]
+        heights = [one.get_height() for one in panel.patches]
+        curves = [one.get_xydata() for one in panel.lines]
+        cells = [one.get_array() for one in panel.collections if one.get_array() is not None]
+        numbers = [[round(float(one), 5) + 0.0 for one in np.ravel(values)] for values in (heights, *curves, *cells)]
+        shown.append([words, numbers])
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    for one in FIGURES:
+        (FOLDER / f"{one.__name__}.svg").write_text(draw(one), encoding="utf-8")
