@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from polysoftmax import random
+from polysoftmax import random, streaming
 from polysoftmax.engines import engine, explain, set_num_threads
 from polysoftmax.functions.jacobian import (
     log_softmax_jacobian,
@@ -78,6 +78,7 @@ __all__ = [
     "softmax_jvp",
     "softmax_vjp",
     "speculate",
+    "streaming",
     "top_log_probs",
     "truncate",
     "unpack_mask",

@@ -142,6 +142,11 @@ class Heads:
         ]
         return found[0] if len(found) == 1 else namespace(hidden).concat(found, axis=0)
 
+    def total(self, head: Head, cotangent: Array, *arrays: Any) -> Array:
+        """Return the sum of the answers, each times its cotangent."""
+        y = self.answers(head, *arrays)
+        return words(y, 0).total(y * cotangent)
+
     def product(self, hidden: Array, weight: Array) -> Array:
         """Return h·Wᵀ."""
         xp = namespace(hidden)

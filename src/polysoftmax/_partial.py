@@ -70,7 +70,7 @@ def softmax_of_partial(
     ops: Ops, x: Array, top: Array, count: Array, rest: Array, t: Temperature, where: Maybe
 ) -> Array:
     """exp((x - max) / T) / Σ exp((x - max) / T)."""
-    y = ops.exp(scores_below(ops, x, top, t)) / nonzero(ops, count + rest)
+    y = ops.nan_unless(top < INF, ops.exp(scores_below(ops, x, top, t)) / nonzero(ops, count + rest), count)
     return ops.where(where, ops.where(is_empty(top, count), 0.0, y), 0.0)
 
 
@@ -78,7 +78,7 @@ def log_prob_of_partial(
     ops: Ops, x: Array, top: Array, count: Array, rest: Array, t: Temperature, where: Maybe
 ) -> Array:
     """(x - max) / T - log Σ exp((x - max) / T)."""
-    y = scores_below(ops, x, top, t) - log_total(ops, count, rest)
+    y = ops.nan_unless(top < INF, scores_below(ops, x, top, t) - log_total(ops, count, rest), count)
     return ops.where(where, ops.where(is_empty(top, count), -INF, y), -INF)
 
 

@@ -1,4 +1,4 @@
-"""Linear heads as two operators of PyTorch, which compiled code calls without looking inside.
+"""Linear heads as operators of PyTorch, which compiled code calls without looking inside.
 
 Traced, the loop over chunks of rows would be as many copies of its body, and Inductor would keep their logits.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polysoftmax._linear import Head, Heads, gradients
+from polysoftmax._linear import Head, Heads, answers_and_gradients, gradients
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._probability import LOG_PROB
 from polysoftmax.engines import chosen, using
@@ -22,12 +22,22 @@ _FORMULAS = {one.name: one for one in (CROSS_ENTROPY, LOG_PROB)}
 """An operator takes no objects, so it is given the name of the formula."""
 
 
-def run(head: Head, arrays: tuple[Any, ...]) -> Tensor:
-    """Put a head into the graph that is being made."""
+def answers(head: Head, arrays: tuple[Any, ...]) -> Tensor:
+    """Put the answers of a head into the graph that is being made."""
+    return _answers(*_arguments(head, arrays))
+
+
+def total(head: Head, cotangent: Tensor, arrays: tuple[Any, ...]) -> Tensor:
+    """Put the sum of a head's answers, each times its cotangent, into the graph, and the gradients beside it."""
+    wanted = [one.requires_grad for one in arrays if isinstance(one, Tensor)]
+    return _total(*_arguments(head, arrays), cotangent, wanted)[0]
+
+
+def _arguments(head: Head, arrays: tuple[Any, ...]) -> tuple[str, list[Tensor], list[float]]:
     kinds = "".join(["-" if one is None else "f" if isinstance(one, float) else "t" for one in arrays])
     text = f"{_chosen()!r}, {kinds!r}, {head.formula.name!r}, {head.options!r}, {tuple(head[2:])!r}"
     tensors = [one for one in arrays if isinstance(one, Tensor)]
-    return _answers(text, tensors, [one for one in arrays if isinstance(one, float)])
+    return text, tensors, [one for one in arrays if isinstance(one, float)]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -47,6 +57,11 @@ def _arrays(kinds: str, tensors: Sequence[Tensor], numbers: Sequence[float]) -> 
     return tuple(None if kind == "-" else next(given[kind]) for kind in kinds)
 
 
+def _of_arrays(kinds: str, wanted: Sequence[bool]) -> tuple[bool, ...]:
+    asked = iter(wanted)
+    return tuple(kind == "t" and next(asked) for kind in kinds)
+
+
 @torch.library.custom_op("polysoftmax::head", mutates_args=())  # type: ignore[untyped-decorator]
 def _answers(text: str, tensors: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
     engine, kinds, head = _read(text)
@@ -59,12 +74,20 @@ def _gradients(
     text: str, tensors: Sequence[Tensor], numbers: Sequence[float], cotangent: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor]:
     engine, kinds, head = _read(text)
-    asked = iter(wanted)
     with using(engine):
-        found = gradients(
-            head, cotangent, _arrays(kinds, tensors, numbers), tuple(kind == "t" and next(asked) for kind in kinds)
-        )
+        found = gradients(head, cotangent, _arrays(kinds, tensors, numbers), _of_arrays(kinds, wanted))
     return [one for one in found if one is not None]
+
+
+@torch.library.custom_op("polysoftmax::head_total", mutates_args=())  # type: ignore[untyped-decorator]
+def _total(
+    text: str, tensors: Sequence[Tensor], numbers: Sequence[float], cotangent: Tensor, wanted: Sequence[bool]
+) -> list[Tensor]:
+    engine, kinds, head = _read(text)
+    arrays = _arrays(kinds, tensors, numbers)
+    with using(engine):
+        found, of_arrays = answers_and_gradients(head, cotangent, arrays, _of_arrays(kinds, wanted))
+    return [(found * cotangent).sum(), found, *(one for one in of_arrays if one is not None)]
 
 
 @_answers.register_fake  # type: ignore[untyped-decorator]
@@ -84,6 +107,15 @@ def _(
     return [torch.empty_like(one) for one, asked in zip(tensors, wanted, strict=True) if asked]
 
 
+@_total.register_fake  # type: ignore[untyped-decorator]
+def _(
+    text: str, tensors: Sequence[Tensor], numbers: Sequence[float], cotangent: Tensor, wanted: Sequence[bool]
+) -> list[Tensor]:
+    del text, numbers
+    of_arrays = [torch.empty_like(one) for one, asked in zip(tensors, wanted, strict=True) if asked]
+    return [cotangent.new_empty(()), torch.empty_like(cotangent), *of_arrays]
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
     text, tensors, numbers = inputs
@@ -98,4 +130,18 @@ def _backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     return None, [next(found) if asked else None for asked in wanted], [None] * len(numbers)
 
 
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.numbers, ctx.wanted = len(inputs[2]), list(inputs[4])
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
+    of_total = cotangents[0]
+    found, *of_arrays = (one * of_total for one in ctx.saved_tensors)
+    given = iter(of_arrays)
+    of_tensors = [next(given) if asked else None for asked in ctx.wanted]
+    return None, of_tensors, [None] * ctx.numbers, found, None
+
+
 _answers.register_autograd(_backward, setup_context=_keep)
+_total.register_autograd(_scale, setup_context=_keep_gradients)

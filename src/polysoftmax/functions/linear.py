@@ -128,16 +128,13 @@ def linear_cross_entropy(
     layer = _Layer(hidden, weight, bias, softcap, chunk_size)
     of_rows = _targets(layer, targets, class_weight, reduction, ignore_index, label_smoothing, z_loss)
     head = layer.head(CROSS_ENTROPY, squeeze=True, **of_rows.options)
-    losses = layer.answers(head, (of_rows.classes, of_rows.weight))
-    of_rows.require_known(losses)
     if reduction == "none":
-        return layer.as_given(losses)
-    ops = words(losses, 0)
-    with quietly(losses):
-        if reduction == "mean" and not of_rows.is_weighted:
-            return ops.mean(losses)
-        total = ops.total(losses)
-        return total if reduction == "sum" else mean_or_zero(total, of_rows.total_weight(ops, _weight_of))
+        losses = layer.answers(head, (of_rows.classes, of_rows.weight))
+    else:
+        cotangent = _cotangent(layer, of_rows, reduction)
+        losses = runner(layer.hidden).heads.total(head, cotangent, *layer.arrays((of_rows.classes, of_rows.weight)))
+    of_rows.require_known(losses)
+    return layer.as_given(losses) if reduction == "none" else losses
 
 
 def linear_cross_entropy_value_and_grad(
@@ -198,21 +195,17 @@ def linear_cross_entropy_value_and_grad(
     layer = _Layer(hidden, weight, bias, softcap, chunk_size)
     of_rows = _targets(layer, targets, class_weight, reduction, ignore_index, label_smoothing, z_loss)
     head = layer.head(CROSS_ENTROPY, squeeze=True, **of_rows.options)
-    arrays = (layer.hidden, layer.weight, layer.bias, *layer.laid_out((of_rows.classes, of_rows.weight)))
-    xp, ops = namespace(layer.hidden), words(layer.hidden, 0)
+    arrays = layer.arrays((of_rows.classes, of_rows.weight))
+    wanted = (True, True, bias is not None, False, False)
     with quietly(layer.hidden):
-        each = xp.ones_like(layer.hidden[:, 0], dtype=layer.rows.compute)
-        cotangent = each
-        if reduction == "mean":
-            count = of_rows.total_weight(ops, _weight_of) if of_rows.is_weighted else ops.total(each)
-            cotangent = mean_or_zero(each, count)
-        wanted = (True, True, bias is not None, False, False)
+        cotangent = _cotangent(layer, of_rows, reduction)
         losses, (of_hidden, of_weight, of_bias, *_) = answers_and_gradients(head, cotangent, arrays, wanted)
         of_rows.require_known(losses)
-        found = LinearGradients(
-            layer.as_given(of_hidden), of_weight, None if bias is None else xp.reshape(of_bias, (-1,))
+        if of_bias is not None:
+            of_bias = namespace(of_bias).reshape(of_bias, (-1,))
+        return words(losses, 0).total(losses * cotangent), LinearGradients(
+            layer.as_given(of_hidden), of_weight, of_bias
         )
-        return ops.total(losses * cotangent), found
 
 
 def linear_log_prob(
@@ -306,6 +299,16 @@ def _targets(layer: _Layer, targets: Array, class_weight: Array | None, *options
     return of_rows
 
 
+def _cotangent(layer: _Layer, of_rows: Targets, reduction: str) -> Array:
+    """Return what each row's loss is multiplied by in the answer."""
+    xp, ops = namespace(layer.hidden), words(layer.hidden, 0)
+    with quietly(layer.hidden):
+        each = xp.ones_like(layer.hidden[:, 0], dtype=layer.rows.compute)
+        if reduction == "sum":
+            return each
+        return mean_or_zero(each, of_rows.total_weight(ops, _weight_of) if of_rows.is_weighted else ops.total(each))
+
+
 def _weight_of(ops: Ops, x: Array, weight: Array, index: Array) -> Array:
     """Return the weight of each class of an index, without an array of the logits' size."""
     del x
@@ -357,16 +360,15 @@ class _Layer:
 
     def answers(self, head: Head, operands: tuple[Any, ...]) -> Array:
         """Return what the formula answers for each row, side by side."""
-        laid_out = self.laid_out(operands)
-        return runner(self.hidden).heads.answers(head, self.hidden, self.weight, self.bias, *laid_out)
+        return runner(self.hidden).heads.answers(head, *self.arrays(operands))
 
     def as_given(self, y: Array) -> Array:
         """Give what has an entry for each row the axes that the rows were given in."""
         return y if len(self.batch) == 1 else self.rows.xp.reshape(y, (*self.batch, *y.shape[1:]))
 
-    def laid_out(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return operands with an entry for each row along the first axis, or with one for all."""
-        return tuple(map(self._laid_out, operands))
+    def arrays(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the layer's arrays, and operands with an entry for each row along the first axis, or with one."""
+        return (self.hidden, self.weight, self.bias, *map(self._laid_out, operands))
 
     def _laid_out(self, operand: Any) -> Any:
         if operand is None or is_number(operand) or operand.ndim == 0 or operand.ndim == len(self.batch) + 1 == 2:
