@@ -18,7 +18,7 @@ COMPILERS := $(shell for one in $${CXX:-c++ g++ clang++}; do command -v $$one; d
 export POLYSOFTMAX_NATIVE ?= $(if $(COMPILERS),required)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-build fuzz-native lint docs figures bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
+.PHONY: help demo test test-quick test-build fuzz-native lint docs figures dist bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
 
 help: ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -60,6 +60,9 @@ docs: $(VENV)/installed-docs ## Build the documentation into docs/_build/html; a
 figures: $(VENV)/installed-docs ## Draw the guide's figures, and write its table of backends, anew.
 	@$(BIN)/python docs/figures.py
 	@$(BIN)/python docs/support.py
+
+dist: ## Build the source distribution and the wheel into dist, check them, and try them in empty environments.
+	@$(PYTHON) tools/dist.py $(ARGS)
 
 bench: $(VENV)/installed-test ## Race every function against its peers; the table, JSON and plots go to benchmarks/results.
 	@$(BIN)/python -m benchmarks $(ARGS)
