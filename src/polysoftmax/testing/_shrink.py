@@ -137,13 +137,13 @@ class _Writer:
 
     def __init__(self, lib: Adapter, engine: str, check: Check, dtype: str, function: Function) -> None:
         self.lib, self.check, self.engine, self.dtype = lib, check, engine, dtype
-        self.imports = ["import numpy as np", "import polysoftmax"]
+        self.imports = ["import numpy as np"]
         self.name = f"polysoftmax.{check.function}"
         if function is not None:
             self.name = getattr(function, "__name__", "function")
             module = getattr(function, "__module__", None)
             is_there = module not in (None, "__main__") and "<" not in getattr(function, "__qualname__", "<")
-            self.imports.append(f"from {module} import {self.name}" if is_there else f"# {self.name} is yours")
+            self.imports.append(f"from {module} import {self.name}" if is_there else f"# {self.name}: yours")
         self.is_plain = lib.source is not None and dtype != "bfloat16"
         if self.is_plain:
             self.imports.append(str(lib.source))
@@ -188,6 +188,8 @@ class _Writer:
         """Return a whole program."""
         used = sorted({word for word in ("inf", "nan") if re.search(rf"\b{word}\b", "\n".join(body))})
         first = [f"from math import {', '.join(used)}"] if used else []
+        if "polysoftmax." in "\n".join([self.block, *body]):
+            self.imports.insert(1, "import polysoftmax")
         inner = [self.block, *(f"    {one}" for one in body)] if self.block else body
         return "\n".join([*first, *self.imports, "", *inner]) + "\n"
 
