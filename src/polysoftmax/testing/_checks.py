@@ -22,7 +22,7 @@ class Check:
 
     ``call`` is the expression that calls it, in which ``{f}`` is the function, ``{args}`` what goes by position and
     ``{options}`` the rest; it is what runs, and what a reproducer shows. ``main`` is the operand whose rows are the
-    rows of the answer, if there are any. ``is_relative`` counts ulps of the answer, and not of max(1, |answer|).
+    rows of the answer, if there are any. Unless ``is_relative``, the unit of an answer between -1 and 1 is that of 1.
     """
 
     function: str

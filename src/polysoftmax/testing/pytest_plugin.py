@@ -1,7 +1,7 @@
 """The matrix of array libraries for the tests of other projects.
 
-With ``pytest_plugins = ["polysoftmax.testing.pytest_plugin"]`` in the conftest.py at the root, a test that takes ``lib``
-runs once on each library found, and one that takes ``dtype``, too, once in each of its floating dtypes.
+With ``pytest_plugins = ["polysoftmax.testing.pytest_plugin"]`` in the conftest.py at the root, a test that takes
+``lib`` runs once on each library found, and one that takes ``dtype``, too, once in each of its floating dtypes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _asked(config: pytest.Config) -> list[Backend]:
 
 @pytest.fixture
 def lib(request: pytest.FixtureRequest) -> Iterator[Adapter]:
-    """An array library, open for the length of a test: `polysoftmax.testing.Adapter`."""
+    """Open an array library for the length of a test, as a `polysoftmax.testing.Adapter`."""
     if reason := missing(request.param):
         pytest.fail(f"{request.param.value} was asked for: {reason}")
     with open_backend(request.param) as adapter:
