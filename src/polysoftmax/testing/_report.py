@@ -82,9 +82,7 @@ def report(
             found = run(backend, engine, checks, quick=quick, others=others, tell=screen.step)
             whole.results += found
             screen.table(f"{backend.value}, engine {engine}", *_rows(found))
-            for failure in (failure for one in found for failure in one.failures):
-                screen.line(failure.message, _WRONG)
-                screen.line(f"\n{failure.code}" if failure.code else "")
+            _show_failures(screen, found)
         beside = _peers(screen) if peers else {}
         screen.line(_LEGEND)
         screen.line(str(Report([_without_failures(one) for one in whole.results])), _RIGHT if whole else _WRONG)
@@ -99,6 +97,17 @@ _LEGEND = (
     "Bound: the\nlargest error by what is allowed. Alone: whether rows have the same bits alone. Apart: ulp from the "
     "first library."
 )
+
+
+def _show_failures(screen: _Screen, results: list[Result]) -> None:
+    """Print what failed, with the first program of each function: others differ in the dtype alone."""
+    shown = set()
+    for one in results:
+        for failure in one.failures:
+            screen.line(failure.message, _WRONG)
+            is_first = failure.code and one.function not in shown
+            screen.line(f"\n{failure.code}" if is_first else "")
+            shown.add(one.function)
 
 
 def _without_failures(one: Result) -> Result:
