@@ -217,17 +217,22 @@ def same_bits(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     )
 
 
-def row_that_differs(lib: Adapter, check: Check, outcome: Outcome, function: Function = None) -> int | None:
-    """Return a row of a batch that has other bits alone, if the answer has rows, and one of them has."""
+def has_rows(check: Check, outcome: Outcome) -> bool:
+    """Whether an answer has a row for each of several rows that can be asked for alone."""
     case, shape = outcome.case, main_shape(check, outcome.case)
-    has_key_of_batch = isinstance(case.given.get("key"), int)
-    axes = axes_of(case.given.get("axis", -1), len(shape))
-    if len(shape) < 2 or shape[0] < 2 or 0 in axes or has_key_of_batch or not outcome.answers:
+    if len(shape) < 2 or shape[0] < 2 or isinstance(case.given.get("key"), int):  # one key is folded with the number
+        return False
+    is_batch = 0 not in axes_of(case.given.get("axis", -1), len(shape))
+    return is_batch and all(one.shape[:1] == shape[:1] for one in outcome.answers)
+
+
+def row_that_differs(lib: Adapter, check: Check, outcome: Outcome, function: Function = None) -> int | None:
+    """Return a row of a batch that has other bits alone, if one of a few has."""
+    if not has_rows(check, outcome):
         return None
-    if any(one.shape[:1] != shape[:1] for one in outcome.answers):
-        return None
-    for i in sorted({0, shape[0] // 2, shape[0] - 1}):
-        alone = check_case(lib, check, take(check, case, 0, [i]), outcome.dtype, function)
+    count = main_shape(check, outcome.case)[0]
+    for i in sorted({0, count // 2, count - 1}):
+        alone = check_case(lib, check, take(check, outcome.case, 0, [i]), outcome.dtype, function)
         if alone.answers and not same_bits(alone.answers, tuple(one[i : i + 1] for one in outcome.answers)):
             return i
     return None

@@ -269,23 +269,34 @@ def _relaxed(given: Given, row: Row) -> tuple[Floats, ...]:
     with np.errstate(divide="ignore", invalid="ignore"):
         best = (np.log(np.exp(z).sum(axis=1)) + gumbel_variates(key, np.arange(len(z)), BLOCKS))[:, None]
         noisy = z + gumbel_variates(key, np.arange(z.size), TOKENS).reshape(z.shape)
-        v = best - noisy + np.log1p(-np.exp(noisy - noisy.max(axis=1, keepdims=True)))
+        top = noisy.max(axis=1, keepdims=True)
+        v = best - noisy + np.log1p(-np.exp(noisy - top))
         shifted = (best - np.maximum(v, 0) - np.log1p(np.exp(-np.abs(v)))).reshape(-1)[: row.n]
     relaxed = Row(row.number, np.where(row.exists, shifted, -INF), row.exists, row.temperature, {})
     s, place = relaxed.scored, relaxed.distinct[2]
-    t = row.temperature
-    # Variates are float32 in every dtype.
-    of_noise = 64 * (1 + float(np.abs(z[np.isfinite(z)]).max())) / t * 2.0**-24 / given.unit if 0 < t < INF else 0.0
     if given.get("hard"):
         order = np.sort(shifted[row.exists])
         is_sure = len(order) == 1 or order[-1] - order[-2] > MARGIN
         return (_free(constant(np.arange(row.n) == np.argmax(relaxed.x)), not is_sure),)
-    return (
-        split(
-            (s.p[place[i]], (s.relative(place[i]) + of_noise) * s.p[place[i]]) if row.exists[i] else (0.0, 0.0)
-            for i in range(row.n)
-        ),
-    )
+    # Each score is a sum of these, in which the variates are float32 in every dtype; shifted is
+    # -log(e^-best - e^-top + e^-noisy), which has these slopes.
+    size_of_sum = np.abs(x) + np.abs(z.reshape(-1)[: row.n]) + np.abs(shifted) + _per_entry(np.abs(best), row.n)
+    with np.errstate(over="ignore", invalid="ignore"):
+        slopes = 1 + np.exp(shifted - noisy.reshape(-1)[: row.n]) + np.exp(shifted - _per_entry(top, row.n))
+    is_soft = 0 < row.temperature < INF
+    of_noise = 4 * (1 + size_of_sum) * slopes / row.temperature * 2.0**-24 / given.unit if is_soft else np.zeros(row.n)
+    there = np.flatnonzero(row.exists)
+    mean = mpmath.fsum(s.p[place[i]] * of_noise[i] for i in there if s.p[place[i]])
+    out = constant(np.zeros(row.n))
+    for i in there:
+        if q := s.p[place[i]]:
+            out[:, i] = split([(q, (s.relative(place[i]) + of_noise[i] + mean) * q)])[:, 0]
+    return (out,)
+
+
+def _per_entry(of_blocks: Floats, n: int) -> Floats:
+    size = block_length(n)
+    return np.asarray(np.repeat(of_blocks, size)[:n])
 
 
 def _free(columns: Floats, free: bool) -> Floats:
