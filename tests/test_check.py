@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import polysoftmax
 from polysoftmax import testing
 from polysoftmax.__main__ import main
 from polysoftmax.testing import CHECKS
+from polysoftmax.testing._words import threefry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +49,23 @@ def test_all_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     }
     assert all(0 <= one["of_bound"] <= 1 and one["cases"] for one in results)
     assert {one["dtype"] for one in results if one["function"] == "softmax"} == {"bfloat16", "float32"}
+
+
+def test_the_words_that_draws_are_checked_by_are_those_of_random123() -> None:
+    ones = 0xFFFFFFFF
+    keys = [[0, 0], [ones, ones], [0x13198A2E, 0x03707344]]
+    counters = [[0, 0], [ones, ones], [0x243F6A88, 0x85A308D3]]
+    answers = [[0x6B200159, 0x99BA4EFE], [0x1CB996FC, 0xBB002BE7], [0xC4923A9C, 0x483DF7A0]]
+    assert threefry(keys, counters).tolist() == answers
+
+
+def test_an_edge_is_left_open_and_no_more() -> None:
+    """Half of the mass is at the first token, to the last bit: top_p=0.5 may leave one or two, and never three."""
+    truncate = next(one for one in CHECKS["truncate"].cases if one.name == "nothing")
+    case = replace(truncate, given={"logits": np.asarray([[0.0, 0.0, -40.0, -41.0]]), "top_p": 0.5})
+    (want,) = testing.reference(CHECKS["truncate"], case, "float32")
+    rows = {left: np.asarray([[0.0 if i < left else -math.inf for i in range(4)]]) for left in (1, 2, 3)}
+    assert [bool((want.excess(row) <= 1).all()) for row in rows.values()] == [True, True, False]
 
 
 # Bugs, each a little wrong
@@ -226,7 +245,7 @@ def test_a_function_of_yours() -> None:
     assert small.results[0].left_out > 0
     report = testing.check(sharp_softmax, "softmax", xp=np, dtypes=["float32"])
     assert not report
-    assert "of what is allowed" in str(report)
+    assert "times the error allowed" in str(report)
     with pytest.raises(AssertionError, match="cases fail"):
         report.raise_failures()
     with pytest.raises(AssertionError):

@@ -52,7 +52,8 @@ class Outcome:
         where = f"{self.function} of {self.case.name!r} in {self.dtype}"
         if self.problem:
             return f"{where}: {self.problem}"
-        return f"{where}: {self.got!r} at {self.index}, not {self.expected!r}: {self.excess:.3g} of what is allowed"
+        times = f": {self.excess:.3g} times the error allowed" if math.isfinite(self.excess) else ""
+        return f"{where}: {self.got!r} at {self.index}, not {self.expected!r}{times}"
 
 
 def named(function: str) -> Function:

@@ -57,7 +57,7 @@ class Reference:
     def allowed(self) -> Floats:
         """Return the absolute error that the contract allows."""
         if not self.is_floating:
-            return np.where(self.units > 0, math.inf, 0.5)
+            return np.where(self.units > 0, math.inf, 0.0)
         wide, narrow = FORMATS[self.compute], FORMATS[self.dtype]
         bound = self.units * wide.unit + np.where(self.units > 0, wide.tiny, 0.0)
         if narrow.precision < wide.precision:
