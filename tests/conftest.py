@@ -17,7 +17,7 @@ import pytest
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from polysoftmax.testing import Adapter, Backend, missing, open_backend, reference
-from polysoftmax.testing._adapters import forget_programs
+from polysoftmax.testing._libraries import forget_programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -73,6 +73,9 @@ def test_rows_that_are_spread_over_chunks() -> None:
     x = da.from_array(ROWS, (2, 2, 20))
     assert ps.explain(x, "softmax").engine == "portable"
     np.testing.assert_allclose(ps.softmax(x).compute(), ps.softmax(ROWS), rtol=1e-5, atol=1e-7)
+    found = ps.log_prob(x, da.from_array(TOKENS, (2, 2, 2)), return_rank=True)
+    for one, want in zip(found, ps.log_prob(ROWS, TOKENS, return_rank=True), strict=True):
+        np.testing.assert_allclose(one.compute(), want, rtol=1e-5)
     with pytest.raises(NotImplementedError, match=r"Dask cannot order rows.*logits.rechunk\({axis: -1}\)"):
         ps.sample(x, 7, top_k=3)
     with ps.engine("portable"), pytest.raises(NotImplementedError, match="Dask cannot order rows"):

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -19,6 +20,7 @@ import polysoftmax
 import polysoftmax.testing
 from polysoftmax.__main__ import main
 from polysoftmax._demo import backends, model, tour, writing
+from polysoftmax.engines import _library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -253,28 +255,30 @@ def test_bad_texts_are_explained(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert said in err
 
 
-def test_missing_backends_name_their_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_backends_name_their_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "jax", None)
     code, _, err = run(capsys, "demo", "--backend", "jax")
     assert code == 2
-    assert "pip install 'polysoftmax[jax]'" in err
+    assert "pip install jax" in err
     code, out, _ = run(capsys, "info")
     assert code == 0
-    assert "not installed (pip install 'polysoftmax[jax]')" in out
+    assert "not installed (pip install jax)" in out
 
 
 def test_no_backend_at_all_is_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "NAMES", ())
     code, _, err = run(capsys, "demo")
     assert code == 2
-    assert "polysoftmax[numpy]" in err
+    assert "pip install numpy" in err
 
 
-def test_demo_without_rich_names_its_extra() -> None:
+def test_demo_without_rich_names_its_package() -> None:
     program = "import sys; sys.modules['rich'] = None\nfrom polysoftmax.__main__ import main; sys.exit(main(['demo']))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: the demo needs rich, which is not installed: pip install 'polysoftmax[demo]'\n"
+    assert done.stderr == "error: the demo needs rich, which is not installed: pip install rich matplotlib\n"
 
 
 @pytest.mark.parametrize(
@@ -291,19 +295,50 @@ def test_check_explains_bad_options(capsys: pytest.CaptureFixture[str], argument
 
 
 def test_check_hands_its_options_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
-    monkeypatch.setattr(polysoftmax.testing, "report", lambda **options: asked.update(options) or 1)
-    code, _, _ = run(capsys, "check", "--backend", "numpy", "--peers", "--json", "errors.json")
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(polysoftmax.testing, "report", lambda names, **how: asked.update(how, names=names) or 1)
+    given = ("check", "softmax", "sample", "--backend", "numpy", "--quick", "--peers", "--json", "errors.json")
+    code, _, _ = run(capsys, *given)
     assert code == 1
-    assert asked == {"backends": ["numpy"], "peers": True, "json": Path("errors.json")}
+    how = {"backends": ["numpy"], "quick": True, "peers": True, "json": Path("errors.json")}
+    assert asked == {"names": ["softmax", "sample"], **how}
 
 
-def test_info_names_versions_and_engines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_names_versions_and_engines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYSOFTMAX_CACHE_DIR", "/kernels")
     code, out, err = run(capsys, "info")
     assert (code, err) == (0, "")
-    assert re.search(rf"^polysoftmax +{re.escape(polysoftmax.__version__)}$", out, re.MULTILINE)
+    assert re.search(rf"^polysoftmax +{re.escape(polysoftmax.__version__)}, ", out, re.MULTILINE)
+    for package in ("numpy", "mpmath", "array-api-compat"):
+        assert re.search(rf"^{package} +{re.escape(metadata.version(package))}$", out, re.MULTILINE)
     assert re.search(rf"^numpy +{re.escape(np.__version__)}, cpu$", out, re.MULTILINE)
-    assert "softmax of a numpy array, float32[64, 1000]: " in out
+    assert re.search(r"^CUDA cache +/kernels$", out, re.MULTILINE)
+    if library := _library.load():
+        assert f"kernels for {library.level}, compiled by {library.compiler}" in out
+        assert re.search(r"^ +native: most \(", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "said"),
+    [
+        ("portable", 0, r"(?m)^engine +portable, from POLYSOFTMAX_ENGINE$"),
+        ("auto", 0, r"(?m)^engine +auto, from POLYSOFTMAX_ENGINE$"),
+        ("", 0, r"(?m)^engine +auto$"),
+        ("bogus", 1, r"POLYSOFTMAX_ENGINE is set to 'bogus': unknown engine 'bogus': choose one of auto, portable"),
+    ],
+)
+def test_info_shows_the_engine_of_the_environment(value: str, code: int, said: str) -> None:
+    environment = {**os.environ, "POLYSOFTMAX_ENGINE": value}
+    command = [sys.executable, "-m", "polysoftmax", "info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert re.search(said, done.stdout or done.stderr)
+
+
+def test_no_message_names_an_extra_of_a_package_that_is_on_no_index() -> None:
+    for root in (Path(polysoftmax.__file__).parent, Path(__file__).parent.parent / "docs"):
+        for path in (one for one in root.rglob("*") if one.suffix in (".py", ".md") and "_build" not in one.parts):
+            assert not re.search(r"pip install[^\n]*polysoftmax\[", path.read_text(encoding="utf-8")), path
 
 
 def test_a_reader_that_leaves_causes_no_traceback() -> None:

@@ -72,7 +72,7 @@ def gpu(request, monkeypatch):
     """A library on the GPU with the kernels on; `launched` counts them."""
     found = request.param()
     kind = type(_devices.device_of(found.array(np.zeros(1, np.float32))))
-    assert kind is not str, "the CUDA kernels need polysoftmax[cuda]"
+    assert kind is not str, "the CUDA kernels need cuda.core and NVRTC"
     empty, launch = kind.empty, kind.launch
     found.launched = []
     monkeypatch.setattr(kind, "empty", lambda self, *how: found.poison(empty(self, *how)))

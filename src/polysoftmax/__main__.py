@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import polysoftmax
-from polysoftmax._demo.backends import NAMES, Missing, UsageError, look_for
-from polysoftmax.engines import _library, portable
-from polysoftmax.engines._library import num_threads
+from polysoftmax._demo.backends import NAMES, UsageError
+from polysoftmax._info import show
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,18 +39,23 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser(
         "check",
-        help="measure the error of softmax, log_softmax and logsumexp against high-precision values",
-        description="Measure the largest error of softmax, log_softmax and logsumexp, on every backend and dtype, "
-        "against values computed to high precision with mpmath. The exit code is 1 if a bound is missed.",
+        help="measure every public function on every backend against high-precision values",
+        description="Check every public function on every backend, device and engine found here: errors against "
+        "high-precision values from mpmath, tokens, random words, rows alone and in batches, libraries beside each "
+        "other. A failure comes with a short program that shows it, and the exit code is 1.",
     )
+    check.add_argument("functions", nargs="*", metavar="FUNCTION", help="only these, such as softmax or random.bits")
     check.add_argument(
         "--backend", nargs="+", action="extend", metavar="NAME", help="only these; by default all that are installed"
     )
-    check.add_argument("--peers", action="store_true", help="measure scipy, jax.nn and torch beside it")
+    check.add_argument("--quick", action="store_true", help="only the most telling cases, in two dtypes")
+    check.add_argument(
+        "--peers", action="store_true", help="measure scipy, jax.nn and torch beside it, and show what they get wrong"
+    )
     check.add_argument("--json", type=Path, metavar="FILE", help="write every figure to a file")
     check.set_defaults(command=_check)
 
-    info = commands.add_parser("info", help="show versions, devices and the engines that would run")
+    info = commands.add_parser("info", help="show versions, devices and engines, for a report of a bug")
     info.set_defaults(command=_info)
     return parser
 
@@ -77,51 +79,34 @@ def _demo(options: argparse.Namespace) -> int:
         from polysoftmax._demo.tour import run
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        msg = f"the demo needs {package}, which is not installed: pip install 'polysoftmax[demo]'"
+        msg = f"the demo needs {package}, which is not installed: pip install rich matplotlib"
         raise UsageError(msg) from error
     return run(backends=options.backend, text=options.text, plot=options.plot, steps=options.steps)
 
 
 def _check(options: argparse.Namespace) -> int:
     try:
-        from polysoftmax.testing import Backend, missing, report
+        from polysoftmax.testing import report
     except ImportError as error:
         raise UsageError(str(error)) from error
-    known = {one.value: one for one in Backend}
-    for name in options.backend or ():
-        if name not in known:
-            msg = f"unknown backend {name!r}: choose from {', '.join(known)}"
-            raise UsageError(msg)
-        if reason := missing(known[name]):
-            msg = f"backend {name} was asked for, but {reason}"
-            raise UsageError(msg)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         msg = f"cannot write {str(options.json)!r}: there is no directory {str(options.json.parent)!r}"
         raise UsageError(msg)
-    return report(backends=options.backend, peers=options.peers, json=options.json)
+    try:
+        from polysoftmax.testing._run import chosen, named_check
+
+        for name in options.functions:
+            named_check(name)
+        chosen(options.backend)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    how = {"backends": options.backend, "quick": options.quick, "peers": options.peers, "json": options.json}
+    return report(options.functions, **how)
 
 
 def _info(options: argparse.Namespace) -> int:
     del options
-    library = _library.load()
-    lines = [
-        ("polysoftmax", polysoftmax.__version__),
-        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("array-api-compat", metadata.version("array-api-compat")),
-        ("threads", str(num_threads())),
-        ("native kernels", library.level if library else f"none: {_library.reason()}"),
-        ("engine", "portable" if portable() else "auto"),
-    ]
-    reasons = []
-    for one in map(look_for, NAMES):
-        if isinstance(one, Missing):
-            lines.append((one.name, f"{one.reason} ({one.remedy})"))
-        else:
-            lines.append((one.name, f"{one.version}, {one.device}"))
-            reasons.append(str(polysoftmax.explain(one.floats([[0.0] * 1000] * 64), "softmax")))
-    for label, value in lines:
-        print(f"{label:18}{value}")
-    print(*("", *reasons), sep="\n")
+    show()
     return 0
 
 

@@ -104,6 +104,9 @@ _OPENERS: dict[str, Callable[[], Backend]] = {
 }
 NAMES = tuple(_OPENERS)
 
+_PACKAGES = {"cupy": "cupy-cuda13x"}
+"""What a library is called on the package index, where that is not its name."""
+
 
 def look_for(name: str) -> Backend | Missing:
     """Import a backend, and say what it is or why it cannot be used."""
@@ -112,7 +115,7 @@ def look_for(name: str) -> Backend | Missing:
     except ImportError as error:
         library = name.partition(":")[0]
         reason = "not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {error}"
-        return Missing(name, reason, f"pip install 'polysoftmax[{library}]'")
+        return Missing(name, reason, f"pip install {_PACKAGES.get(library, library)}")
     except _NoDeviceError as error:
         return Missing(name, str(error), "it needs an NVIDIA GPU and its driver")
 
@@ -141,6 +144,6 @@ def choose(names: Iterable[str] | None) -> tuple[list[Backend], list[Missing]]:
         else:
             missing.append(one)
     if not found:
-        msg = "found no array library to run on; the quickest to add is NumPy: pip install 'polysoftmax[numpy]'"
+        msg = "found no array library to run on; the quickest to add is NumPy: pip install numpy"
         raise UsageError(msg)
     return found, missing

@@ -25,7 +25,7 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        msg = "--plot needs matplotlib, which is not installed: pip install 'polysoftmax[demo]'"
+        msg = "--plot needs matplotlib, which is not installed: pip install matplotlib"
         raise UsageError(msg) from error
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().lstrip(".") not in known:

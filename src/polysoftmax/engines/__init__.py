@@ -104,6 +104,9 @@ def _load(x: Array) -> Runner:
 _formula.use(_load)
 
 
+CUDA_REMEDY: Final = "pip install 'cuda-core<2' 'cuda-bindings<14' 'nvidia-cuda-nvrtc<14'"
+
+
 def has_cuda_core() -> bool:
     """Whether ``cuda.core`` is installed, without importing it."""
     return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.core") is not None
@@ -122,12 +125,23 @@ def _known(name: str) -> str:
         msg = f'the engine "native" cannot run: {_library.reason()}'
         raise ImportError(msg)
     if name == "cuda" and not _can_launch():
-        msg = 'the engine "cuda" needs cuda.core: pip install polysoftmax[cuda]'
+        msg = f'the engine "cuda" needs cuda.core: {CUDA_REMEDY}'
         raise ImportError(msg)
     return name
 
 
-_FROM_ENVIRONMENT: Final = _known(os.environ.get("POLYSOFTMAX_ENGINE") or "auto")
+_VARIABLE: Final = "POLYSOFTMAX_ENGINE"
+
+
+def _from_environment() -> str:
+    try:
+        return _known(os.environ.get(_VARIABLE) or "auto")
+    except (ValueError, ImportError) as error:
+        msg = f"{_VARIABLE} is set to {os.environ[_VARIABLE]!r}: {error}"
+        raise type(error)(msg) from None
+
+
+_FROM_ENVIRONMENT: Final = _from_environment()
 _CHOICE: ContextVar[str] = ContextVar("polysoftmax.engine", default=_FROM_ENVIRONMENT)
 
 

@@ -116,6 +116,15 @@ class Library:
         self._library.polysoftmax_set_threads(n)
 
     @property
+    def compiler(self) -> str:
+        """Name and version of the compiler that made the library."""
+        import ctypes
+
+        said = self._library.polysoftmax_compiler
+        said.restype = ctypes.c_char_p
+        return str(said().decode())
+
+    @property
     def num_threads(self) -> int:
         """How many threads a problem may use."""
         return int(self._library.polysoftmax_threads())

@@ -36,8 +36,11 @@ class DaskOps(Ops):
         return self.total(x) / self.xp.maximum(self.total(self.xp.ones_like(x)), 1.0)
 
     def take(self, x: Array, index: Array) -> Array:
-        hit = self.indices(x) == index
-        return self.xp.sum(self.xp.where(hit, x, 0), axis=self.axis, keepdims=True, dtype=x.dtype)
+        places, taken = self.indices(x), []
+        for k in range(index.shape[self.axis]):
+            entry = self.xp.where(places == self.part(index, k, k + 1), x, 0)
+            taken.append(self.xp.sum(entry, axis=self.axis, keepdims=True, dtype=x.dtype))
+        return self.side_by_side(taken)
 
     def block_of(self, x: Array, block: Array, size: int) -> tuple[Array, Array]:
         """Return whole rows, without what is outside the block."""

@@ -58,6 +58,14 @@ __attribute__((visibility("default"))) void polysoftmax_set_threads(int count) {
 
 __attribute__((visibility("default"))) int polysoftmax_threads() { return Team::current().threads(); }
 
+__attribute__((visibility("default"))) const char* polysoftmax_compiler() {
+#if defined(__clang__)
+    return __VERSION__;
+#else
+    return "GCC " __VERSION__;
+#endif
+}
+
 __attribute__((visibility("default"))) int polysoftmax_run(const int64_t* problem, const int64_t* addresses) {
     Level level = level_of(chosen);
     return level.kernels ? level.kernels(problem, addresses, share, Team::current().threads()) : 2;

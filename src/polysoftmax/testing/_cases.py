@@ -11,31 +11,26 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FAMILY = ("softmax", "log_softmax", "logsumexp")
-PROBABILITIES = ("softmax", "log_softmax")
 BIG = 1e30
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call: nested tuples stand for arrays, numbers for numbers; a function makes a large array.
+    """One call as data: its operands by name.
 
+    NumPy arrays stand for arrays of the library, a function makes a large one; everything else is passed as it is.
     ``core`` cases run everywhere, the others only where a new shape or option does not cost a compilation.
     """
 
     name: str
-    x: Any
-    axis: int | tuple[int, ...] | None = -1
-    temperature: Any = 1.0
-    where: Any = None
-    weights: Any = None
-    ops: tuple[str, ...] = FAMILY
+    given: dict[str, Any]
     large: bool = False
     core: bool = False
 
-    def values(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Return x before it is rounded to a dtype."""
-        return np.asarray(self.x() if callable(self.x) else self.x, dtype=np.float64)
+    def operand(self, name: str) -> Any:
+        """Return an operand before it is rounded to a dtype."""
+        value = self.given[name]
+        return value() if callable(value) else value
 
 
 # One row an idea, all of one length, so that one call tests them all and that they do not disturb each other.
@@ -113,72 +108,70 @@ _GRID = tuple(tuple(tuple((7 * i + 5 * j + 3 * k) % 11 - 4.5 for k in range(4)) 
 _GRID_MASK = tuple(tuple((i + 2 * k) % 3 != 1 for k in range(4)) for i in range(3))
 
 
+def case(name: str, *, large: bool = False, core: bool = False, **given: Any) -> Case:
+    """Make a case; nested tuples become arrays, but for an axis and a shape."""
+    arrays = {
+        key: np.asarray(one) if isinstance(one, tuple) and key not in ("axis", "shape") else one
+        for key, one in given.items()
+    }
+    return Case(name, arrays, large, core)
+
+
 def _columns(pairs: Any) -> tuple[Any, Any]:
     first, second = zip(*pairs, strict=True)
     return first, second
 
 
-def _normal(*shape: int, scale: float = 3.0) -> Callable[[], Any]:
-    return lambda: scale * np.random.default_rng(20250207).standard_normal(shape)
+def normal(*shape: int, scale: float = 3.0, seed: int = 20250207) -> Callable[[], Any]:
+    """Return a function that makes an array of normal variates."""
+    return lambda: scale * np.random.default_rng(seed).standard_normal(shape)
 
 
 def _quantised(*shape: int) -> Callable[[], Any]:
     # Sixty-fourths: a million terms have a few hundred values, which mpmath can add up exactly.
-    return lambda: np.clip(np.round(_normal(*shape)() * 64) / 64, -12, 12)
+    return lambda: np.clip(np.round(normal(*shape)() * 64) / 64, -12, 12)
 
 
-def _build() -> dict[str, Case]:
+def _plain() -> list[Case]:
+    masked_x, masked_where = _columns(MASKED)
+    return [
+        case("finite rows", x=FINITE, core=True),
+        case("special rows", x=SPECIAL, core=True),
+        case("masked rows", x=masked_x, where=masked_where, core=True),
+        *(case(f"axis {axis}", x=_GRID, axis=axis) for axis in (0, 1, -1, (0, 1), (0, 2), (-1, 0), None, ())),
+        case("axis 0, mask that broadcasts", x=_GRID, axis=0, where=_GRID_MASK),
+        case("axes (1, 2), mask that broadcasts", x=_GRID, axis=(1, 2), where=_GRID_MASK, core=True),
+        case("rows of one", x=((2.0,), (-BIG,), (nan,), (-inf,), (inf,))),
+        case("0-d", x=np.asarray(2.5), core=True),
+        case("0-d, axis None", x=np.asarray(2.5), axis=None),
+        case("normal", x=normal(4, 1000)),
+        case("normal, axis 0", x=normal(1000, 3), axis=0, core=True),
+        case("wide normal", x=normal(2, 257, scale=30.0)),
+        case("70000 zeros", x=lambda: np.zeros(70_000), large=True),
+        case("70000 zeros, axis 0", x=lambda: np.zeros((70_000, 2)), axis=0, large=True),
+        case("a million", x=_quantised(1_000_000), large=True, core=True),
+        case("200000, axis 0", x=_quantised(200_000, 3), axis=0, large=True, core=True),
+    ]
+
+
+def _with_temperature() -> list[Case]:
     masked_x, masked_where = _columns(MASKED)
     temperatures, per_row_x = _columns(PER_ROW)
-    weighted_x, weights = _columns(WEIGHTED)
-    found = [
-        Case("finite rows", FINITE, core=True),
-        *(
-            Case(f"finite rows, T={t}", FINITE, temperature=t, ops=PROBABILITIES, core=t in (0, 0.1))
-            for t in (0.1, 0.5, 2.0, 0, inf)
-        ),
-        Case("finite rows, tiny T", FINITE, temperature=1e-30, ops=PROBABILITIES),
-        Case("special rows", SPECIAL, core=True),
-        Case("special rows, T=0.5", SPECIAL, temperature=0.5, ops=PROBABILITIES),
-        Case("a temperature a row", per_row_x, temperature=temperatures, ops=PROBABILITIES, core=True),
-        Case("masked rows", masked_x, where=masked_where, core=True),
-        Case("masked rows, T=0.5", masked_x, where=masked_where, temperature=0.5, ops=PROBABILITIES, core=True),
-        Case("masked rows, T=0", masked_x, where=masked_where, temperature=0, ops=PROBABILITIES),
-        Case("masked rows, T=inf", masked_x, where=masked_where, temperature=inf, ops=PROBABILITIES),
-        Case("weighted rows", weighted_x, weights=weights, ops=("logsumexp",), core=True),
-        *(Case(f"axis {axis}", _GRID, axis=axis) for axis in (0, 1, -1, (0, 1), (0, 2), (-1, 0), None, ())),
-        Case(
-            "axis 1, T of the reduced shape",
-            _GRID,
-            axis=1,
-            temperature=((1, 2, 3, 0), (0.5, inf, 1, 2)),
-            ops=PROBABILITIES,
-        ),
-        Case("axis 1, T that broadcasts", _GRID, axis=1, temperature=(((1, 2, 3, 0.5),),), ops=PROBABILITIES),
-        Case(
-            "axes (0, 2), T of the reduced shape",
-            _GRID,
-            axis=(0, 2),
-            temperature=(0.5, 0, 2),
-            ops=PROBABILITIES,
-            core=True,
-        ),
-        Case("axis 0, mask that broadcasts", _GRID, axis=0, where=_GRID_MASK),
-        Case("axes (1, 2), mask that broadcasts", _GRID, axis=(1, 2), where=_GRID_MASK, core=True),
-        Case("axis None, 0-d T", _GRID, axis=None, temperature=np.asarray(0.5), ops=PROBABILITIES),
-        Case("rows of one", ((2,), (-BIG,), (nan,), (-inf,), (inf,))),
-        Case("0-d", 2.5, core=True),
-        Case("0-d, axis None", 2.5, axis=None),
-        Case("normal", _normal(4, 1000)),
-        Case("normal, axis 0", _normal(1000, 3), axis=0, core=True),
-        Case("wide normal", _normal(2, 257, scale=30.0)),
-        Case("70000 zeros", lambda: np.zeros(70_000), large=True),
-        Case("70000 zeros, axis 0", lambda: np.zeros((70_000, 2)), axis=0, large=True),
-        Case("a million", _quantised(1_000_000), large=True, core=True),
-        Case("200000, axis 0", _quantised(200_000, 3), axis=0, large=True, core=True),
+    masked = {"x": masked_x, "where": masked_where}
+    return [
+        *(case(f"finite rows, T={t}", x=FINITE, temperature=t, core=t in (0, 0.1)) for t in (0.1, 0.5, 2.0, 0, inf)),
+        case("finite rows, tiny T", x=FINITE, temperature=1e-30),
+        case("special rows, T=0.5", x=SPECIAL, temperature=0.5),
+        case("a temperature a row", x=per_row_x, temperature=temperatures, core=True),
+        *(case(f"masked rows, T={t}", **masked, temperature=t, core=t == 0.5) for t in (0.5, 0, inf)),
+        case("axis 1, T of the reduced shape", x=_GRID, axis=1, temperature=((1, 2, 3, 0), (0.5, inf, 1, 2))),
+        case("axis 1, T that broadcasts", x=_GRID, axis=1, temperature=(((1, 2, 3, 0.5),),)),
+        case("axes (0, 2), T of the reduced shape", x=_GRID, axis=(0, 2), temperature=(0.5, 0, 2), core=True),
+        case("axis None, 0-d T", x=_GRID, axis=None, temperature=np.asarray(0.5)),
     ]
-    return {one.name: one for one in found}
 
 
-CASES = _build()
-"""Every case by its name."""
+_WEIGHTED = _columns(WEIGHTED)
+PLAIN = _plain()
+PROBABILITIES = PLAIN + _with_temperature()
+LOGSUMEXP = [*PLAIN, case("weighted rows", x=_WEIGHTED[0], weights=_WEIGHTED[1], core=True)]

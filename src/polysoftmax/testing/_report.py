@@ -1,230 +1,251 @@
-"""The largest error of the functions with a bound on every backend, against mpmath, with the peers beside it."""
+"""The report of all checks on all libraries: a table each, failures with programs that show them, and the peers."""
 
 from __future__ import annotations
 
 import json as json_module
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
-from polysoftmax.testing._adapters import open_backend, x64
-from polysoftmax.testing._backends import Backend, missing
-from polysoftmax.testing._cases import CASES
-from polysoftmax.testing._check import check_case
+from polysoftmax.testing._backends import missing
+from polysoftmax.testing._checks import CHECKS
 from polysoftmax.testing._confident import confident, table
-from polysoftmax.testing._formats import FORMATS, rounded
-from polysoftmax.testing._reference import reference
+from polysoftmax.testing._peers import distances, faults
+from polysoftmax.testing._results import Report
+from polysoftmax.testing._run import chosen, dtypes_of, named_check, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from polysoftmax.testing._cases import Case
+    from polysoftmax.testing._results import Result
+    from polysoftmax.testing._run import Answers
+
+_SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+_RIGHT, _WRONG = "green", "bold red"
+
+Cell = tuple[str, str]
+"""Text and its style."""
 
 
-OPS = ("softmax", "log_softmax", "logsumexp")
-
-
-@dataclass
-class Line:
-    """The largest errors of one function in one dtype, by one way of computing it."""
-
-    op: str
-    dtype: str
-    by: str
-    ulps: float = 0.0
-    plain_ulps: float = 0.0
-    of_bound: float = 0.0
-    case: str = ""
-
-    def add(self, case: Case, ulps: float, of_bound: float) -> None:
-        """Take the error of one answer into account."""
-        self.ulps = max(self.ulps, ulps)
-        if _plain(case):
-            self.plain_ulps = max(self.plain_ulps, ulps)
-        if of_bound >= self.of_bound:
-            self.of_bound, self.case = of_bound, case.name
-
-
-def _plain(case: Case) -> bool:
-    """Whether every peer can be asked, and means the same: rows with a finite maximum and no options."""
-    if case.axis != -1 or case.where is not None or case.weights is not None or case.temperature != 1:
-        return False
-    x = case.values()
-    return x.ndim > 0 and bool(np.isfinite(x.max(axis=-1)).all())
-
-
-def measure(backend: Backend, engine: str) -> Iterator[Line]:
-    """Measure every function and dtype on one backend in one engine."""
-    with open_backend(backend, engine) as lib:
-        for op in OPS:
-            for dtype in backend.capability.dtypes:
-                line = Line(op, dtype, f"{backend.value} ({engine})")
-                for case in CASES.values():
-                    # Peers are asked all plain cases, so ours are, too, even where each costs a compilation.
-                    if op in case.ops and (case.core or not backend.capability.compiles or _plain(case)):
-                        outcome = check_case(lib, case, op, dtype)
-                        line.add(case, outcome.ulps, outcome.excess)
-                yield line
-
-
-def _scipy(op: str, x: Any, dtype: str) -> Any:
-    from scipy import special
-
-    return getattr(special, op)(x.astype(dtype), axis=-1)
-
-
-def _jax(op: str, x: Any, dtype: str) -> Any:
-    import jax
-
-    function = jax.scipy.special.logsumexp if op == "logsumexp" else getattr(jax.nn, op)
-    with x64(enabled=dtype == "float64"):
-        return function(jax.numpy.asarray(x, dtype=dtype), axis=-1)
-
-
-def _torch(op: str, x: Any, dtype: str) -> Any:
-    import torch
-
-    return getattr(torch, op)(torch.as_tensor(x).to(getattr(torch, dtype)), -1).double().numpy()
-
-
-@dataclass(frozen=True)
-class Peer:
-    """What users would have called instead."""
-
-    name: str
-    module: str
-    call: Callable[[str, Any, str], Any]
-    dtypes: tuple[str, ...] = tuple(FORMATS)
-
-
-PEERS = (
-    Peer("scipy", "scipy", _scipy, ("float16", "float32", "float64")),
-    Peer("jax.nn", "jax", _jax),
-    Peer("torch", "torch", _torch),
-)
-
-
-def measure_peers() -> Iterator[Line]:
-    """Measure the peers that are installed, on the plain cases."""
-    plain = [one for one in CASES.values() if _plain(one)]
-    for peer in PEERS:
-        if find_spec(peer.module) is None:
-            continue
-        for op in OPS:
-            for dtype in peer.dtypes:
-                line = Line(op, dtype, peer.name)
-                for case in plain:
-                    if op in case.ops:
-                        line.add(case, *_error_of_peer(peer, case, op, dtype))
-                yield line
-
-
-def _error_of_peer(peer: Peer, case: Case, op: str, dtype: str) -> tuple[float, float]:
-    compute = FORMATS[dtype].compute.name
-    want = reference(case, op, dtype, compute)
-    with np.errstate(all="ignore"):
-        answer = np.asarray(peer.call(op, rounded(case.values(), dtype), dtype)).astype(np.float64)
-        ulps = want.ulps(answer, dtype, relative=op == "softmax")
-        return float(np.max(ulps)), float(np.max(want.excess(answer, dtype, compute)))
-
-
-def report(backends: list[str] | None = None, *, peers: bool = False, json: Path | None = None) -> int:
-    """Print the largest error of softmax, log_softmax and logsumexp against mpmath, by dtype, backend and engine.
+def report(
+    functions: Sequence[str] = (),
+    *,
+    backends: Sequence[str] | None = None,
+    quick: bool = False,
+    peers: bool = False,
+    json: Path | None = None,
+) -> int:
+    """Check functions on every backend in every engine, and print what was found.
 
     Parameters
     ----------
-    backends : list of str, optional
+    functions : sequence of str
+        Names such as ``"softmax"`` or ``"random.bits"``; by default every public function.
+    backends : sequence of str, optional
         Values of `Backend`; by default every backend that can be opened here.
+    quick : bool
+        Whether only the most telling cases are tried, in one narrow and one wide dtype.
     peers : bool
-        Whether scipy, jax.nn and torch stand beside it, on the cases that they can be asked.
+        Whether scipy, jax.nn and torch are measured, too.
     json : Path, optional
         File that every figure is written to.
 
     Returns
     -------
     int
-        0 if every answer keeps its bound, else 1. Peers are not judged.
+        0 if every answer is right, else 1. Peers are not judged.
 
     Raises
     ------
     ValueError
-        If there is no backend of a name, or it cannot be opened here.
+        If there is no function or no backend of a name, or it cannot be opened here.
     """
-    chosen = _chosen(backends)
-    beside = list(measure_peers()) if peers else []
-    lines: list[Line] = []
-    for backend in chosen:
-        for engine in backend.capability.engines:
+    checks = [named_check(name) for name in functions] or list(CHECKS.values())
+    ways = [(backend, engine) for backend in chosen(backends) for engine in backend.capability.engines]
+    others: Answers = {}
+    whole = Report()
+    with _Screen() as screen:
+        screen.expect(
+            sum(
+                len(dtypes_of(backend.capability.dtypes, None, quick=quick)) if one.has_dtypes else 1
+                for backend, _ in ways
+                for one in checks
+            )
+        )
+        for backend, engine in ways:
             if absent := missing(backend, engine):
-                print(f"{backend.value}, engine {engine}: left out, since {absent}", flush=True)
+                screen.line(f"{backend.value}, engine {engine}: left out, since {absent}")
                 continue
-            print(f"{backend.value}, engine {engine}", flush=True)
-            found = list(measure(backend, engine))
-            _show(found, beside)
-            lines += found
-    if peers:
-        print(
+            found = run(backend, engine, checks, quick=quick, others=others, tell=screen.step)
+            whole.results += found
+            screen.table(f"{backend.value}, engine {engine}", *_rows(found))
+            _show_failures(screen, found)
+        beside = _peers(screen) if peers else {}
+        screen.line(_LEGEND)
+        screen.line(str(Report([_without_failures(one) for one in whole.results])), _RIGHT if whole else _WRONG)
+    if json is not None:
+        figures = {"results": [asdict(one) for one in whole.results]} | beside
+        json.write_text(json_module.dumps(_finite(figures), indent=1) + "\n", encoding="utf-8")
+    return 0 if whole else 1
+
+
+_LEGEND = (
+    "f16 to f64: the largest error in ulp, of the answer for probabilities, of max(1, |answer|) for all else. "
+    "Bound: the\nlargest error by what is allowed. Alone: whether rows have the same bits alone. Apart: ulp from the "
+    "first library."
+)
+
+
+def _show_failures(screen: _Screen, results: list[Result]) -> None:
+    """Print what failed, with the first program of each function: others differ in the dtype alone."""
+    shown = set()
+    for one in results:
+        for failure in one.failures:
+            screen.line(failure.message, _WRONG)
+            is_first = failure.code and one.function not in shown
+            screen.line(f"\n{failure.code}" if is_first else "")
+            shown.add(one.function)
+
+
+def _without_failures(one: Result) -> Result:
+    return replace(one, failures=[])
+
+
+def _rows(results: list[Result]) -> tuple[list[str], list[list[Cell]]]:
+    """Return the columns and the lines of one library's table, a function a line."""
+    dtypes = [one for one in _SHORT if any(result.dtype == one for result in results)] or ["float32"]
+    functions: dict[str, dict[str, Result]] = {}
+    for one in results:
+        functions.setdefault(one.function, {})[one.dtype] = one
+    lines = []
+    for name, of_dtypes in functions.items():
+        each = list(of_dtypes.values())
+        is_right = not any(one.failed for one in each)
+        cells = [(name, "" if is_right else _WRONG)]
+        for dtype in dtypes:
+            found = of_dtypes.get(dtype) or (of_dtypes.get("") if dtype == "float32" or len(dtypes) == 1 else None)
+            cells.append(("", "") if found is None else (figure(found.ulps), _WRONG if found.failed else _RIGHT))
+        worst = max(each, key=lambda one: one.of_bound)
+        alone = [one.rows_alone for one in each if one.rows_alone is not None]
+        apart = [one.apart for one in each if one.apart is not None]
+        lines.append(
+            [
+                *cells,
+                (figure(worst.of_bound), _RIGHT if worst.of_bound <= 1 else _WRONG),
+                ("", "") if not alone else ("same", _RIGHT) if all(alone) else ("differ", _WRONG),
+                (figure(max(apart)) if apart else "", ""),
+                (f"{1000 * sum(one.seconds for one in each):.0f}", "dim"),
+            ]
+        )
+    return ["function", *(_SHORT[one] for one in dtypes), "bound", "alone", "apart", "ms"], lines
+
+
+def figure(value: float) -> str:
+    """Return a figure to read."""
+    if math.isinf(value):
+        return "wrong"
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _peers(screen: _Screen) -> dict[str, Any]:
+    found, wrong = list(distances()), list(faults())
+    everyone = list(dict.fromkeys(one.by for one in found))
+    ulps = {(one.function, one.dtype, one.by): one.ulps for one in found}
+    lines: list[list[Cell]] = []
+    for function, dtype in dict.fromkeys((one.function, one.dtype) for one in found):
+        each = [ulps.get((function, dtype, by)) for by in everyone]
+        lines.append(
+            [(function, ""), (dtype, ""), *((figure(one), "") if one is not None else ("", "") for one in each)]
+        )
+    screen.table("Largest error in ulp, rows without options", ["function", "dtype", *everyone], lines)
+    screen.table(
+        "What they get wrong",
+        ["question", "asked", "answers", "polysoftmax", "right"],
+        [
+            [
+                (one.question, ""),
+                (one.by, ""),
+                (one.answer, _RIGHT if one.answer == one.right else _WRONG),
+                (one.ours, _RIGHT if one.ours == one.right else _WRONG),
+                (one.right, ""),
+            ]
+            for one in wrong
+        ],
+    )
+    if find_spec("torch"):
+        screen.line(
             f"Relative errors where a row is all but certain, or two rows nearly equal:\n\n{table(list(confident()))}\n"
         )
-        print("Peers, and the column before them: the same cases, without options and with a finite maximum a row.")
-    missed = sum(not line.of_bound <= 1 for line in lines)
-    print("Errors are in units in the last place: of the answer for softmax, of max(1, |answer|) for the logarithms.")
-    print(f"{missed} of {len(lines)} bounds are missed." if missed else f"All {len(lines)} bounds are kept.")
-    if json is not None:
-        # JSON has no infinity: an answer that is wrong by itself, such as NaN for a number, is null there.
-        figures = [{k: None if v == math.inf else v for k, v in asdict(line).items()} for line in lines + beside]
-        json.write_text(json_module.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return 1 if missed else 0
+    return {"peers": [asdict(one) for one in found], "faults": [asdict(one) for one in wrong]}
 
 
-def _chosen(names: list[str] | None) -> list[Backend]:
-    if names is None:
-        return [one for one in Backend if not missing(one)]
-    known = {one.value: one for one in Backend}
-    for name in names:
-        if name not in known:
-            msg = f"unknown backend {name!r}: choose from {', '.join(known)}"
-            raise ValueError(msg)
-        absent = missing(known[name])
-        if absent:
-            msg = f"backend {name!r} cannot be opened here: {absent}"
-            raise ValueError(msg)
-    return [known[name] for name in names]
+def _finite(value: Any) -> Any:
+    """Return null for infinity and NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _show(lines: list[Line], beside: list[Line]) -> None:
-    peers = sorted({line.by for line in beside})
-    error = {(line.by, line.op, line.dtype): _figure(line.ulps) for line in beside}
-    columns = ("function", "dtype", "ulp", "of the bound", *(("plain ulp", *peers) if peers else ()), "worst case")
-    rows = [
-        (
-            *(line.op, line.dtype, _figure(line.ulps), _figure(line.of_bound)),
-            *((_figure(line.plain_ulps),) if peers else ()),
-            *(error.get((peer, line.op, line.dtype), "") for peer in peers),
-            line.case,
-        )
-        for line in lines
-    ]
-    # A file or a pipe gets lines of any length, which a table for a terminal would wrap.
-    if sys.stdout.isatty() and find_spec("rich"):
-        from rich.console import Console
+class _Screen:
+    """A terminal with rich: tables, colours, and a bar of progress; else plain columns of any width."""
+
+    def __init__(self) -> None:
+        self.console: Any = None
+        self.bar: Any = None
+        if sys.stdout.isatty() and find_spec("rich"):
+            from rich.console import Console
+
+            self.console = Console(highlight=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def expect(self, steps: int) -> None:
+        """Say how many steps there will be."""
+        if self.console is not None:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.task = self.bar.add_task("", total=steps)
+            self.bar.start()
+
+    def step(self, name: str) -> None:
+        """Say what comes next."""
+        if self.bar is not None:
+            self.bar.update(self.task, advance=1, description=name)
+
+    def line(self, text: str, style: str = "") -> None:
+        """Print a line."""
+        if self.console is None:
+            print(text, flush=True)
+        else:
+            self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def table(self, title: str, columns: list[str], rows: list[list[Cell]]) -> None:
+        """Print a table; numbers stand to the right."""
+        if self.console is None:
+            cells = [columns, *([text for text, _ in row] for row in rows)]
+            widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+            lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+            print(title, *lines, "", sep="\n", flush=True)
+            return
+        from rich import box
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(*columns)
+        shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for name in columns:
+            shown.add_column(name, justify="right" if name in ("bound", "apart", "ms", *_SHORT.values()) else "left")
         for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(flush=True)
-
-
-def _figure(value: float) -> str:
-    return "wrong" if math.isinf(value) else f"{value:.3g}"
+            shown.add_row(*(Text(text, style=style) for text, style in row))
+        self.console.print(shown)

@@ -9,6 +9,7 @@ import io
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from polysoftmax.engines import CUDA_REMEDY
 from polysoftmax.engines.cuda._plan import Machine
 from polysoftmax.engines.cuda._source import source
 
@@ -53,14 +54,14 @@ def target_of(arch: int) -> int:
         import cuda.core  # noqa: F401 - the launches need it: an installation in pieces is found here
         from cuda.bindings import driver, nvrtc
     except ImportError as error:
-        msg = f"cuda.core cannot be imported ({error}): pip install -U polysoftmax[cuda]"
+        msg = f"cuda.core cannot be imported ({error}): {CUDA_REMEDY}"
         raise ImportError(msg) from error
     try:
         _, major, minor = nvrtc.nvrtcVersion()
         _, known = nvrtc.nvrtcGetSupportedArchs()
         _, version = driver.cuDriverGetVersion()
     except RuntimeError as error:  # what the bindings raise where a library, or a function of it, is missing
-        msg = f"{str(error).splitlines()[0].rstrip(': .')}: pip install -U polysoftmax[cuda]"
+        msg = f"{str(error).splitlines()[0].rstrip(': .')}: {CUDA_REMEDY}"
         raise ImportError(msg) from error
     if version // 1000 < major:
         theirs = f"this one is for CUDA {version // 1000}.{version % 1000 // 10}"

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from polysoftmax._arrays import library
-from polysoftmax.engines import has_cuda_core
+from polysoftmax.engines import CUDA_REMEDY, has_cuda_core
 from polysoftmax.engines.cuda import _compile, _launch
 from polysoftmax.engines.cuda._plan import USUAL_SHARED
 
@@ -134,7 +134,7 @@ class _TorchDevice:
             msg = "this PyTorch is not built for CUDA"
             raise ImportError(msg)
         if not has_cuda_core():
-            msg = "cuda.core is not installed: pip install polysoftmax[cuda]"
+            msg = f"cuda.core is not installed: {CUDA_REMEDY}"
             raise ImportError(msg)
         found = torch.cuda.get_device_properties(ordinal)
         self.arch = found.major * 10 + found.minor
