@@ -172,6 +172,29 @@ def log_probs() -> list[Case]:
     ]
 
 
+def named(cases: list[Case], *names: str) -> list[Case]:
+    return [one for one in cases if one.name in names]
+
+
+def heads(cases: list[Case]) -> list[Case]:
+    """Return cases whose logits are those of a head, exactly: its hidden states are the rows of a unit matrix."""
+    return [
+        case(one.name, **one.given, hidden=np.eye(len(one.operand("logits"))), chunk_size=3, core=one.core)
+        for one in cases
+    ]
+
+
+def losses_of_heads() -> list[Case]:
+    given: dict[str, Any] = {"logits": logits(7, 37), "targets": np.asarray([0, 36, 5, 3, 17, 3, 1])}
+    return heads(
+        [
+            case("the sum", **given, reduction="sum", core=True),
+            case("each row", **given, reduction="none", core=True),
+            case("the mean", **given, ignore_index=3, label_smoothing=0.125, z_loss=0.25),
+        ]
+    )
+
+
 def speculations() -> list[Case]:
     target, draft = logits(40, 4 * 11).reshape(40, 4, 11), logits(40, 3 * 11, seed=5).reshape(40, 3, 11)
     near: dict[str, Any] = {"target_logits": target, "draft_logits": target[:, :3] + np.round(4 * draft) / 16}

@@ -145,6 +145,64 @@ _EVERY = (
         main="out_a",
     ),
     Check(
+        "linear_cross_entropy",
+        ("logits", "hidden", "targets"),
+        _expected.cross_entropy,
+        tuple(calls.losses_of_heads()),
+        "{f}(hidden, logits.T, targets{options})",
+    ),
+    Check(
+        "linear_cross_entropy_value_and_grad",
+        ("logits", "hidden", "targets"),
+        by_row(_expected.loss_slopes, ("entries", "dtype"), main="logits"),
+        tuple(calls.losses_of_heads()[:1]),
+        "{f}(hidden, logits.T, targets{options})[1].weight.T",
+    ),
+    Check(
+        "linear_log_prob",
+        ("logits", "hidden", "tokens"),
+        _drawn.log_prob,
+        tuple(calls.heads(calls.named(calls.log_probs(), "nothing", "all", "several tokens", "masked rows"))),
+        "{f}(hidden, logits.T, tokens{options})",
+    ),
+    *(
+        Check(
+            f"streaming.{name}",
+            ("logits", *more),
+            expect,
+            tuple(calls.named(cases, *names)),
+            "{f}([logits[..., :2], logits[..., 2:]]" + "".join(f", {one}" for one in (*more, *last)) + "{options})",
+            main="logits",
+        )
+        for name, more, last, expect, cases, names in (
+            (
+                "logsumexp",
+                (),
+                (),
+                by_row(_expected.logsumexp_of_scores, ("row", "compute"), main="logits"),
+                [case("rows", logits=calls.ROWS, core=True), case("T=0.5", logits=calls.ROWS[:4], temperature=0.5)],
+                ("rows", "T=0.5"),
+            ),
+            ("log_prob", ("tokens",), (), _drawn.log_prob, calls.log_probs(), ("nothing", "bad rows", "long rows")),
+            (
+                "cross_entropy",
+                ("targets",),
+                (),
+                _expected.cross_entropy,
+                calls.losses(),
+                ("classes", "the mean", "no row counts", "normal rows"),
+            ),
+            (
+                "sample",
+                ("key",),
+                ("logits.shape[-1]",),
+                _drawn.sample,
+                calls.samples(),
+                ("nothing", "tokens alone", "bad rows", "many rows", "long rows, all tokens"),
+            ),
+        )
+    ),
+    Check(
         "truncate",
         ("logits",),
         by_row(_drawn.truncate, ("entries", "dtype"), main="logits"),

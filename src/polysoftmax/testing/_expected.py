@@ -267,6 +267,16 @@ def cross_entropy(given: Given) -> tuple[Reference, ...]:
     return (Reference(np.asarray(high), np.asarray(low), np.asarray(bound), given.compute, given.compute),)
 
 
+def loss_slopes(given: Given, row: Row) -> tuple[Floats, ...]:
+    """Return p - onehot, the slopes of a row's loss; that of its class is what the others have."""
+    del given
+    s, place, target = row.scored, row.distinct[2], int(row.others["targets"])
+    terms = [(s.p[i], s.relative(i) * s.p[i]) for i in place]
+    others = [one for i, one in enumerate(terms) if i != target]
+    of_target = -mpmath.fsum(y for y, _ in others), mpmath.fsum(units for _, units in others) + math.log2(row.n)
+    return (split(of_target if i == target else one for i, one in enumerate(terms)),)
+
+
 # Rows in parts
 
 
