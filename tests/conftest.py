@@ -75,8 +75,6 @@ _AS_USERS_RUN_THEM = {
     _CONTRACT,
     "test_accuracy",
     "test_confident",
-    "test_losses",
-    "test_peers",
     "test_work_before",
 }
 """The files whose JAX programs are compiled as users' are: they test numbers, and what a compiler makes of them.
