@@ -151,6 +151,8 @@ def pytest_report_header() -> str | None:
 
 def pytest_collection_finish() -> None:
     _collect_garbage()
+    # Tracers make so many objects that looking for garbage among them would take a twentieth of the time.
+    gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
