@@ -133,7 +133,9 @@ GROUPS = {
 
 
 @pytest.mark.parametrize(
-    ("engine", "names"), [(engine, names) for engine, groups in GROUPS.items() for names in groups]
+    ("engine", "names"),
+    [(engine, names) for engine, groups in GROUPS.items() for names in groups],
+    ids=["the family", "losses and draws", "portable"],
 )
 def test_few_programs_serve_every_shape(engine: str, names: list[str]) -> None:
     """One for the first shape, and one for all others: PyTorch takes a length for dynamic as soon as it changes."""
@@ -262,7 +264,9 @@ def test_numbers_that_change(name: str, engine: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("names", "dtype"), [(tuple(FUNCTIONS), "float32"), (NARROW, "bfloat16")])
+@pytest.mark.parametrize(
+    ("names", "dtype"), [(tuple(FUNCTIONS), "float32"), (NARROW, "bfloat16")], ids=["float32", "bfloat16"]
+)
 def test_compiled_code_has_the_bits_of_eager_code(names: tuple[str, ...], dtype: str) -> None:
     x = logits(12, dtype=getattr(torch, dtype))
     x[1, 0], x[2, 0], x[3, ::2], x[4], x[5] = torch.nan, torch.inf, -torch.inf, -torch.inf, 0.5
@@ -275,7 +279,9 @@ DIFFERENTIABLE = (*(name for name in MOST if "sample" not in name), "sample, log
 
 
 @needs_kernels
-@pytest.mark.parametrize(("names", "dtype"), [(DIFFERENTIABLE, "float32"), (NARROW, "bfloat16")])
+@pytest.mark.parametrize(
+    ("names", "dtype"), [(DIFFERENTIABLE, "float32"), (NARROW, "bfloat16")], ids=["float32", "bfloat16"]
+)
 def test_compiled_gradients_are_those_of_eager_code(names: tuple[str, ...], dtype: str) -> None:
     """Each function has logits of its own, so that one backward pass has the gradients of all."""
     function = all_of(names)
