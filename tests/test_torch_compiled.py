@@ -376,19 +376,17 @@ def test_the_operator_keeps_the_rules_of_operators(formula: RowFormula, engine: 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 @needs_kernels
-def test_inductor_calls_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_calls_the_operator() -> None:
     config = pytest.importorskip("torch._inductor.config")
-    # Whether the C++ compiler knows the CPU's vectors would be asked of it by compiling a file for each kind of them.
-    monkeypatch.setattr(config.cpp, "vec_isa_ok", True)
-    # One after another, in this process: PyTorch would start one for each CPU.
-    monkeypatch.setattr(config, "compile_threads", 1)
 
     def drawn(x: Any) -> Any:
         return ps.sample(x * 0.73, 7, top_k=5), ps.cross_entropy(x * 0.73, classes(x))
 
     x = logits(8, 1000).requires_grad_()
-    found = torch.compile(drawn, fullgraph=True)(x)
-    tokens, loss = drawn(x)
-    assert torch.equal(found[0], tokens)
-    torch.testing.assert_close(found[1], loss)
-    torch.testing.assert_close(torch.autograd.grad(found[1], x), torch.autograd.grad(loss, x))
+    # Whether the C++ compiler knows the CPU's vectors would be asked of it by compiling a file for each kind of them.
+    with config.patch({"cpp.vec_isa_ok": True}):
+        found = torch.compile(drawn, fullgraph=True)(x)
+        tokens, loss = drawn(x)
+        assert torch.equal(found[0], tokens)
+        torch.testing.assert_close(found[1], loss)
+        torch.testing.assert_close(torch.autograd.grad(found[1], x), torch.autograd.grad(loss, x))
