@@ -18,6 +18,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from polysoftmax.testing import Adapter, Backend, missing, open_backend, reference
 from polysoftmax.testing._libraries import forget_programs
+from tests.quick_programs import compile_quickly
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,11 +75,6 @@ _AS_USERS_RUN_THEM = {
     _CONTRACT,
     "test_accuracy",
     "test_confident",
-    "test_edges",
-    "test_losses",
-    "test_one_rule",
-    "test_peers",
-    "test_rows_without_tokens",
     "test_work_before",
 }
 """The files whose JAX programs are compiled as users' are: they test numbers, and what a compiler makes of them.
@@ -155,6 +151,8 @@ def pytest_report_header() -> str | None:
 
 def pytest_collection_finish() -> None:
     _collect_garbage()
+    # Tracers make so many objects that looking for garbage among them would take a twentieth of the time.
+    gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -207,19 +205,16 @@ def _forget_compiled_code() -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
 
-def _compile_for_speed(*, fast: bool) -> None:
-    """Choose how JAX compiles here and in subprocesses from now on."""
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not fast))
-    if "jax" in sys.modules:
-        sys.modules["jax"].config.update("jax_disable_most_optimizations", not fast)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_a_file(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let programs go with the file that they were compiled for: all of them take 5 GB."""
     file = request.module.__name__.rpartition(".")[2]
-    _compile_for_speed(fast=_EVERYTHING or file in _AS_USERS_RUN_THEM)
-    yield
+    # A part of the suite may import JAX later, with its first test.
+    has_jax = "jax" in sys.modules or any(one.library == "jax" and not missing(one) for one in _backends())
+    with pytest.MonkeyPatch.context() as patch:
+        if has_jax and not _EVERYTHING and file not in _AS_USERS_RUN_THEM:
+            compile_quickly(patch)
+        yield
     reference.cache_clear()
     _forget_compiled_code()
 

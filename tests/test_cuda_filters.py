@@ -54,9 +54,9 @@ LENGTHS = [
 ]
 
 
-def some(values, n):
-    """Return every third value for rows that no list holds, whose threads take the host a second to go through."""
-    return values[:: 3 if n > 4096 else 1]
+def some(values, n, everything):
+    """Return every third value, which one depends on the length, where threads take the host a second for each."""
+    return values if everything or n < 4096 else values[n % 3 :: 3]
 
 
 def assert_same_rows(device, x, **options):
@@ -70,29 +70,29 @@ def assert_same_rows(device, x, **options):
 
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "n"), LENGTHS)
-def test_top_k_of_every_size(device, dtype, n):
+def test_top_k_of_every_size(device, dtype, n, everything):
     x = rows_of(np.random.default_rng(n), dtype, n, 512)
-    for k in some(sorted({1, 2, 7, 50, 300, 1024, 2500, n // 2, n - 1, n, n + 1}), n):
+    for k in some(sorted({1, 2, 7, 50, 300, 1024, 2500, n // 2, n - 1, n, n + 1}), n, everything):
         if k:
             assert_same_rows(device, x, top_k=k)
 
 
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "n"), LENGTHS)
-def test_top_p_of_every_size(device, dtype, n):
+def test_top_p_of_every_size(device, dtype, n, everything):
     x = rows_of(np.random.default_rng(n), dtype, n, 512)
-    for p in some((0.0, 1e-6, 0.1234, 0.5, 0.9, 0.999, 1 - 2.0**-20, 1 - 2.0**-24), n):
+    for p in some((0.0, 1e-6, 0.1234, 0.5, 0.9, 0.999, 1 - 2.0**-20, 1 - 2.0**-24), n, everything):
         assert_same_rows(device, x, top_p=p)
-    for temperature in some((0.0, 1e-3, 0.5, 30.0, np.inf), n):
+    for temperature in some((0.0, 1e-3, 0.5, 30.0, np.inf), n, everything):
         assert_same_rows(device, x, top_p=0.7, temperature=temperature)
 
 
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "n"), LENGTHS)
-def test_filters_one_after_another(device, dtype, n):
+def test_filters_one_after_another(device, dtype, n, everything):
     rng = np.random.default_rng(n)
     x = rows_of(rng, dtype, n, 512)
-    for k in some((2, 60, n // 2, n - 2), n):
+    for k in some((2, 60, n // 2, n - 2), n, everything):
         for options in ({"top_p": 0.8}, {"min_p": 0.3}, {"top_p": 0.413, "min_p": 0.01, "temperature": 2.0}):
             assert_same_rows(device, x, top_k=max(1, k), **options)
     assert_same_rows(device, x, min_p=0.5)
@@ -117,13 +117,13 @@ def test_filters_under_a_mask(device, dtype, n):
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "n"), [("float32", 3), ("bfloat16", 2048), ("float16", 20_000), ("float64", 6001)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_leading_tokens_come_with_their_indices(device, dtype, n, masked):
+def test_leading_tokens_come_with_their_indices(device, dtype, n, masked, everything):
     rng = np.random.default_rng(n)
     x = rows_of(rng, dtype, n, 512)
     where = rng.random(x.shape) < 0.3 if masked else None
     compute = np.dtype("float64" if dtype == "float64" else "float32")
     wide = np.where(where if masked else True, x.astype(compute), -np.inf)
-    for k in some((1, 3, 50, 1000, 130), n):
+    for k in some((1, 3, 50, 1000, 130), n, everything):
         if k > n:
             continue
         top, values, index = cuda.run(Call(LEADING, {"top_k": k}, 1, compute, compute), (x, where))

@@ -16,7 +16,7 @@ from polysoftmax.testing import Backend, missing
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
-IMPORT = re.compile(r"^(?:import|from) (jax|torch|cupy|dask)\b", re.MULTILINE)
+IMPORT = re.compile(r"^(?:import|from) (jax|torch|cupy|dask|ndonnx)\b", re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -49,7 +49,10 @@ CASES = [
 @pytest.mark.parametrize(("page", "have"), CASES)
 def test_blocks_run_for_those_who_have(page: Path, have: frozenset[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A reader with these libraries, and NumPy, runs down the page, past the blocks that need others."""
-    for library in sorted(have):
+    if "ndonnx" in have:
+        pytest.importorskip("ndonnx")
+        pytest.importorskip("onnxruntime")
+    for library in sorted(have - {"ndonnx"}):
         if reason := missing(Backend(library)):
             pytest.skip(reason)
     names: dict[str, object] = {}

@@ -173,25 +173,6 @@ def test_torch_compile_rounds_any_number(engine: str) -> None:
             assert torch.equal(program(x, p), expected)
 
 
-def test_work_before_the_call_does_not_matter() -> None:
-    """Under jit the logits may be computed anew for each use; what is left has to be what is drawn from."""
-    jax = pytest.importorskip("jax")
-    keys = random.split(4, ROWS)
-    for top_k in (0, 12):
-        rows = jax.numpy.asarray(rows_at_the_edge(300, "float32", top_k=top_k) * np.float32(0.7))
-        options = {"top_k": top_k, "top_p": P}
-
-        def both(x: Any, options: dict[str, Any] = options) -> Any:
-            x = x / np.float32(0.7) * np.float32(1.1) + np.float32(0.3)
-            left = polysoftmax.truncate(x, temperature=1.1, **options)
-            drawn = polysoftmax.sample(x, keys, temperature=1.1, **options)
-            return drawn, polysoftmax.sample(left, keys, temperature=1.1), left
-
-        drawn, after, left = jax.jit(both)(rows)
-        np.testing.assert_array_equal(drawn, after)
-        assert (np.take_along_axis(np.asarray(left), np.asarray(drawn)[:, None], axis=-1) > -math.inf).all()
-
-
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_number_is_what_an_array_of_it_holds(dtype: type) -> None:
     """In the compute dtype, and for every parameter that is a number."""

@@ -17,6 +17,7 @@ from polysoftmax._formula import words
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._truncation import TRUNCATE
+from tests.quick_programs import FLAGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,8 +186,7 @@ def test_eager_calls_promote_nothing_silently(name: str) -> None:
         FUNCTIONS[name](given)
 
 
-# Without a draw, of whose words each operation would be one to compile.
-@pytest.mark.parametrize("name", ["truncate by rows", "truncate to few"])
+@pytest.mark.parametrize("name", ["truncate by rows", "sample few"])
 def test_without_jit(name: str) -> None:
     given = arguments("float32")
     want = FUNCTIONS[name](given)
@@ -317,7 +317,7 @@ print("done")
 
 def test_arrays_meet_on_one_set_of_devices() -> None:
     """In a process of its own, as the number of devices is fixed when JAX starts."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {**os.environ, "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", DEVICES]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.stdout == "done\n", found.stderr

@@ -97,8 +97,7 @@ def expected(x: np.ndarray, t: np.ndarray, options: dict[str, Any]) -> tuple[np.
     return (drawn - p) / t[:, None], (mean - x[np.arange(len(x)), token]) / t**2
 
 
-# Eagerly JAX would compile each of the 230 operations that by_jit compiles at once.
-WORTH = {"by_torch_compile": ("all of few",), "by_jax": (), "by_work_before": ("all of few",)}
+WORTH = {"by_torch_compile": ("all of few",), "by_jax": ("plain",), "by_work_before": ("all of few",)}
 WORTH["by_jit"] = ("plain", "all of few", "all of many")
 """The options that are enough where each is a compilation of many seconds."""
 

@@ -196,8 +196,14 @@ def _threads() -> Iterator[None]:
     _library.load().set_num_threads(_library.num_threads())  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", ROWS)
+def cases() -> Iterator[tuple[int, str]]:
+    """Yield lengths and dtypes, those of 16 bits in turn: kernels widen either to float32, and round at the end."""
+    everything = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
+    for n, left_out in zip(ROWS, itertools.cycle(DTYPES[2:])):
+        yield from ((n, dtype) for dtype in DTYPES if everything or dtype != left_out)
+
+
+@pytest.mark.parametrize(("n", "dtype"), list(cases()))
 def test_a_row_has_one_answer(n: int, dtype: str) -> None:
     every = [] if dtype == "bfloat16" else list(calls(n, dtype, "numpy"))
     of_torch = list(calls(n, dtype, "torch")) if importlib.util.find_spec("torch") else []

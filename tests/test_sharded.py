@@ -11,10 +11,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.quick_programs import FLAGS
 
 DEVICES, ROWS, N = 4, 8, 4096
 
@@ -127,8 +130,9 @@ def run() -> None:
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     pytest.importorskip("jax")
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
-    found = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={DEVICES}"}
+    command, root = [sys.executable, "-m", "tests.test_sharded"], Path(__file__).parents[1]
+    found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)  # type: ignore[no-any-return]
 

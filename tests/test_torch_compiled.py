@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +18,14 @@ from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax._truncation import TRUNCATE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from polysoftmax._formula import RowFormula
 
 torch = pytest.importorskip("torch")
 testing = pytest.importorskip("torch._dynamo.testing")
 
+EVERYTHING = os.environ.get("POLYSOFTMAX_TEST_WORK") == "all"
 OPERATOR, WORDS = "polysoftmax.formula.default", "polysoftmax.words.default"
 
 
@@ -115,20 +117,38 @@ def operators_of(name: str) -> list[str]:
     return [WORDS] * (name in SAMPLES) + [OPERATOR] * (1 + (name == "sample, log-probabilities"))
 
 
+def all_of(names: Iterable[str]) -> Callable[[Any], list[Any]]:
+    """Return a function of a tensor for each name: PyTorch captures many in half the time that one by one takes."""
+    return lambda tensors: [FUNCTIONS[name](x) for name, x in zip(names, tensors, strict=True)]
+
+
+def same_of_each(names: Iterable[str], found: list[Any], want: list[Any], **tolerances: float) -> None:
+    for name, y, expected in zip(names, found, want, strict=True):
+        message = f"{name}: {{}}".format
+        torch.testing.assert_close(y, expected, equal_nan=True, msg=message, **tolerances)
+
+
+GROUPS = {
+    "auto": [[name for name in MOST if name in part] for part in (FAMILY, LOSSES_AND_DRAWS)],
+    "portable": [["cross_entropy", "truncate, top_k"]],
+}
+
+
 @pytest.mark.parametrize(
-    ("engine", "name"),
-    [("auto", name) for name in MOST] + [("portable", name) for name in ("cross_entropy", "truncate, top_k")],
+    ("engine", "names"),
+    [(engine, names) for engine, groups in GROUPS.items() for names in groups],
+    ids=["the family", "losses and draws", "portable"],
 )
-def test_few_programs_serve_every_shape(engine: str, name: str) -> None:
+def test_few_programs_serve_every_shape(engine: str, names: list[str]) -> None:
     """One for the first shape, and one for all others: PyTorch takes a length for dynamic as soon as it changes."""
-    graphs = Graphs()
+    graphs, function = Graphs(), all_of(names)
     with ps.engine(engine):
-        program = torch.compile(FUNCTIONS[name], fullgraph=True, backend=graphs)
+        program = torch.compile(lambda x: function([x] * len(names)), fullgraph=True, backend=graphs)
         for i in range(10 if engine == "auto" else 4):
             x = logits(4 + i, 40 + i)
-            same(program(x), FUNCTIONS[name](x))
+            same_of_each(names, program(x), function([x] * len(names)), rtol=1e-5, atol=1e-6)
     assert len(graphs.operators) <= 2
-    expected = operators_of(name) if engine == "auto" and has_kernels() else []
+    expected = [one for name in names for one in operators_of(name)] if engine == "auto" and has_kernels() else []
     assert graphs.operators == [expected] * len(graphs.operators)
 
 
@@ -162,7 +182,8 @@ class Exported(torch.nn.Module):
         return self.function(x)
 
 
-@pytest.mark.parametrize("name", MOST)
+# What a draw's log-probabilities add to it is in the case of log_prob, and both in tests/test_exported.py.
+@pytest.mark.parametrize("name", [name for name in MOST if EVERYTHING or name != "sample, log-probabilities"])
 def test_exported_programs_take_any_number_and_length_of_rows(name: str) -> None:
     # The draw is cut into blocks whose length follows from that of the rows: 8 from 17 to 64.
     least = 17 if name in SAMPLES else 4
@@ -182,11 +203,12 @@ NARROW = ("cross_entropy", "truncate, top_p", "sample, log-probabilities")
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", [name for name in FAMILY if name in MOST])
-def test_what_has_a_derivative_calls_a_kernel_where_gradients_are_recorded(name: str) -> None:
-    has_rule, graphs = not any(word in name for word in ("jvp", "vjp")), Graphs()
-    torch.compile(FAMILY[name], backend=graphs, fullgraph=True)(logits().requires_grad_())
-    assert graphs.operators == [[OPERATOR] * has_rule]
+def test_what_has_a_derivative_calls_a_kernel_where_gradients_are_recorded() -> None:
+    names, graphs = [name for name in FAMILY if name in MOST], Graphs()
+    function = all_of(names)
+    program = torch.compile(lambda x: function([x] * len(names)), backend=graphs, fullgraph=True)
+    program(logits().requires_grad_())
+    assert graphs.operators == [[OPERATOR] * sum(not any(word in name for word in ("jvp", "vjp")) for name in names)]
 
 
 @needs_kernels
@@ -245,35 +267,41 @@ def test_numbers_that_change(name: str, engine: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, "float32") for name in FUNCTIONS] + [(name, "bfloat16") for name in NARROW]
+    ("names", "dtype"), [(tuple(FUNCTIONS), "float32"), (NARROW, "bfloat16")], ids=["float32", "bfloat16"]
 )
-def test_compiled_code_has_the_bits_of_eager_code(name: str, dtype: str) -> None:
+def test_compiled_code_has_the_bits_of_eager_code(names: tuple[str, ...], dtype: str) -> None:
     x = logits(12, dtype=getattr(torch, dtype))
     x[1, 0], x[2, 0], x[3, ::2], x[4], x[5] = torch.nan, torch.inf, -torch.inf, -torch.inf, 0.5
-    program = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(program(x), FUNCTIONS[name](x), rtol=0, atol=0, equal_nan=True)
+    function, given = all_of(names), [x] * len(names)
+    program = torch.compile(function, fullgraph=True, backend="aot_eager")
+    same_of_each(names, program(given), function(given), rtol=0, atol=0)
 
 
-DIFFERENTIABLE = [name for name in MOST if "sample" not in name] + ["sample, log-probabilities"]
+DIFFERENTIABLE = (*(name for name in MOST if "sample" not in name), "sample, log-probabilities")
 
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, "float32") for name in DIFFERENTIABLE] + [(name, "bfloat16") for name in NARROW]
+    ("names", "dtype"), [(DIFFERENTIABLE, "float32"), (NARROW, "bfloat16")], ids=["float32", "bfloat16"]
 )
-def test_compiled_gradients_are_those_of_eager_code(name: str, dtype: str) -> None:
-    def moment(x: Any) -> Any:
-        y = FUNCTIONS[name](x)
-        y = y[1] if isinstance(y, tuple) else torch.where(y > -torch.inf, y, 0.0)
-        return (y.double() * torch.cos(torch.arange(y.numel())).reshape(y.shape)).sum()
+def test_compiled_gradients_are_those_of_eager_code(names: tuple[str, ...], dtype: str) -> None:
+    """Each function has logits of its own, so that one backward pass has the gradients of all."""
+    function = all_of(names)
+
+    def moment(tensors: list[Any]) -> Any:
+        total = 0.0
+        for answer in function(tensors):
+            y = answer[1] if isinstance(answer, tuple) else torch.where(answer > -torch.inf, answer, 0.0)
+            total = total + (y.double() * torch.cos(torch.arange(y.numel())).reshape(y.shape)).sum()
+        return total
 
     slopes = []
-    for function in (moment, torch.compile(moment, fullgraph=True, backend="aot_eager")):
-        x = logits(dtype=getattr(torch, dtype)).requires_grad_()
-        function(x).backward()
-        slopes.append(x.grad)
-    unit = torch.finfo(slopes[0].dtype).eps
-    torch.testing.assert_close(*slopes, rtol=4 * unit, atol=1e-6)
+    for run in (moment, torch.compile(moment, fullgraph=True, backend="aot_eager")):
+        given = [logits(dtype=getattr(torch, dtype)).requires_grad_() for _ in names]
+        run(given).backward()
+        slopes.append([x.grad for x in given])
+    unit = torch.finfo(slopes[0][0].dtype).eps
+    same_of_each(names, *slopes, rtol=4 * unit, atol=1e-6)
 
 
 @needs_kernels
@@ -349,12 +377,16 @@ def test_the_operator_keeps_the_rules_of_operators(formula: RowFormula, engine: 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 @needs_kernels
 def test_inductor_calls_the_operator() -> None:
+    config = pytest.importorskip("torch._inductor.config")
+
     def drawn(x: Any) -> Any:
         return ps.sample(x * 0.73, 7, top_k=5), ps.cross_entropy(x * 0.73, classes(x))
 
     x = logits(8, 1000).requires_grad_()
-    found = torch.compile(drawn, fullgraph=True)(x)
-    tokens, loss = drawn(x)
-    assert torch.equal(found[0], tokens)
-    torch.testing.assert_close(found[1], loss)
-    torch.testing.assert_close(torch.autograd.grad(found[1], x), torch.autograd.grad(loss, x))
+    # Whether the C++ compiler knows the CPU's vectors would be asked of it by compiling a file for each kind of them.
+    with config.patch({"cpp.vec_isa_ok": True}):
+        found = torch.compile(drawn, fullgraph=True)(x)
+        tokens, loss = drawn(x)
+        assert torch.equal(found[0], tokens)
+        torch.testing.assert_close(found[1], loss)
+        torch.testing.assert_close(torch.autograd.grad(found[1], x), torch.autograd.grad(loss, x))

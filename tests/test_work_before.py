@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from itertools import cycle, product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import pytest
 
 import polysoftmax as ps
 from polysoftmax.testing import FORMATS, rounded
+from tests.quick_programs import FLAGS, run_once
+from tests.test_edges import P, rows_at_the_edge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -156,8 +159,8 @@ def compare(name: str, work: str, dtype: str, given: tuple[Any, ...], x: Any) ->
     """Compare a function of work, in one program, with the function of what another program has computed."""
     function = FUNCTIONS[name]
     found = jax.jit(lambda *a: function(WORK[work](*a)))(*given)
-    # Both are programs: step by step, each of a derivative's would be one to compile.
-    jax.tree.map(lambda a, b: close(a, b, dtype, absolute=name in CANCELS), found, jax.jit(function)(x))
+    # The other one is compiled without what a compiler makes of a product and what follows.
+    jax.tree.map(lambda a, b: close(a, b, dtype, absolute=name in CANCELS), found, run_once(function, x))
 
 
 LESS = frozenset({"softmax, T", "softmax, T = 1e-9", "log_softmax, T = 0", "entropy", "vmap of cross_entropy"})
@@ -186,15 +189,28 @@ def test_logits_past_the_integers_of_their_dtype() -> None:
     assert y.tolist() == [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.5, 0.0, 0.5]]
 
 
-SHARDED = """
-import sys
+@pytest.mark.parametrize("top_k", [0, 12])
+def test_what_is_left_is_what_is_drawn_from(top_k: int) -> None:
+    """Where the mass of a prefix lies within rounding of p, and the logits may be computed anew for each use."""
+    rows = jnp.asarray(rows_at_the_edge(300, "float32", top_k=top_k) * np.float32(0.7))
+    keys, options = ps.random.split(4, len(rows)), {"top_k": top_k, "top_p": P, "temperature": 1.1}
 
+    def both(x: Any) -> Any:
+        x = x / np.float32(0.7) * np.float32(1.1) + np.float32(0.3)
+        left = ps.truncate(x, **options)
+        return ps.sample(x, keys, **options), ps.sample(left, keys, temperature=1.1), left
+
+    drawn, after, left = jax.jit(both)(rows)
+    np.testing.assert_array_equal(drawn, after)
+    assert (np.take_along_axis(np.asarray(left), np.asarray(drawn)[:, None], axis=-1) > -np.inf).all()
+
+
+SHARDED = """
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-sys.path.insert(0, {folder!r})
-import test_work_before as tests
+from tests import test_work_before as tests
 
 mesh = jax.make_mesh((2, 2), ("rows", "tokens"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 SPECS = ("rows", None), (None, "tokens"), ("rows", "tokens")
@@ -210,10 +226,13 @@ print("compared")
 
 
 def test_sharded_work_before_a_call() -> None:
-    """On four devices, in a process of its own, as their number is fixed when JAX starts."""
+    """On four devices, in a process of its own, as their number is fixed when JAX starts.
+
+    What is special is how XLA splits a program; what LLVM makes of a product is tested above.
+    """
     names = ["softmax, temperatures", "logsumexp", "cross_entropy", "sample, T = 0", "gradient of cross_entropy"]
-    code = SHARDED.format(folder=os.path.dirname(__file__), names=names)
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    code, root = SHARDED.format(names=names), Path(__file__).parents[1]
+    environment = {**os.environ, "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", code]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert found.stdout == "compared\n", found.stderr
