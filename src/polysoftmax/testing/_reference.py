@@ -244,8 +244,11 @@ PER_ROW = ("temperature", "top_k", "top_p", "min_p")
 """Parameters that are a number, or an array with one entry a row."""
 
 
-_OF_ALL_ROWS = ("where", "weight", "hidden")
-"""Arrays that are not taken apart beside the rows: a mask, which is one of their own, and what a head has for all."""
+UNIT = "hidden"
+"""The hidden states of a head, which are the rows of a unit matrix, so that its weight holds the logits."""
+
+_NOT_BESIDE_ROWS = ("where", "weight", UNIT)
+"""Arrays that are not taken apart as the rows are; a mask is, by itself."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,7 @@ class Given:
         for name, value in self.operands.items():
             if name in PER_ROW:
                 each[name] = self._parameter(value, shape, axes, self.compute if name != "top_k" else "int64")
-            elif isinstance(value, np.ndarray) and name not in (main, *_OF_ALL_ROWS):
+            elif isinstance(value, np.ndarray) and name not in (main, *_NOT_BESIDE_ROWS):
                 is_entry = value.ndim == len(shape) and name not in ("key", "tokens")
                 each[name] = (
                     to_rows(np.broadcast_to(value, shape), axes)
