@@ -184,8 +184,10 @@ def heads(cases: list[Case]) -> list[Case]:
     ]
 
 
-def losses_of_heads() -> list[Case]:
+def losses_of_heads(*, gradients: bool = False) -> list[Case]:
     given: dict[str, Any] = {"logits": logits(7, 37), "targets": np.asarray([0, 36, 5, 3, 17, 3, 1])}
+    if gradients:
+        return heads([case("rows", **given, core=True)])
     return heads(
         [
             case("the sum", **given, reduction="sum", core=True),

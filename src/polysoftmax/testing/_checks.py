@@ -155,8 +155,8 @@ _EVERY = (
         "linear_cross_entropy_value_and_grad",
         ("logits", "hidden", "targets"),
         by_row(_expected.loss_slopes, ("entries", "dtype"), main="logits"),
-        tuple(calls.losses_of_heads()[:1]),
-        "{f}(hidden, logits.T, targets{options})[1].weight.T",
+        tuple(calls.losses_of_heads(gradients=True)),
+        "{f}(hidden, logits.T, targets, reduction='sum'{options})[1].weight.T",
     ),
     Check(
         "linear_log_prob",
