@@ -11,6 +11,7 @@ from scipy import stats
 import polysoftmax as ps
 from polysoftmax import random
 from polysoftmax.engines import portable
+from polysoftmax.testing import rounded
 
 if TYPE_CHECKING:
     from polysoftmax.testing import Adapter
@@ -39,6 +40,17 @@ def test_the_greatest_entry_is_the_token_that_is_drawn(lib: Adapter) -> None:
         np.testing.assert_allclose(lib.values(y).sum(-1), 1, rtol=1e-5)
         hard = lib.values(lib.call(ps.gumbel_softmax, x, 5, 0.5, where=mask, hard=True))
         np.testing.assert_array_equal(hard, np.eye(n)[token])
+
+
+@here
+def test_in_16_bits_the_noise_is_added_to_the_logits_that_it_is_for(lib: Adapter) -> None:
+    """A compiler that leaves out the rounding of a product in front of the call must do so for both, or neither."""
+    if "bfloat16" not in lib.can.dtypes or (lib.backend.library == "jax" and portable()):
+        pytest.skip("no bfloat16, or too slow")
+    rows, keys = logits(6, 37), random.split(3, 6)
+    y = lib.call(ps.gumbel_softmax, lib.asarray(rows, "bfloat16"), lib.asarray(keys, "int32"), 0.5)
+    want = ps.gumbel_softmax(rounded(rows, "bfloat16"), keys, 0.5)
+    np.testing.assert_allclose(lib.values(y), want, rtol=2.0**-8, atol=1e-30)
 
 
 def test_the_noise_has_its_law() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import cast
 from polysoftmax._formula import words
 from polysoftmax._rows import last_rows
 from polysoftmax._sampling import GUMBEL_SOFTMAX, PEAK
@@ -87,7 +86,7 @@ def gumbel_softmax(
     keys = as_key(key, like=r.x)
     t, mask = r.temperature(temperature), r.mask(where)
     _require_one_key_a_row(tuple(keys.shape[:-1]), r.reduced_shape)
-    x, is_one_key = cast(r.x, r.compute), keys.ndim == 1 and bool(r.reduced_shape)
+    x, is_one_key = words(r.x).cast(r.x, r.compute), keys.ndim == 1 and bool(r.reduced_shape)
     noise = GUMBEL_SOFTMAX(r, words(x).constant(x), keys, mask, result=r.compute, is_one_key=is_one_key)
     return r.elementwise((PEAK if hard else SOFTMAX)(r, x + noise, t, mask))
 
