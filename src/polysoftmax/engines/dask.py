@@ -71,8 +71,8 @@ def _unordered() -> NotImplementedError:
 
 heads = WholeHeads()
 
-_OPEN = object()
-"""Stands in a template for an operand that comes in chunks."""
+_OPEN = ...
+"""Stands in a template for an operand that comes in chunks; the same object in every process."""
 
 
 def words(x: Array, axis: int) -> Ops:
