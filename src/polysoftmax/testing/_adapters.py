@@ -112,7 +112,11 @@ class Adapter:
         assert type(y) is type(like), f"{type(y).__name__}, not {type(like).__name__}"
         assert self.dtype_name(y) == dtype, f"dtype {self.dtype_name(y)}, not {dtype}"
         assert tuple(y.shape) == shape, f"shape {tuple(y.shape)}, not {shape}"
-        assert array_api_compat.device(y) == array_api_compat.device(like)
+        assert self.device(y) == self.device(like)
+
+    def device(self, y: Array) -> Any:
+        """Return an array's device; None where there is one memory for all."""
+        return array_api_compat.device(y)
 
 
 def _is_array(value: Any) -> bool:
@@ -191,6 +195,50 @@ class _Dask(Adapter):
     def values(self, y: Array) -> NDArray[Any]:
         with np.errstate(all="ignore"):
             return _widened(np.asarray(y.compute(scheduler="sync")))
+
+
+class _Cubed(Adapter):
+    def _make(self, exact: NDArray[Any], dtype: str) -> Array:
+        import cubed
+
+        # Two or more chunks, all of one length: others Cubed does not reshape.
+        chunks = tuple(next((c for c in range(n // 2, 0, -1) if n % c == 0), 1) for n in exact.shape)
+        return cubed.from_array(exact.astype(dtype), chunks=chunks)
+
+    def values(self, y: Array) -> NDArray[Any]:
+        with np.errstate(all="ignore"):
+            return _widened(np.asarray(y.compute(executor=self._executor)))
+
+    @functools.cached_property
+    def _executor(self) -> Any:
+        from cubed.runtime.create import create_executor
+
+        return create_executor("single-threaded")
+
+
+class _Mlx(Adapter):
+    def setting(self) -> Any:
+        import mlx.core
+
+        return mlx.core.stream(mlx.core.cpu)
+
+    def _make(self, exact: NDArray[Any], dtype: str) -> Array:
+        import mlx.core
+
+        return mlx.core.array(exact.astype(np.float32) if dtype == "bfloat16" else exact).astype(self.dtype(dtype))
+
+    def dtype(self, name: str) -> Any:
+        import mlx.core
+
+        return getattr(mlx.core, {"bool": "bool_"}.get(name, name))
+
+    def values(self, y: Array) -> NDArray[Any]:
+        import mlx.core
+
+        return np.asarray(y.astype(mlx.core.float64) if mlx.core.issubdtype(y.dtype, mlx.core.floating) else y)
+
+    def device(self, y: Array) -> Any:
+        del y  # an operation has a device, an array has none
 
 
 def x64(*, enabled: bool) -> Any:
@@ -365,6 +413,8 @@ _ADAPTERS: dict[str, type[Adapter]] = {
     "numpy": _NumPy,
     "array_api_strict": _Strict,
     "dask": _Dask,
+    "cubed": _Cubed,
+    "mlx": _Mlx,
     "jax": _Jax,
     "torch": _Torch,
     "cupy": _CuPy,
