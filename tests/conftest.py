@@ -50,6 +50,9 @@ _FILES = {
     Backend.NUMPY_READONLY: {_CONTRACT, "test_losses", "test_sampling", "test_sampling_calls", "test_truncation"},
     # All but laws and peers, which are about the formulas' numbers; these are those of NumPy, a graph for each call.
     Backend.DASK: {_CONTRACT, "test_accuracy", "test_dtypes", *(f"test_{name}" for name in _FUNCTIONS)},
+    # Each call plans and writes files; the words are Dask's, without an order.
+    Backend.CUBED: {_CONTRACT},
+    Backend.MLX: {_CONTRACT, "test_accuracy", "test_random", *(f"test_{name}" for name in _FUNCTIONS)},
     # The programs of `jax` in float64, whose second derivatives have tests of their own, and 64-bit integers.
     Backend.JAX_X64: {_CONTRACT, "test_accuracy", "test_random", "test_sampling"},
     # As for Dask; the numbers are those of eager PyTorch, to the bit, as test_torch_compiled.py has it.
@@ -60,6 +63,7 @@ _FILES = {
 _DTYPES = {
     # In both dtypes the graph is of NumPy's operations.
     Backend.DASK: ("float32",),
+    Backend.CUBED: ("float32",),
     # 16 bits where a compiler may leave their roundings out; for PyTorch's, see test_torch_programs.py.
     Backend.JAX: ("float32",),
     Backend.JAX_FUSED: ("bfloat16",),
@@ -84,6 +88,14 @@ Elsewhere shapes, rules and errors are tested, and JAX's programs do without wha
 
 _FUSED_DTYPES = {"test_accuracy": ("float32", "bfloat16"), "test_confident": ("float32",)}
 """Where float32 matters, as a product is contracted with what follows."""
+
+
+_OPTIONAL = {Backend.CUBED, Backend.MLX}
+"""Backends that `make test` does not install."""
+
+
+def _is_left_out(backend: Backend) -> bool:
+    return (backend.capability.gpu or backend in _OPTIONAL) and missing(backend) is not None
 
 
 def _runs_in(backend: Backend, engine: str, file: str, *, op_by_op: bool) -> bool:
@@ -113,8 +125,8 @@ def _asked() -> list[Backend]:
 
 @functools.cache
 def _backends() -> list[Backend]:
-    """Return what is asked for, or else every backend but those of a GPU that is not here."""
-    return _asked() or [one for one in Backend if not (one.capability.gpu and missing(one))]
+    """Return what is asked for, or else every backend but those of a GPU or a library that is not here."""
+    return _asked() or [one for one in Backend if not _is_left_out(one)]
 
 
 def _share_programs_of_jax(config: pytest.Config) -> None:
@@ -145,7 +157,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str | None:
-    absent = [one for one in Backend if one not in _backends() and one.capability.gpu]
+    absent = [one for one in Backend if _is_left_out(one)]
     return None if _asked() or not absent else f"no tests of: {'; '.join(map(str, map(missing, absent)))}"
 
 

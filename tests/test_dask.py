@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 import polysoftmax as ps
+from polysoftmax._formula import RowFormula, named
+from polysoftmax.engines import FORMULAS
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -35,24 +46,27 @@ FUNCTIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_chunks_of_whole_rows_have_the_answers_of_numpy(name: str) -> None:
-    """To the bit, in chunks of whole rows along each axis that is reduced."""
-    axis = {"first axis": 0, "logsumexp": 1}.get(name, 2)
+def planned(name: str) -> Any:
+    """Return a function's answer as a plan, in chunks of whole rows."""
     chunks = [2, 3, 20]
-    chunks[axis] = -1
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        pytest.fail("computed before the values were asked for")
-
-    given = (
+    chunks[{"first axis": 0, "logsumexp": 1}.get(name, 2)] = -1
+    return FUNCTIONS[name](
         da.from_array(ROWS, tuple(chunks)),
         da.from_array(WHERE, (2, 25)),
         da.from_array(TOKENS, (3, 2, 1)),
         da.from_array(T, (2, 4)),
     )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_chunks_of_whole_rows_have_the_answers_of_numpy(name: str) -> None:
+    """To the bit, in chunks of whole rows along each axis that is reduced."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        pytest.fail("computed before the values were asked for")
+
     with dask.config.set(scheduler=refuse):
-        y = FUNCTIONS[name](*given)
+        y = planned(name)
     want = FUNCTIONS[name](ROWS, WHERE, TOKENS, T)
     assert (y.shape, y.dtype) == (np.shape(want), want.dtype)
     found = y.compute(scheduler="sync")
@@ -80,3 +94,56 @@ def test_rows_that_are_spread_over_chunks() -> None:
         ps.sample(x, 7, top_k=3)
     with ps.engine("portable"), pytest.raises(NotImplementedError, match="Dask cannot order rows"):
         ps.sample(x.rechunk({2: -1}), 7, top_k=3)
+
+
+def test_a_formula_is_pickled_by_its_name() -> None:
+    """Kernels are found by the object, so another would run as it stands."""
+    logits = (True, False, False)
+    derived = [one.pullback(logits) for one in FORMULAS.values()]
+    derived += [one.pushforward(moving) for one in FORMULAS.values() for moving in (logits, (True, True, False))]
+    for formula in (*FORMULAS.values(), *derived, derived[0].pullback(logits)):
+        assert pickle.loads(pickle.dumps(formula)) is formula
+        assert len(pickle.dumps(formula)) < 250
+    lost = pickle.dumps(RowFormula("a formula of this test", len)).replace(b"a formula of", b"the sum over")
+    with pytest.raises(LookupError, match="no row formula named 'the sum over this test': import the module"):
+        pickle.loads(lost)
+    assert named("softmax") is FORMULAS["softmax"]
+
+
+def test_a_plan_is_computed_in_another_process() -> None:
+    code = """
+import pickle, sys
+found = [y.compute(scheduler="sync") for y in pickle.load(sys.stdin.buffer)]
+print(pickle.dumps(found).hex())
+"""
+    given = pickle.dumps([planned(name) for name in FUNCTIONS])
+    found = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, check=True)
+    for name, y in zip(FUNCTIONS, pickle.loads(bytes.fromhex(found.stdout.decode())), strict=True):
+        np.testing.assert_array_equal(y, planned(name).compute(scheduler="sync"), err_msg=name)
+
+
+@pytest.mark.filterwarnings("default")  # distributed has its own of files and sockets of a worker that is gone
+@pytest.mark.parametrize("name", ["sample", "draws"])
+def test_a_cluster_that_loses_a_worker(name: str, tmp_path: Path) -> None:
+    """Its chunks are computed anew by the other, with the same tokens."""
+    distributed = pytest.importorskip("distributed")
+
+    def slowly(chunk: Any) -> Any:  # workers cannot import this file
+        (tmp_path / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+        time.sleep(0.1)
+        return chunk
+
+    dashboard = {"dashboard_address": None}
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, **dashboard) as cluster,
+        cluster.get_client() as client,
+    ):
+        y = planned(name)
+        begun = client.compute(y.map_blocks(slowly, meta=y._meta))  # without it, the function is called here as well
+        while len(list(tmp_path.iterdir())) < 4 and not begun.done():
+            time.sleep(0.01)
+        lost = int(next(tmp_path.iterdir()).name.partition("-")[0])
+        os.kill(lost, signal.SIGKILL)
+        found = begun.result(timeout=60)
+        assert {lost} < {int(one.name.partition("-")[0]) for one in tmp_path.iterdir()}
+    np.testing.assert_array_equal(found, planned(name).compute(scheduler="sync"))

@@ -60,6 +60,8 @@ def _identify(x: Array) -> Library:
         import array_api_compat.torch as xp
     elif numpy is not None and isinstance(x, numpy.ndarray | numpy.generic):
         xp = standard_numpy()
+    elif kind.__module__ == "mlx.core":
+        from polysoftmax.engines.mlx import xp
     elif array_api_compat.is_array_api_obj(x):
         try:
             xp = array_api_compat.array_namespace(x)
@@ -353,7 +355,7 @@ def are_apart(x: Array, other: Array) -> bool:
     return bool(x.sharding.device_set != other.sharding.device_set)
 
 
-_ONE_DEVICE = frozenset({"numpy", "dask"})
+_ONE_DEVICE = frozenset({"numpy", "dask", "mlx"})
 
 
 def is_tracer(x: Array) -> bool:
@@ -365,7 +367,7 @@ def is_tracer(x: Array) -> bool:
 
 def device_for(x: Array) -> Any:
     """Return the ``device=`` that creates an array beside ``x``; JAX moves what was made without one."""
-    return None if library(x).name == "jax" else _device(x)
+    return None if library(x).name in ("jax", "mlx") else _device(x)
 
 
 def _device(x: Array) -> Any:

@@ -57,6 +57,8 @@ class RowFormula:
         self.keeps = keeps
         self.numbers = numbers
         self._derived: dict[tuple[str, tuple[bool, ...]], RowFormula] = {}
+        if not isinstance(function, _Pullback | _Pushforward):
+            _NAMED[name] = self
 
     def __call__(
         self,
@@ -95,6 +97,26 @@ class RowFormula:
 
     def __repr__(self) -> str:
         return f"<row formula {self.name}>"
+
+    def __reduce__(self) -> tuple[Callable[..., RowFormula], tuple[Any, ...]]:
+        """Pickle the name and not the functions: engines find their kernels by the formula object of their process."""
+        if isinstance(self.function, _Pullback):
+            return self.function.formula.pullback, (self.function.wanted,)
+        if isinstance(self.function, _Pushforward):
+            return self.function.formula.pushforward, (self.function.moving,)
+        return named, (self.name,)
+
+
+_NAMED: dict[str, RowFormula] = {}
+
+
+def named(name: str) -> RowFormula:
+    """Return the formula of a name; ``LookupError`` where the module that defines it has not been imported."""
+    try:
+        return _NAMED[name]
+    except KeyError:
+        msg = f"this process has no row formula named {name!r}: import the module that defines it first"
+        raise LookupError(msg) from None
 
 
 class _Pullback:

@@ -304,7 +304,7 @@ class Ops:
             return self.sum(terms)
         blocks = self.reshape(terms[..., :whole], (*terms.shape[:-1], whole // size, size))
         sums = self.sum_of_blocks(blocks)
-        return sums if n == whole else self.xp.concat([sums, self.sum(terms[..., whole:])], axis=-1)
+        return sums if n == whole else self.xp.concat([sums, self.sum(terms[..., whole:])], axis=terms.ndim - 1)
 
     def sum_of_blocks(self, blocks: Array) -> Array:
         """Return the sums along the last axis, which is dropped."""

@@ -91,4 +91,4 @@ def fold_draws(ops: Ops, k: Array, draws: int) -> Array:
     xp, batch, count = namespace(k), k.shape[:-1], k.shape[-1] // 2
     each = ops.reshape(k, (*batch, count, 1, 2))
     further = fold(each, ops.reshape(xp.arange(1, draws, dtype=xp.int32, device=device_for(k)), (-1, 1)))
-    return ops.reshape(xp.concat([each, further], axis=-2), (*batch, 2 * count * draws))
+    return ops.reshape(xp.concat([each, further], axis=each.ndim - 2), (*batch, 2 * count * draws))

@@ -152,7 +152,7 @@ def _high_and_low(whole: Array) -> tuple[Array, Array]:
 
 def _standard(xp: Any) -> Any:
     """Return the namespace of the standard for a library's own, whose functions may not take a device."""
-    return xp if hasattr(xp, "__array_namespace_info__") else namespace(xp.empty(0))
+    return namespace(xp.empty(0))
 
 
 def _count(value: int, name: str) -> int:

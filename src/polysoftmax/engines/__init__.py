@@ -94,6 +94,14 @@ def _load(x: Array) -> Runner:
         from polysoftmax.engines import dask as dask_engine
 
         return dask_engine
+    if name == "cubed":
+        from polysoftmax.engines.cubed import CubedOps
+
+        return _Portable(CubedOps, WholeHeads())
+    if name == "mlx":
+        from polysoftmax.engines.mlx import MlxOps
+
+        return _Portable(MlxOps)
     if name == "ndonnx":
         from polysoftmax.engines.ndonnx import NdonnxOps
 

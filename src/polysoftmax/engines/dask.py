@@ -1,11 +1,7 @@
-"""Dask: where chunks hold whole rows, each is computed by itself; elsewhere formulas become a graph of Dask's own.
-
-In that graph there are no gathers along an axis, and no order without the values.
-"""
+"""Dask: where chunks hold whole rows, each is computed by itself; elsewhere formulas become a graph of Dask's own."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import dask.array
@@ -15,67 +11,39 @@ from dask.base import tokenize
 from polysoftmax import _formula
 from polysoftmax._arrays import is_unknown, library, require_known_shape
 from polysoftmax._linear import WholeHeads
-from polysoftmax._ops import Ops, ops_of
+from polysoftmax._ops import ops_of
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._threefry import fold
 from polysoftmax.engines import native, portable
+from polysoftmax.engines._chunked import ChunkedOps
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
     from polysoftmax._formula import Call, RowFormula
+    from polysoftmax._ops import Ops
 
 
-class DaskOps(Ops):
+class DaskOps(ChunkedOps):
     """The words of Dask, which computes nothing before it is asked for values."""
 
-    def total(self, x: Array) -> Array:
-        return self.xp.sum(x)
+    no_order = (
+        "Dask cannot order rows lazily that are spread over chunks, as top_k and top_p need: "
+        "bring whole rows into a chunk first, logits.rechunk({axis: -1})"
+    )
 
     def mean(self, x: Array) -> Array:
         # The number of entries may be unknown before they are computed.
         return self.total(x) / self.xp.maximum(self.total(self.xp.ones_like(x)), 1.0)
 
-    def take(self, x: Array, index: Array) -> Array:
-        places, taken = self.indices(x), []
-        for k in range(index.shape[self.axis]):
-            entry = self.xp.where(places == self.part(index, k, k + 1), x, 0)
-            taken.append(self.xp.sum(entry, axis=self.axis, keepdims=True, dtype=x.dtype))
-        return self.side_by_side(taken)
-
-    def block_of(self, x: Array, block: Array, size: int) -> tuple[Array, Array]:
-        """Return whole rows, without what is outside the block."""
-        index = self.indices(x)
-        return self.xp.where(index // size == block, x, -math.inf if self.is_floating(x) else False), index
-
     def block_sums(self, terms: Array, size: int) -> Array:
         require_known_shape(terms)
         return super().block_sums(terms, size)
 
-    def descending(self, x: Array) -> Array:
-        raise _unordered()
-
-    def descending_indices(self, x: Array) -> Array:
-        raise _unordered()
-
-    def kth_greatest(self, x: Array, k: int) -> Array:
-        raise _unordered()
-
-    def top_k_indices(self, x: Array, k: int) -> Array:
-        raise _unordered()
-
-
-def _unordered() -> NotImplementedError:
-    msg = (
-        "Dask cannot order rows lazily that are spread over chunks, as top_k and top_p need: "
-        "bring whole rows into a chunk first, logits.rechunk({axis: -1})"
-    )
-    return NotImplementedError(msg)
-
 
 heads = WholeHeads()
 
-_OPEN = object()
-"""Stands in a template for an operand that comes in chunks."""
+_OPEN = ...
+"""Stands in a template for an operand that comes in chunks; the same object in every process."""
 
 
 def words(x: Array, axis: int) -> Ops:

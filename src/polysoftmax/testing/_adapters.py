@@ -140,7 +140,11 @@ class Adapter:
         assert type(y) is type(like), f"{type(y).__name__}, not {type(like).__name__}"
         assert self.dtype_name(y) == dtype, f"dtype {self.dtype_name(y)}, not {dtype}"
         assert tuple(y.shape) == shape, f"shape {tuple(y.shape)}, not {shape}"
-        assert array_api_compat.device(y) == array_api_compat.device(like)
+        assert self.device(y) == self.device(like)
+
+    def device(self, y: Array) -> Any:
+        """Return an array's device; None where there is one memory for all."""
+        return array_api_compat.device(y)
 
 
 def _is_array(value: Any) -> bool:

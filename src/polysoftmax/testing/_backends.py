@@ -21,6 +21,8 @@ class Backend(Enum):
     STRICT = "array_api_strict"
     STRICT_2025 = "array_api_strict:2025.12"
     DASK = "dask"
+    CUBED = "cubed"
+    MLX = "mlx"
     JAX = "jax"
     JAX_FUSED = "jax:fused"
     JAX_X64 = "jax:x64"
@@ -125,6 +127,16 @@ CAPABILITIES = {
     Backend.DASK: Capability(
         "lazily, in chunks", _FLOATS, ("int8", "int32", "int64", "uint8"), "float64", "int64", ("auto",), lazy=True
     ),
+    Backend.CUBED: Capability(
+        "lazily, in chunks; without top_k, top_p and top_log_probs, which need an order",
+        _FLOATS,
+        ("int8", "int32", "int64", "uint8"),
+        "float64",
+        "int64",
+        ("auto",),
+        lazy=True,
+    ),
+    Backend.MLX: Capability("on the CPU", _NARROW, ("int8", "int32", "uint8"), "float32", "int32", ("auto",)),
     Backend.JAX: _jax("eager"),
     Backend.JAX_FUSED: _jax("under jax.jit, which computes the arrays too", engines=("auto",), traced=True),
     Backend.JAX_X64: _jax("eager, with 64-bit types", engines=("auto",), x64=True),

@@ -88,6 +88,54 @@ class _Dask(Adapter):
             return widened(np.asarray(y.compute(scheduler="sync")))
 
 
+class _Cubed(Adapter):
+    @functools.cached_property
+    def xp(self) -> Any:
+        import cubed.array_api as xp
+
+        return xp
+
+    def make(self, exact: NDArray[Any], dtype: str) -> Array:
+        import cubed
+
+        # Two or more chunks, all of one length: others Cubed does not reshape.
+        chunks = tuple(next((c for c in range(n // 2, 0, -1) if n % c == 0), 1) for n in exact.shape)
+        return cubed.from_array(exact.astype(dtype), chunks=chunks)
+
+    def values(self, y: Array) -> NDArray[Any]:
+        with np.errstate(all="ignore"):
+            return widened(np.asarray(y.compute(executor=self._executor)))
+
+    @functools.cached_property
+    def _executor(self) -> Any:
+        from cubed.runtime.create import create_executor
+
+        return create_executor("single-threaded")
+
+
+class _Mlx(Adapter):
+    @functools.cached_property
+    def xp(self) -> Any:
+        import mlx.core as xp
+
+        return xp
+
+    def setting(self) -> Any:
+        return self.xp.stream(self.xp.cpu)
+
+    def make(self, exact: NDArray[Any], dtype: str) -> Array:
+        return self.xp.array(exact.astype(np.float32) if dtype == "bfloat16" else exact).astype(self.dtype(dtype))
+
+    def dtype(self, name: str) -> Any:
+        return getattr(self.xp, {"bool": "bool_"}.get(name, name))
+
+    def values(self, y: Array) -> NDArray[Any]:
+        return np.asarray(y.astype(self.xp.float64) if self.xp.issubdtype(y.dtype, self.xp.floating) else y)
+
+    def device(self, y: Array) -> Any:
+        del y  # an operation has a device, an array has none
+
+
 class _CuPy(Adapter):
     @functools.cached_property
     def xp(self) -> Any:
@@ -103,6 +151,8 @@ _ADAPTERS: dict[str, type[Adapter]] = {
     "numpy": _NumPy,
     "array_api_strict": _Strict,
     "dask": _Dask,
+    "cubed": _Cubed,
+    "mlx": _Mlx,
     "jax": JaxAdapter,
     "torch": TorchAdapter,
     "cupy": _CuPy,
