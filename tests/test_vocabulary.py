@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -218,6 +219,8 @@ KINDS = {
     "dask.DaskOps": "dask.array",
     "ndonnx.NdonnxOps": "ndonnx",
 }
+OPTIONAL = {"cubed.CubedOps": "cubed", "mlx.MlxOps": "mlx.core"}
+KINDS |= {name: library for name, library in OPTIONAL.items() if find_spec(library.partition(".")[0])}
 
 INF, NAN = math.inf, math.nan
 ENTRIES = np.asarray(
@@ -392,13 +395,17 @@ OF_THE_STANDARD: dict[str, Callable[[Arrays], Any]] = {
 EVERY = {**ALONG_ANY, **ALONG_LAST, **OF_THE_STANDARD}
 
 UNORDERED = ("descending", "descending_indices", "kth_greatest", "ranked", "top_k_indices", "end_of_prefix")
-"""Words that Dask cannot answer."""
+"""Words that Dask and Cubed cannot answer."""
 
 BEHIND_UNORDERED = ("keep_first", "find_crossing")
-"""Words that follow one of those, and are never reached with Dask."""
+"""Words that follow one of those, and are never reached with Dask or Cubed."""
 
 
 def _values(y: Any) -> Any:
+    if type(y).__module__.startswith("cubed."):
+        from cubed.runtime.create import create_executor
+
+        return np.asarray(y.compute(executor=create_executor("single-threaded")))  # other threads warn
     for name in ("compute", "detach", "unwrap_numpy"):  # of Dask, PyTorch and ndonnx
         y = getattr(y, name)() if hasattr(y, name) else y
     return np.asarray(y)
@@ -417,6 +424,7 @@ def test_every_word_and_every_kind_is_compared() -> None:
         importlib.import_module(f"polysoftmax.engines.{name.partition('.')[0]}")
     found = {f"{one.__module__}.{one.__name__}" for one in _kinds_below(Ops) if not one.__name__.startswith("_")}
     found = {one for one in found if "_torch_sharded" not in one}  # which takes several processes
+    found -= {"polysoftmax.engines._chunked.ChunkedOps"}  # what Dask and Cubed share
     assert {one for one in found if one.startswith("polysoftmax.")} == {f"polysoftmax.engines.{one}" for one in KINDS}
 
 
@@ -446,16 +454,18 @@ def _compare(ours: Any, theirs: Any) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:numpy.core.numeric is deprecated:DeprecationWarning")  # Cubed's moveaxis
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
     ("word", "axis"), [(word, axis) for word in EVERY for axis in ((0, 1, -1) if word in ALONG_ANY else (-1,))]
 )
 def test_every_library_means_the_same(name: str, word: str, axis: int) -> None:
     ours, standard = _words_of(name, axis), Arrays(Ops, strict, strict.asarray, axis)
-    if name == "dask.DaskOps" and word in UNORDERED:
-        with pytest.raises(NotImplementedError, match="cannot order rows lazily"):
+    is_chunked = name in ("dask.DaskOps", "cubed.CubedOps")
+    if is_chunked and word in UNORDERED:
+        with pytest.raises(NotImplementedError, match="cannot order rows"):
             EVERY[word](ours)
-    elif name == "dask.DaskOps" and word in BEHIND_UNORDERED:
-        pytest.skip("follows a word that Dask cannot answer")
+    elif is_chunked and word in BEHIND_UNORDERED:
+        pytest.skip("follows a word that it cannot answer")
     else:
         _compare(EVERY[word](ours), EVERY[word](standard))
