@@ -4,6 +4,8 @@ Each size runs twice in fresh processes: on threads, and on a cluster of two wor
 half-way. Peak memory is that of all processes together, looked up 50 times a second. Both runs have to leave the same
 bytes behind, and the first chunk has to hold what NumPy answers.
 
+It needs dask[distributed], zarr and psutil, and room on the disk for the softmax of the greatest size.
+
 python -m benchmarks.out_of_core --gigabytes 0.1 1 5 20
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax._truncation import TRUNCATE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from polysoftmax._formula import RowFormula
 
@@ -174,32 +175,29 @@ def _run_guarded(case: Case, axis: int, said: set[str]) -> Any:
     return case.formula.function(Guard(axis, said), *operands, **case.options)
 
 
-def _check_words(formulas: Iterable[RowFormula], axis: int) -> set[str]:
-    """Hold formulas to what they answer in NumPy's words, and return the words that they say."""
-    said: set[str] = set()
-    for case in (one for whole in _cases() if whole.formula in formulas for one in _with_derivatives(whole)):
-        found = _run_guarded(case, axis, said)
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.name)
+def test_formulas_know_no_other_words(formula: RowFormula, axis: int) -> None:
+    """And answer in them what they do in NumPy's."""
+    for case in (one for whole in _cases() if whole.formula is formula for one in _with_derivatives(whole)):
+        found = _run_guarded(case, axis, set())
         expected = case.formula.function(words(X), *case.operands, **case.options)
         each = zip(*(one if isinstance(one, tuple) else (one,) for one in (found, expected)), strict=True)
         for ours, theirs in each:
             values = np.asarray(ours)
             values = np.moveaxis(values, axis, -1) if values.ndim > 1 else values
-            np.testing.assert_allclose(values, theirs, rtol=1e-11, atol=1e-13, err_msg=case.formula.name)
-    return said
-
-
-@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.name)
-def test_formulas_know_no_other_words(formula: RowFormula) -> None:
-    """And answer in them what they do in NumPy's."""
-    assert _check_words([formula], axis=-1)
-
-
-def test_formulas_along_another_axis_say_every_function_of_the_standard_among_the_words() -> None:
-    assert set(STANDARD) <= _check_words(FORMULAS, axis=0)
+            np.testing.assert_allclose(values, theirs, rtol=1e-11, atol=1e-13)
 
 
 def test_every_formula_is_among_the_cases() -> None:
     assert {one.formula for one in _cases()} == set(FORMULAS)
+
+
+def test_every_function_of_the_standard_among_the_words_is_used() -> None:
+    said: set[str] = set()
+    for case in (one for whole in _cases() for one in _with_derivatives(whole)):
+        _run_guarded(case, 0, said)
+    assert set(STANDARD) <= said
 
 
 @pytest.mark.parametrize("name", ["xp", "tanh", "_flat_sum", "replace"])
@@ -221,6 +219,8 @@ KINDS = {
     "dask.DaskOps": "dask.array",
     "ndonnx.NdonnxOps": "ndonnx",
 }
+OPTIONAL = {"cubed.CubedOps": "cubed", "mlx.MlxOps": "mlx.core"}
+KINDS |= {name: library for name, library in OPTIONAL.items() if find_spec(library.partition(".")[0])}
 
 INF, NAN = math.inf, math.nan
 ENTRIES = np.asarray(
@@ -395,13 +395,17 @@ OF_THE_STANDARD: dict[str, Callable[[Arrays], Any]] = {
 EVERY = {**ALONG_ANY, **ALONG_LAST, **OF_THE_STANDARD}
 
 UNORDERED = ("descending", "descending_indices", "kth_greatest", "ranked", "top_k_indices", "end_of_prefix")
-"""Words that Dask cannot answer."""
+"""Words that Dask and Cubed cannot answer."""
 
 BEHIND_UNORDERED = ("keep_first", "find_crossing")
-"""Words that follow one of those, and are never reached with Dask."""
+"""Words that follow one of those, and are never reached with Dask or Cubed."""
 
 
 def _values(y: Any) -> Any:
+    if type(y).__module__.startswith("cubed."):
+        from cubed.runtime.create import create_executor
+
+        return np.asarray(y.compute(executor=create_executor("single-threaded")))  # other threads warn
     for name in ("compute", "detach", "unwrap_numpy"):  # of Dask, PyTorch and ndonnx
         y = getattr(y, name)() if hasattr(y, name) else y
     return np.asarray(y)
@@ -419,8 +423,8 @@ def test_every_word_and_every_kind_is_compared() -> None:
         pytest.importorskip(library)
         importlib.import_module(f"polysoftmax.engines.{name.partition('.')[0]}")
     found = {f"{one.__module__}.{one.__name__}" for one in _kinds_below(Ops) if not one.__name__.startswith("_")}
-    # One takes several processes, the other is what those of Dask have in common with others.
-    found = {one for one in found if not any(left in one for left in ("_torch_sharded", "_chunked"))}
+    found = {one for one in found if "_torch_sharded" not in one}  # which takes several processes
+    found -= {"polysoftmax.engines._chunked.ChunkedOps"}  # what Dask and Cubed share
     assert {one for one in found if one.startswith("polysoftmax.")} == {f"polysoftmax.engines.{one}" for one in KINDS}
 
 
@@ -450,16 +454,18 @@ def _compare(ours: Any, theirs: Any) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:numpy.core.numeric is deprecated:DeprecationWarning")  # Cubed's moveaxis
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
     ("word", "axis"), [(word, axis) for word in EVERY for axis in ((0, 1, -1) if word in ALONG_ANY else (-1,))]
 )
 def test_every_library_means_the_same(name: str, word: str, axis: int) -> None:
     ours, standard = _words_of(name, axis), Arrays(Ops, strict, strict.asarray, axis)
-    if name == "dask.DaskOps" and word in UNORDERED:
-        with pytest.raises(NotImplementedError, match="cannot order rows lazily"):
+    is_chunked = name in ("dask.DaskOps", "cubed.CubedOps")
+    if is_chunked and word in UNORDERED:
+        with pytest.raises(NotImplementedError, match="cannot order rows"):
             EVERY[word](ours)
-    elif name == "dask.DaskOps" and word in BEHIND_UNORDERED:
-        pytest.skip("follows a word that Dask cannot answer")
+    elif is_chunked and word in BEHIND_UNORDERED:
+        pytest.skip("follows a word that it cannot answer")
     else:
         _compare(EVERY[word](ours), EVERY[word](standard))

@@ -90,7 +90,7 @@ class Ops:
         while n > _SEQUENTIAL:
             half = n // 2
             head = self.part(x, 0, half) + self.part(x, half, 2 * half)
-            x = head if n == 2 * half else self.xp.concat([head, self.part(x, n - 1, n)], axis=self.axis)
+            x = head if n == 2 * half else self.xp.concat([head, self.part(x, n - 1, n)], axis=self.axis % x.ndim)
             n = x.shape[self.axis]
         return self.xp.sum(x, axis=self.axis, keepdims=True)
 
@@ -219,7 +219,7 @@ class Ops:
 
     def side_by_side(self, parts: list[Array]) -> Array:
         """Return arrays one after another along the rows."""
-        return parts[0] if len(parts) == 1 else self.xp.concat(parts, axis=self.axis)
+        return parts[0] if len(parts) == 1 else self.xp.concat(parts, axis=self.axis % parts[0].ndim)
 
     def block_of(self, x: Array, block: Array, size: int) -> tuple[Array, Array]:
         """Return a block of ``size`` entries of every row, and their indices as int32; the last entry is repeated."""

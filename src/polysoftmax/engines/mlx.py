@@ -61,8 +61,8 @@ class MlxOps(Ops):
     """The words of MLX, which sorts in ascending order, equal entries by their indices."""
 
     def argmax(self, x: Array) -> Array:
-        # MLX refuses to look for the maximum of no rows.
-        return super().argmax(x) if x.size else self.astype(self.part(x, 0, 1), self.index_dtype)
+        # MLX refuses to look for the maximum of no rows, and answers in unsigned numbers.
+        return self.astype(super().argmax(x) if x.size else self.part(x, 0, 1), self.index_dtype)
 
     def descending(self, x: Array) -> Array:
         return self.xp.sort(x, axis=-1)[..., ::-1]
