@@ -110,12 +110,13 @@ def linear_cross_entropy(
     fewer rows: it is the library's own, in the dtype of the layer, so a row's bits may depend on its batch. -inf and
     NaN are answered as there.
 
-    The backward pass computes the logits again, a chunk at a time, and adds up the gradient of the weight in float32 or
-    wider. Reverse mode in PyTorch (eager, and under ``torch.compile``) and JAX (``grad`` and ``vjp``, ``jit``) and a
-    forward pass by itself hold two arrays of a chunk's logits beside the gradients. Second derivatives, ``torch.func``
-    and forward mode in PyTorch are right, and take as much memory as they take for the logits as a whole.
-    `linear_cross_entropy_value_and_grad` is for NumPy. Source: see the module ``_linear``; Wijmans et al., "Cut Your
-    Losses in Large-Vocabulary Language Models", ICLR 2025.
+    For the gradient the logits are computed again, a chunk at a time, and the gradient of the weight is added up in
+    float32 or wider. In PyTorch, a mean or a sum has its gradients from the forward pass already, which is quicker, and
+    is work for nothing where no gradient is asked for: evaluate under ``torch.no_grad``. Reverse mode in PyTorch
+    (eager, and under ``torch.compile``) and in JAX holds two arrays of a chunk's logits beside the gradients. Second
+    derivatives, and the reverse mode of ``torch.func``, take as much memory as for the logits as a whole.
+    `linear_cross_entropy_value_and_grad` is for NumPy. Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary
+    Language Models", ICLR 2025.
 
     Examples
     --------
