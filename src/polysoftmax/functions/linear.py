@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from polysoftmax._arrays import (
-    as_float,
-    as_int,
-    float_bits,
-    in_native_order,
-    is_number,
-    is_unknown,
     namespace,
     quietly,
-    require_same_library,
     values_are_free,
 )
 from polysoftmax._formula import runner, words
-from polysoftmax._linear import Head, answers_and_gradients
+from polysoftmax._linear import answers_and_gradients
 from polysoftmax._losses import CROSS_ENTROPY
 from polysoftmax._probability import LOG_PROB
-from polysoftmax._rows import rows
 from polysoftmax.functions._indices import has_nan
+from polysoftmax.functions._layer import Layer
 from polysoftmax.functions.losses import Targets, mean_or_zero
 from polysoftmax.functions.probability import lay_out_tokens, require_tokens
 from polysoftmax.functions.truncation import filters
@@ -31,7 +22,7 @@ from polysoftmax.functions.truncation import filters
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
     from polysoftmax._ops import Ops
-    from polysoftmax._rows import Number, Rows
+    from polysoftmax._rows import Number
 
 
 class LinearGradients(NamedTuple):
@@ -126,7 +117,7 @@ def linear_cross_entropy(
     >>> polysoftmax.linear_cross_entropy(hidden, weight, np.asarray([0, 1]), reduction="none").round(4)
     array([0.4076, 0.1698])
     """
-    layer = _Layer(hidden, weight, bias, softcap, chunk_size)
+    layer = Layer(hidden, weight, bias, softcap, chunk_size)
     of_rows = _targets(layer, targets, class_weight, reduction, ignore_index, label_smoothing, z_loss)
     head = layer.head(CROSS_ENTROPY, squeeze=True, **of_rows.options)
     if reduction == "none":
@@ -193,7 +184,7 @@ def linear_cross_entropy_value_and_grad(
     if reduction not in ("sum", "mean"):
         msg = f'reduction must be "sum" or "mean" for a gradient, got {reduction!r}'
         raise ValueError(msg)
-    layer = _Layer(hidden, weight, bias, softcap, chunk_size)
+    layer = Layer(hidden, weight, bias, softcap, chunk_size)
     of_rows = _targets(layer, targets, class_weight, reduction, ignore_index, label_smoothing, z_loss)
     head = layer.head(CROSS_ENTROPY, squeeze=True, **of_rows.options)
     arrays = layer.arrays((of_rows.classes, of_rows.weight))
@@ -277,7 +268,7 @@ def linear_log_prob(
     >>> np.exp(polysoftmax.linear_log_prob(hidden, weight, np.asarray([0, 2]))).round(3)
     array([0.5, 0.8])
     """
-    layer = _Layer(hidden, weight, bias, softcap, chunk_size)
+    layer = Layer(hidden, weight, bias, softcap, chunk_size)
     r = layer.rows
     t, mask = r.temperature(temperature), r.mask(where)
     kept, most = filters(r, top_k, top_p, min_p)
@@ -289,7 +280,7 @@ def linear_log_prob(
     return layer.as_given(y)
 
 
-def _targets(layer: _Layer, targets: Array, class_weight: Array | None, *options: Any) -> Targets:
+def _targets(layer: Layer, targets: Array, class_weight: Array | None, *options: Any) -> Targets:
     of_rows = Targets(layer.rows, targets, class_weight, "class_weight", *options)
     if not of_rows.is_index:
         msg = (
@@ -300,7 +291,7 @@ def _targets(layer: _Layer, targets: Array, class_weight: Array | None, *options
     return of_rows
 
 
-def _cotangent(layer: _Layer, of_rows: Targets, reduction: str) -> Array:
+def _cotangent(layer: Layer, of_rows: Targets, reduction: str) -> Array:
     """Return what each row's loss is multiplied by in the answer."""
     xp, ops = namespace(layer.hidden), words(layer.hidden, 0)
     with quietly(layer.hidden):
@@ -315,106 +306,3 @@ def _weight_of(ops: Ops, x: Array, weight: Array, index: Array) -> Array:
     del x
     xp = namespace(weight)
     return ops.reshape(xp.take(xp.reshape(weight, (-1,)), xp.reshape(index, (-1,)), axis=0), tuple(index.shape))
-
-
-class _Layer:
-    """The arrays of a linear layer, checked, and the rows of logits that it will make."""
-
-    def __init__(
-        self, hidden: Array, weight: Array, bias: Array | None, softcap: float | None, chunk_size: int | None
-    ) -> None:
-        r = rows(hidden, -1)
-        xp = r.xp
-        require_same_library(hidden, weight, "weight")
-        if not hidden.ndim:
-            msg = "hidden must have the shape (..., d), got an array without axes"
-            raise ValueError(msg)
-        if not float_bits(xp, hidden.dtype):
-            msg = f"hidden must be floating, got dtype {hidden.dtype}"
-            raise TypeError(msg)
-        if weight.ndim != 2 or not _is_length(weight.shape[1], hidden.shape[-1]):
-            msg = (
-                f"weight must have the shape (v, {hidden.shape[-1]}) for hidden states of shape {tuple(hidden.shape)}, "
-                f"got {tuple(weight.shape)}"
-            )
-            raise ValueError(msg)
-        self.weight, self.bias = _of_dtype(hidden, weight, "weight"), None
-        length = weight.shape[0]
-        if length == 0:
-            msg = f"a head needs at least one class, got a weight of shape {tuple(weight.shape)}"
-            raise ValueError(msg)
-        if bias is not None:
-            require_same_library(hidden, bias, "bias")
-            if tuple(bias.shape) != (length,):
-                msg = f"bias must have one entry a class, shape ({length},), got {tuple(bias.shape)}"
-                raise ValueError(msg)
-            self.bias = xp.reshape(_of_dtype(hidden, bias, "bias"), (1, -1))
-        self.softcap = _positive(softcap)
-        self.batch = tuple(hidden.shape[:-1])
-        self.hidden = hidden if hidden.ndim == 2 else xp.reshape(hidden, (math.prod(self.batch), hidden.shape[-1]))
-        self.size = _chunk_size(chunk_size, self.hidden.shape, length)
-        self.rows: Rows = replace(r, shape=(*self.batch, length))  # their x has another length, which is not asked for
-
-    def head(self, formula: Any, *, squeeze: bool, **options: Any) -> Head:
-        """Return the head of a formula."""
-        return Head(formula, tuple(options.items()), self.softcap, squeeze, self.size)
-
-    def answers(self, head: Head, operands: tuple[Any, ...]) -> Array:
-        """Return what the formula answers for each row, side by side."""
-        return runner(self.hidden).heads.answers(head, *self.arrays(operands))
-
-    def as_given(self, y: Array) -> Array:
-        """Give what has an entry for each row the axes that the rows were given in."""
-        return y if len(self.batch) == 1 else self.rows.xp.reshape(y, (*self.batch, *y.shape[1:]))
-
-    def arrays(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the layer's arrays, and operands with an entry for each row along the first axis, or with one."""
-        return (self.hidden, self.weight, self.bias, *map(self._laid_out, operands))
-
-    def _laid_out(self, operand: Any) -> Any:
-        if operand is None or is_number(operand) or operand.ndim == 0 or operand.ndim == len(self.batch) + 1 == 2:
-            return operand
-        xp, last = self.rows.xp, operand.shape[-1]
-        if math.prod(operand.shape[:-1]) == 1:
-            return xp.reshape(operand, (1, last))
-        return xp.reshape(xp.broadcast_to(operand, (*self.batch, last)), (math.prod(self.batch), last))
-
-
-def _is_length(n: int, other: int) -> bool:
-    return n == other or is_unknown(n) or is_unknown(other)
-
-
-def _of_dtype(hidden: Array, one: Array, name: str) -> Array:
-    one = in_native_order(one)
-    if one.dtype != hidden.dtype:
-        msg = f"{name} must have the dtype of the hidden states, {hidden.dtype}, got {one.dtype}: cast one of them"
-        raise TypeError(msg)
-    return one
-
-
-def _positive(softcap: float | None) -> float | None:
-    if softcap is None:
-        return None
-    if not is_number(softcap):
-        msg = f"softcap must be a number or None, got {type(softcap).__name__}"
-        raise TypeError(msg)
-    if not 0.0 < softcap < math.inf:
-        msg = f"softcap must be above 0 and finite, got {as_float(softcap)}"
-        raise ValueError(msg)
-    return as_float(softcap)
-
-
-_LEAST, _STEP = 192, 64
-"""Rows below which a product takes longer to read the weight than to multiply, and what their number is whole in."""
-
-
-def _chunk_size(given: int | None, shape: tuple[int, ...], length: int) -> int:
-    """Return how many rows have logits at once: of twice as many numbers as the hidden states, if that is enough."""
-    if given is not None:
-        given = as_int(given, "chunk_size", "an int or None")
-        if given < 1:
-            msg = f"chunk_size must be 1 or greater, got {given}"
-            raise ValueError(msg)
-        return given
-    n, d = shape
-    return max(_LEAST, 2 * n * d // length // _STEP * _STEP) if type(n) is int else _LEAST

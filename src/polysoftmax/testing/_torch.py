@@ -90,7 +90,8 @@ class TorchAdapter(Adapter):
 
 def _detached(y: Any) -> Any:
     """Take answers out of the graph; some of several may be constants, such as a maximum."""
-    several = y if isinstance(y, tuple) else (y,)
-    floating = [one.requires_grad for one in several if one.is_floating_point()]
+    from torch.utils import _pytree as pytree
+
+    floating = [one.requires_grad for one in pytree.tree_leaves(y) if one.is_floating_point()]
     assert any(floating) or not floating, "autograd lost the answer"
-    return tuple(one.detach() for one in y) if isinstance(y, tuple) else y.detach()
+    return pytree.tree_map(lambda one: one.detach(), y)
