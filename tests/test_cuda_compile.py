@@ -325,8 +325,8 @@ def test_why_nothing_can_be_compiled_for_a_device(installed, monkeypatch):
         raise RuntimeError('Failure finding "libnvrtc.so.13": \nNo such file: libnvrtc.so.13')
 
     monkeypatch.setattr(installed.nvrtc, "nvrtcVersion", absent)
-    with pytest.raises(ImportError, match=r'^Failure finding "libnvrtc\.so\.13": pip install -U polysoftmax\[cuda\]$'):
+    with pytest.raises(ImportError, match=r'^Failure finding "libnvrtc\.so\.13": pip install .*nvidia-cuda-nvrtc'):
         _compile.target_of(90)
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    with pytest.raises(ImportError, match=r"cuda\.core cannot be imported .*: pip install -U polysoftmax\[cuda\]"):
+    with pytest.raises(ImportError, match=r"cuda\.core cannot be imported .*: pip install .*cuda-core"):
         _compile.target_of(90)
