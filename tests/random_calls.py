@@ -94,11 +94,9 @@ def laid_out(lib: Adapter, call: RandomCall) -> Adapter | None:
     tiny = FORMATS[call.dtype].compute.tiny
     if lib.can.compiles and any(((np.abs(one) < tiny) & (one != 0)).any() for one in operands if one.dtype.kind == "f"):
         return None  # XLA reads subnormal numbers as 0
-    if call.layout == "plain":
-        return lib
     lay = {"numpy": _numpy_as, "torch": _torch_as}.get(lib.backend.library)
-    if lay is None:
-        return None
+    if lay is None or call.layout == "plain":  # other libraries choose their layout themselves
+        return lib
     own, found = lib.make, copy.copy(lib)
     found.make = lambda exact, dtype: lay(own(exact, dtype), call.layout)  # type: ignore[method-assign]
     return found
