@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import polysoftmax
-from polysoftmax.testing import FORMATS, Adapter, rounded
+from polysoftmax.testing import CHECKS, FORMATS, Adapter, Case, check_case, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -240,3 +240,12 @@ def test_divergence_far_apart(lib: Adapter) -> None:
 def test_an_equal_distribution_has_no_divergence(lib: Adapter) -> None:
     x = lib.asarray(LOGITS, "float32")
     assert (lib.values(lib.call(polysoftmax.kl_divergence, x, x)) == 0).all()
+
+
+@pytest.mark.backends(lambda can: not can.gpu)  # the CUDA kernels subtract it from the sum, where it cancels
+@pytest.mark.parametrize("name", ["softmax_vjp", "softmax_jvp", "log_softmax_jvp"])
+def test_the_entry_of_the_sure_class_is_subtracted_from_each_other(lib: Adapter, name: str) -> None:
+    check = CHECKS[name]
+    given = {"x": np.asarray([[0.0, 25.0, 55.0]]), check.positional[1]: np.asarray([[3.0, -4.0, -4.0]])}
+    outcome = check_case(lib, check, Case("the others' entries are the same", given), "float32")
+    assert outcome.is_right, str(outcome)

@@ -84,9 +84,9 @@ def log_prob(
 
     Notes
     -----
-    A removed, masked or -inf token has the log-probability -inf, token -1 has NaN, and so has every token of a row
-    with NaN or +inf, or without a token that is possible. At T = 0 each of k tied maxima has -log k. The rank is -1
-    for token -1, for a masked token, and in a row with NaN.
+    A removed, masked or -inf token has the log-probability -inf. Token -1 has NaN, and so has every token that is not
+    masked in a row with NaN or +inf, with a bad parameter, or without a token that is possible. At T = 0 each of k tied
+    maxima has -log k. The rank is -1 for token -1, for a masked token, and in a row with NaN.
 
     ``sample(..., return_logprobs=True)`` answers these very bits, on every engine: it asks the same formula. A token's
     log-probability does not depend on the other tokens that are asked for (on CUDA, where a kernel answers one token a
@@ -175,7 +175,8 @@ def top_log_probs(
     Notes
     -----
     The log-probabilities have the same bits as `log_prob` of these tokens. Where fewer than k tokens are possible, the
-    others follow with -inf. A row with NaN or +inf has the indices -1 and NaN. Source of the formula: see `log_prob`.
+    others follow with -inf. A row with NaN or +inf has the indices -1 and NaN; one with a bad temperature has NaN, and
+    keeps its indices, which do not depend on the temperature. Source of the formula: see `log_prob`.
 
     Examples
     --------

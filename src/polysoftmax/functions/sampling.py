@@ -125,9 +125,10 @@ def sample(
     -----
     The random bits depend on the row's key and the index of the token alone: not on the batch around the row, its
     chunks, threads or device. Tokens are therefore equal everywhere, except where two scores lie within rounding of
-    each other. A single key is folded with each row's number, so that rows differ; give keys per row, and a row's
-    token does not depend on its neighbours. The first of several draws is that of a call without ``draws``; draw j is
-    that with the row's key folded with j: ``random.fold_in(key, j)``.
+    each other. A single key is folded with each row's number, so that rows differ; where every axis belongs to the
+    tokens, the one row has the key itself. Give keys per row, and a row's token does not depend on its neighbours. The
+    first of several draws is that of a call without ``draws``; draw j is that with the row's key folded with j:
+    ``random.fold_in(key, j)``.
 
     The log-probabilities are those that `log_prob` answers for these tokens and options, to the last bit, and they can
     be differentiated.

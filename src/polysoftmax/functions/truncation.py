@@ -18,7 +18,7 @@ from polysoftmax._arrays import (
 )
 from polysoftmax._formula import words
 from polysoftmax._rows import rows
-from polysoftmax._truncation import TRUNCATE, Filters, has_axes
+from polysoftmax._truncation import TRUNCATE, Filters
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -137,7 +137,8 @@ def truncate(
     kept, top_k = filters(r, top_k, top_p, min_p)
     if r.length == 0:
         return r.elementwise(cast(r.x, r.result))
-    if top_k is None and not any(one is not None for one in kept) and not has_axes(temperature):
+    has_entries = not (temperature is None or isinstance(temperature, float))  # which may be bad, without axes too
+    if top_k is None and not any(one is not None for one in kept) and not has_entries:
         ops, x = words(r.x, r.axis), cast(r.x, r.compute)  # NumPy's bfloat16 does not keep its dtype beside a number
         with quietly(x):
             top = ops.max(x)

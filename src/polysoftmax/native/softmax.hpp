@@ -137,11 +137,17 @@ struct BesideSure {
         auto sums = rows.template sums<3>([&](auto i) {
             C share = p(i), entry = v(i);
             bool sure = share > (C)0.5;
-            return Terms<C, 3>{{sure ? entry : 0, sure ? 0 : share * entry, sure ? 0 : share}};
+            return Terms<C, 3>{{sure ? entry : 0, sure ? 0 : share * entry, sure ? (C)1 : 0}};
         });
-        own = rows.term(sums, 0);
-        auto moment = rows.term(sums, 1), others = rows.term(sums, 2);
-        mean = rows.row([&](auto r) { return moment[r] - own[r] * others[r]; });
+        own = rows.term(sums, 0), mean = rows.term(sums, 1);
+        auto found = rows.term(sums, 2);
+        // Less own in every term, and not in the sum, of which nothing is left where the others' entries are close to own.
+        if (rows.some([&](auto r) { return found[r] > 0; })) {
+            mean = rows.sum([&](auto i) {
+                C share = p(i), beside = v(i) - own[i];
+                return share > (C)0.5 ? 0 : share * beside;
+            });
+        }
     }
 
     BOTH C less_mean(C p, C v, typename Rows::Index i) const {

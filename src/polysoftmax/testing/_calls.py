@@ -28,6 +28,7 @@ ROWS = np.asarray(
 )
 MASK = np.asarray([[True] * 4, [True, False, True, True], [False] * 4] * 3)
 NO_ROW = np.asarray([[nan, 1.0, 2.0, 0.0], [inf, 0.0, 1.0, 2.0], [-inf] * 4, [1.0, 2.0, 3.0, 0.0]])
+HUGE = np.asarray([[3.4e38, 0.0, 56.0, 57.0], [3.4e38, -1.0, 3.4e38, 0.5]])
 TEMPERATURES = np.asarray([1.0, 0.5, 2.0, 0.0, inf, 1.0, 0.25, 3.0, 1.0])
 
 
@@ -51,6 +52,12 @@ def rows_and(name: str, second: str = "", **more: Any) -> list[Case]:
         case("normal rows", **two(wide), **more, core=True),
         case("a row of 5000", **two(np.round(16 * normal(2, 5000)()) / 16), **more),
     ]
+
+
+def near_the_winner(vector: str) -> list[Case]:
+    """Return a case whose vector hardly differs from its entry at a class with most of the probability."""
+    given: dict[str, Any] = {"x": ((0.0, 20.0), (-15.0, 5.0)), vector: ((-3.0, -3.25), (-8.0, -7.75))}
+    return [case("near the winner's", **given, temperature=1.05)]
 
 
 def small_and_whole(cases: Iterable[Case]) -> list[Case]:
@@ -81,6 +88,7 @@ def losses() -> list[Case]:
         case("probabilities", logits=ROWS, targets=_Q, reduction="none", core=True),
         case("probabilities with every option", logits=_FINITE, targets=_Q[:7] * (-inf < _FINITE), **every),
         case("axis 0", logits=_FINITE.T, targets=_TARGETS, axis=0, reduction="none"),
+        case("a class that is impossible", logits=ROWS[:2], targets=np.asarray([0, 2]), reduction="none"),
         case("no row counts", logits=_FINITE[:2], targets=np.asarray([-1, -1]), ignore_index=-1),
         case("rows that are no distribution", logits=NO_ROW, targets=np.asarray([1, 0, 2, 3]), reduction="none"),
         case("normal rows", **wide, reduction="none", core=True),
@@ -95,6 +103,7 @@ def divergences() -> list[Case]:
         case("other rows", logits_p=_FINITE, logits_q=_FINITE[::-1]),
         case("masked rows", logits_p=ROWS, logits_q=np.roll(ROWS, 1, axis=1), where=MASK),
         case("rows, T=0.5", logits_p=_FINITE, logits_q=_FINITE + vectors(7, 4), temperature=0.5),
+        case("impossible targets", logits_p=_FINITE, logits_q=np.where(_FINITE == 3.0, -inf, _FINITE)),
         case("axis 0", logits_p=_FINITE[:3], logits_q=vectors(3, 4), axis=0),
         case("near rows", logits_p=near, logits_q=near + np.round(4 * vectors(5, 301)) / 256, core=True),
         case("rows that are no distribution", logits_p=NO_ROW, logits_q=vectors(4, 4)),
@@ -131,6 +140,7 @@ def truncations() -> list[Case]:
     return [
         *(case(name, logits=logits(8, 37), **one, core=name in _CORE) for name, one in FILTERS.items()),
         case("ties", logits=ROWS[[2, 7, 4]], top_k=2),
+        case("no filter, a bad temperature", logits=ROWS[:2], temperature=np.asarray(-1.0)),
         case("axis 0", logits=logits(11, 3), axis=0, top_k=4),
         case("bad rows", logits=NO_ROW, top_k=2, core=True),
         case("long rows", logits=logits(2, 5000), top_k=50, top_p=0.9),
@@ -148,6 +158,8 @@ def samples() -> list[Case]:
         case("masked rows", **drawn, where=mask, return_logprobs=True),
         case("four draws", **drawn, top_p=0.9, draws=4, return_logprobs=True),
         case("distinct draws", logits=logits(8, 5), key=eight, draws=6, replace=False),
+        case("distinct draws beside a huge logit", logits=HUGE, key=keys(2), draws=3, replace=False),
+        case("one seed, all axes", logits=logits(3, 5), key=7, axis=None),
         case("axis 0", logits=logits(11, 3), key=keys(3), axis=0),
         case("bad rows", logits=NO_ROW, key=keys(4), return_logprobs=True, core=True),
         case("many rows", logits=logits(300, 10), key=keys(300)),
@@ -165,7 +177,9 @@ def log_probs() -> list[Case]:
         *(case(name, logits=x, tokens=tokens[:, 0], **one, core=name in _CORE) for name, one in FILTERS.items()),
         case("several tokens", logits=x, tokens=tokens, temperature=0.7, top_k=5, core=True),
         case("ranks", logits=x, tokens=tokens, return_rank=True),
+        case("ranks before filters", logits=x, tokens=tokens, top_k=2, return_rank=True),
         case("masked rows", logits=x, tokens=tokens[:, 0], where=mask),
+        case("masked tokens of bad rows", logits=NO_ROW, tokens=np.asarray([1, 1, 1, 1]), where=NO_ROW != 1.0),
         case("axis 0", logits=logits(11, 3), tokens=np.asarray([0, 10, 5]), axis=0),
         case("bad rows", logits=NO_ROW, tokens=np.asarray([1, 0, 2, 2])),
         case("long rows", logits=logits(2, 5000), tokens=np.asarray([4999, 17])),

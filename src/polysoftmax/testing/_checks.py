@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ def _random(function: str, positional: tuple[str, ...], expect: Expect, cases: l
 
 def _slopes(function: str, vector: str, answer: Any, *, is_relative: bool) -> Check:
     expect = by_row(answer, ("entries", "dtype"))
-    return Check(function, ("x", vector), expect, tuple(calls.rows_and("x", vector)), main="x", is_relative=is_relative)
+    cases = (*calls.rows_and("x", vector), *calls.near_the_winner(vector))
+    return Check(function, ("x", vector), expect, cases, main="x", is_relative=is_relative)
 
 
 _STATISTICS = (("kept", "compute"),) * 3
@@ -220,6 +222,7 @@ _EVERY = (
             case("normal rows", logits=calls.logits(5, 301), k=7, temperature=0.5, core=True),
             case("masked rows", logits=calls.ROWS, k=3, where=calls.MASK),
             case("bad rows", logits=calls.NO_ROW, k=2),
+            case("bad temperatures", logits=calls.ROWS[:3], k=2, temperature=(-1.0, math.nan, 1.0)),
         ),
         main="logits",
     ),

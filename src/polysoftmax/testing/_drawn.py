@@ -13,7 +13,7 @@ import mpmath
 import numpy as np
 
 from polysoftmax.testing._expected import by_row
-from polysoftmax.testing._reference import BITS, Given, Reference, Row, constant, exactly, split
+from polysoftmax.testing._reference import BITS, Given, Reference, Row, Scored, constant, exactly, split
 from polysoftmax.testing._words import (
     ACCEPTS,
     BLOCKS,
@@ -106,17 +106,20 @@ class _Drawn:
         self.exists = np.zeros(row.n, bool)
         if found is not None:
             self.exists[found[0]] = True
-        self.is_bad, self.is_empty = found is None, not self.exists.any()
-        self.is_masked = not row.exists.any()
+        self.is_empty = not self.exists.any()
+        self.row = row
         if not self.is_empty:
-            left = Row(row.number, row.x, self.exists, row.temperature, {})
-            self.scored, self.place = left.scored, left.distinct[2]
-            each = np.asarray([float(one) for one in self.scored.z])
-            self.z = np.where(self.exists, each[self.place], -INF)
+            self.scored, self.place, self.z = self._scores(self.exists)
+
+    def _scores(self, exists: Any) -> tuple[Scored, Any, Floats]:
+        """Return the scores of the tokens that exist: by distinct logits, the places of these, and for each token."""
+        left = Row(self.row.number, self.row.x, exists, self.row.temperature, {})
+        each, place = np.asarray([float(one) for one in left.scored.z]), left.distinct[2]
+        return left.scored, place, np.where(exists, each[place], -INF)
 
     def log_p(self, token: int) -> tuple[Any, Any]:
         """Return the log-probability of a token, with its bound."""
-        if token < 0 or (self.is_empty and not self.is_masked):
+        if token < 0 or (self.is_empty and self.row.exists[token]):
             return mpmath.nan, 0.0
         if not self.exists[token]:
             return mpmath.mpf("-inf"), 0.0 if self.is_sure else INF
@@ -125,17 +128,16 @@ class _Drawn:
 
     def tokens(self, keys: list[Any], *, replace: bool) -> list[tuple[int, bool]]:
         """Draw with each key in turn, and say whether rounding cannot change the token."""
-        drawn, z = [], None if self.is_empty else self.z.copy()
-        sure = self.is_sure
+        drawn, exists, sure = [], self.exists.copy(), self.is_sure
         for key in keys:
-            if z is None or z.max() == -INF:
+            if not exists.any():
                 drawn.append((-1, sure))
                 continue
-            token, margin = draw(z - z.max() if not replace else z, key)
+            # Anew from the logits: beside one of 3e38 that is drawn the others' scores are all the same.
+            token, margin = draw(self._scores(exists)[2], key)
             sure = (sure if not replace else self.is_sure) and margin > MARGIN
             drawn.append((token, sure))
-            if not replace:
-                z[token] = -INF
+            exists[token] = replace
         return drawn
 
 
@@ -144,7 +146,7 @@ def _key_of(given: Given, row: Row) -> Any:
     if not isinstance(key, np.ndarray):
         own = np.asarray([(key >> 32) & 0xFFFFFFFF, key & 0xFFFFFFFF])
         main = "logits" if "logits" in given.operands else "target_logits"
-        return folded(own, row.number) if np.ndim(given[main]) > 1 else own
+        return folded(own, row.number) if given.layout(main)[2] else own  # a row without a batch has the key itself
     return row.others["key"]
 
 
@@ -179,10 +181,11 @@ def _logged(given: Given, row: Row) -> tuple[Floats, ...]:
     logs = split(d.log_p(token) for token in tokens)
     if not given.get("return_rank"):
         return (logs,)
-    x = np.where(d.exists, row.x, -INF)
-    order = _order(x)
-    exists = np.isfinite(logs[0]) | ((logs[0] == -INF) & row.exists[tokens])
-    return logs, constant([order.index(t) if e and t >= 0 else -1 for t, e in zip(tokens, exists, strict=True)])
+    if np.isnan(row.x[row.exists]).any():
+        return logs, constant(np.full(len(tokens), -1))
+    order = _order(np.where(row.exists, row.x, -INF))  # before any filter, whatever the temperature
+    order = [i for i in order if row.exists[i]]
+    return logs, constant([order.index(t) if t >= 0 and row.exists[t] else -1 for t in tokens])
 
 
 def log_prob(given: Given) -> tuple[Reference, ...]:
@@ -193,10 +196,10 @@ def log_prob(given: Given) -> tuple[Reference, ...]:
 
 
 def _leading(given: Given, row: Row) -> tuple[Floats, ...]:
-    d, k = _Drawn(given, row), given["k"]
-    if d.is_bad:
+    d, k, x = _Drawn(given, row), given["k"], np.where(row.exists, row.x, -INF)
+    if not x.max() < INF:
         return constant(np.full(k, math.nan)), constant(np.full(k, -1))
-    order = _order(np.where(row.exists, row.x, -INF))[:k]
+    order = _order(x)[:k]  # whatever the temperature
     return split(d.log_p(i) for i in order), constant(order)
 
 

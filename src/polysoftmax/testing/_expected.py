@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mpmath
 import numpy as np
 
+from polysoftmax.testing._formats import FORMATS
 from polysoftmax.testing._reference import BITS, Given, Reference, Row, constant, exponential, split
 
 if TYPE_CHECKING:
@@ -101,8 +102,13 @@ class _Slopes:
         self.winner = next((i for i in self.there if self.p[i] > 0.5), None)
         origin = self.v.get(self.winner, mpmath.mpf(0)) if self.winner is not None else mpmath.mpf(0)
         self.far = {i: self.v[i] - origin for i in self.v}
-        self.mean = mpmath.fsum(self.p[i] * self.v[i] for i in self.v)
-        self.of_mean = 2 * mpmath.fsum(self.relative[i] * self.p[i] * abs(self.far[i]) for i in self.v)
+        # With a temperature v / T is rounded before the winner's is subtracted.
+        is_rounded = self.winner is not None and row.temperature != 1
+        self.quotients = {i: abs(v) + abs(origin) if is_rounded and i != self.winner else 0 for i, v in self.v.items()}
+        self.mean = mpmath.fsum(self.p[i] * self.far[i] for i in self.v)  # of v, less the origin: it may be 1e-90
+        self.of_mean = mpmath.fsum(
+            self.p[i] * (2 * self.relative[i] * abs(self.far[i]) + self.quotients[i]) for i in self.v
+        )
 
 
 def _derivative(vector: str, of_row: Callable[[_Slopes, Row], dict[int, tuple[Any, Any]]]) -> Answer:
@@ -121,14 +127,14 @@ def _softmax_product(s: _Slopes, row: Row) -> dict[int, tuple[Any, Any]]:
     found = {}
     for i in s.there:
         q = s.p[i] / s.t
-        y = q * (s.v[i] - s.mean)
-        found[i] = y, s.relative[i] * abs(y) + q * (4 * abs(s.far[i]) + s.of_mean)
+        y = q * (s.far[i] - s.mean)
+        found[i] = y, s.relative[i] * abs(y) + q * (4 * abs(s.far[i]) + s.quotients[i] + s.of_mean)
     return found
 
 
 def _log_softmax_push(s: _Slopes, row: Row) -> dict[int, tuple[Any, Any]]:
     del row
-    return {i: ((s.v[i] - s.mean) / s.t, (4 * abs(s.far[i]) + s.of_mean) / s.t) for i in s.there}
+    return {i: ((s.far[i] - s.mean) / s.t, (4 * abs(s.far[i]) + s.quotients[i] + s.of_mean) / s.t) for i in s.there}
 
 
 def _log_softmax_pull(s: _Slopes, row: Row) -> dict[int, tuple[Any, Any]]:
@@ -142,7 +148,9 @@ def _log_softmax_pull(s: _Slopes, row: Row) -> dict[int, tuple[Any, Any]]:
         for i in s.there
     }
     if s.winner is not None:
-        y, _ = found[s.winner]
+        others = [i for i in s.there if i != s.winner]
+        of_others = mpmath.fsum(s.p[i] for i in others) * s.v[s.winner]
+        y = (of_others - s.p[s.winner] * mpmath.fsum(s.v[i] for i in others)) / s.t
         found[s.winner] = y, 8 * abs(y) + 2 * mpmath.fsum(units for i, (_, units) in found.items() if i != s.winner)
     return found
 
@@ -214,11 +222,14 @@ def kl_divergence(given: Given, row: Row) -> tuple[Floats, ...]:
         if p and not q and o.z[b] == -mpmath.inf:
             return (constant(INF),)
         if p:
+            if -o.log_p(b) > FORMATS[given.compute].largest:
+                return (split([(INF, INF)]),)  # a logarithm that is too large may stay so in a product that is not
             r = s.log_p(a) - o.log_p(b)
             own = abs(s.log_p(a)) + abs(o.log_p(b)) - s.roundings * (s.z[a] + o.z[b]) + 4 * abs(r)
             term = p * (r + mpmath.expm1(-r))
             y += term
-            units += s.relative(a) * term + abs(p - q) * own + p * (s.absolute(a) + o.absolute(b)) ** 2 * given.unit
+            both = mpmath.mpf(s.absolute(a) + o.absolute(b))
+            units += s.relative(a) * term + abs(p - q) * own + p * both**2 * given.unit
         else:
             y += q
             units += q * (o.relative(b) + 4)
@@ -245,8 +256,13 @@ def _row_loss(given: Given, row: Row) -> tuple[Any, Any, Any]:
     for i in range(row.n):
         k = (1 - smoothing) * q[i] * w[i] + (smoothing * w[i] / len(possible) if i in possible else 0)
         if k:
-            loss -= k * s.log_p(place[i])
-            units += k * (s.absolute(place[i]) + 4 * abs(s.log_p(place[i])))
+            log_p = s.log_p(place[i])
+            if log_p == -mpmath.inf:
+                return mpmath.inf, 0.0, share
+            loss -= k * log_p
+            # A logarithm that is too large may stay so in a product that is not.
+            is_too_large = -log_p > FORMATS[given.compute].largest
+            units += INF if is_too_large else k * (s.absolute(place[i]) + 4 * abs(log_p))
     total = mpmath.mpf(max(row.x.tolist())) + s.log_total
     of_total = 16 + math.log2(row.n) + s.mean + abs(total)
     steps = math.log2(row.n) * abs(loss)
@@ -263,7 +279,7 @@ def cross_entropy(given: Given) -> tuple[Reference, ...]:
         count = mpmath.fsum(one[2] for one in losses) if given.get("reduction", "mean") == "mean" else 1
         y, units = (y / count, units / count) if count else (mpmath.mpf(0), 0.0)
         steps = (4 + math.log2(len(losses))) * (mpmath.fsum(abs(one[0]) for one in losses) / count if count else 0)
-        high, low, bound = split([(y, units + steps)])[:, 0]
+        high, low, bound = split([(y, 0.0 if mpmath.isinf(y) else units + steps)])[:, 0]
     return (Reference(np.asarray(high), np.asarray(low), np.asarray(bound), given.compute, given.compute),)
 
 

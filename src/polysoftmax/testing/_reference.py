@@ -196,6 +196,9 @@ class Row:
     @functools.cached_property
     def scored(self) -> Scored:
         """Scores and probabilities of a row that is defined."""
+        if self.is_undefined:
+            msg = "a row without an answer has no scores, so nothing is expected of them"
+            raise ValueError(msg)
         values, counts, _ = self.distinct
         top, t = max(values), self.temperature
         z = [_score(v, top, t) for v in values]
