@@ -18,7 +18,7 @@ COMPILERS := $(shell for one in $${CXX:-c++ g++ clang++}; do command -v $$one; d
 export POLYSOFTMAX_NATIVE ?= $(if $(COMPILERS),required)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-build fuzz-native lint docs figures dist bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
+.PHONY: help demo test test-quick test-oldest test-build fuzz-native lint docs figures dist bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
 
 help: ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -42,6 +42,15 @@ QUICK := contract losses loss_derivatives sampling sampling_calls truncation sam
 test-quick: export POLYSOFTMAX_TEST_BACKENDS ?= numpy,torch
 test-quick: $(VENV)/installed-test ## Run two minutes' worth of tests: NumPy and eager PyTorch, most functions, the C++ kernels.
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK:%=tests/test_%.py) $(ARGS)
+
+OLDEST := contract losses linear streaming partial sampling_calls random
+
+test-oldest: export PYTHONPATH := $(abspath src)
+test-oldest: export POLYSOFTMAX_TEST_BACKENDS ?= numpy,jax
+test-oldest: $(VENV)/oldest/installed $(VENV)/installed-test ## On the oldest NumPy, JAX and array-api-compat admitted: most functions, both tools.
+	@$(VENV)/oldest/bin/python -m polysoftmax check --quick --backend numpy jax:fused
+	@$(VENV)/oldest/bin/python -m polysoftmax demo --steps 20 --backend numpy jax
+	@$(VENV)/oldest/bin/python -m pytest -q -p no:cacheprovider $(OLDEST:%=tests/test_%.py) $(ARGS)
 
 test-build: $(VENV)/installed-test ## Build wheels and a source distribution, and install without a compiler: the tests that call pip.
 	@$(BIN)/python -m pytest -m build tests/test_native_build.py $(ARGS)
@@ -100,6 +109,13 @@ $(VENV)/installed-%: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build-to
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 	    --no-build-isolation -e '.[$*]'
 	@touch $@ $(BESIDE_$*:%=$(VENV)/installed-%)
+
+$(VENV)/oldest/installed: constraints-oldest.txt
+	@echo "Installing the oldest NumPy, JAX and array-api-compat into $(VENV)/oldest."
+	@$(PYTHON) -m venv $(VENV)/oldest
+	@$(VENV)/oldest/bin/python -m pip install -qq --disable-pip-version-check -c $< numpy jax array-api-compat rich \
+	    matplotlib mpmath ml-dtypes hypothesis pytest pytest-xdist
+	@touch $@
 
 $(VENV)/build-tools: | $(BIN)/pip
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check cmake ninja scikit-build-core

@@ -29,10 +29,12 @@ class JaxHeads(Heads):
 @functools.partial(jax.jit, static_argnums=0)
 def _answers(head: Head, *arrays: Any) -> Array:
     n = arrays[0].shape[0]
-    count = n // head.size if isinstance(n, int) else 0  # a symbol of jax.export tells no number of chunks
-    if count == 0 or n == head.size:
+    if not isinstance(n, int) or n <= head.size:  # a symbol of jax.export tells no number of chunks
         return _answer(head, arrays)
-    whole = head.size * count
+    # What is left over would have a gradient of the weight of its own.
+    size = next((one for one in range(head.size, head.size // 2, -1) if n % one == 0), head.size)
+    count = n // size
+    whole = size * count
     is_cut = [True, False, False, *map(has_rows, arrays[3:])]
     cut = [_in_chunks(one[:whole], count) for one, cuts in zip(arrays, is_cut, strict=True) if cuts]
     shared = [_wide(one) for one in arrays]
