@@ -7,10 +7,11 @@ on one of your own.
 from __future__ import annotations
 
 try:
-    import mpmath  # noqa: F401 (asked for here, so that its absence is explained)
+    import ml_dtypes  # noqa: F401 (asked for here, so that its absence is explained)
+    import mpmath  # noqa: F401
     import numpy  # noqa: F401, ICN001
 except ImportError as error:
-    msg = f"polysoftmax.testing needs {error.name}, which is not installed: pip install numpy mpmath"
+    msg = f"polysoftmax.testing needs {error.name}, which is not installed: pip install numpy mpmath ml-dtypes"
     raise ImportError(msg) from error
 
 from polysoftmax.testing._adapters import Adapter, adapt
