@@ -42,8 +42,12 @@ class Head(NamedTuple):
             x = x + bias
         return x if self.softcap is None else self.softcap * namespace(x).tanh(x / self.softcap)
 
+    def __call__(self, hidden: Array, weight: Array, bias: Maybe, *operands: Any) -> Array:
+        """Return what the formula answers for each row, from all of the logits at once."""
+        return self.answer(self.logits(hidden, weight, bias), operands)
+
     def answer(self, logits: Array, operands: tuple[Any, ...]) -> Array:
-        """Return what the formula answers for each row."""
+        """Return what the formula answers for each row of logits."""
         r = rows(logits, -1)
         return self.formula(r, r.x, *operands, result=r.compute, squeeze=self.squeeze, **dict(self.options))
 
@@ -136,10 +140,7 @@ class Heads:
     def answers(self, head: Head, *arrays: Any) -> Array:
         """Return what the formula answers for each row."""
         hidden, weight, bias, *operands = arrays
-        found = [
-            head.answer(head.logits(few, weight, bias), tuple(theirs))
-            for few, *theirs in chunks(head.size, hidden, *operands)
-        ]
+        found = [head(few, weight, bias, *theirs) for few, *theirs in chunks(head.size, hidden, *operands)]
         return found[0] if len(found) == 1 else namespace(hidden).concat(found, axis=0)
 
     def total(self, head: Head, cotangent: Array, *arrays: Any) -> Array:
@@ -162,8 +163,7 @@ class WholeHeads(Heads):
     """The heads of a library that makes a graph, and decides itself what stands in memory at once."""
 
     def answers(self, head: Head, *arrays: Any) -> Array:
-        hidden, weight, bias, *operands = arrays
-        return head.answer(head.logits(hidden, weight, bias), tuple(operands))
+        return head(*arrays)
 
 
 def gradients(head: Head, cotangent: Array, arrays: tuple[Any, ...], wanted: tuple[bool, ...]) -> tuple[Maybe, ...]:

@@ -22,7 +22,7 @@ from polysoftmax._arrays import (
 from polysoftmax._formula import words
 from polysoftmax._rows import Rows, rows
 from polysoftmax.functions._race import Race, no_chunk
-from polysoftmax.functions.losses import mean_or_zero
+from polysoftmax.functions.losses import mean_or_zero, require_reduction
 from polysoftmax.functions.partial import Partial, merge, partial
 from polysoftmax.functions.softmax import softmax as softmax_of_rows
 
@@ -202,9 +202,7 @@ def cross_entropy(
     >>> streaming.cross_entropy(chunks, np.asarray([2, 0]), reduction="none").round(4)
     array([0.3567, 0.6931])
     """
-    if reduction not in ("none", "sum", "mean"):
-        msg = f'reduction must be "none", "sum" or "mean", got {reduction!r}'
-        raise ValueError(msg)
+    require_reduction(reduction)
     if not is_number(z_loss) or not 0.0 <= z_loss < math.inf:
         msg = f"z_loss must be a number, 0 or greater, got {z_loss!r}"
         raise ValueError(msg)

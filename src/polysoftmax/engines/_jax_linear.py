@@ -30,7 +30,7 @@ class JaxHeads(Heads):
 def _answers(head: Head, *arrays: Any) -> Array:
     n = arrays[0].shape[0]
     if not isinstance(n, int) or n <= head.size:  # a symbol of jax.export tells no number of chunks
-        return _answer(head, arrays)
+        return head(*arrays)
     # What is left over would have a gradient of the weight of its own.
     size = next((one for one in range(head.size, head.size // 2, -1) if n % one == 0), head.size)
     count = n // size
@@ -43,19 +43,14 @@ def _answers(head: Head, *arrays: Any) -> Array:
     def answer(few: list[Array]) -> Array:
         given = iter(few)
         each = zip(arrays, shared, is_cut, strict=True)
-        return _answer(head, tuple(next(given) if cuts else _narrow(wide, like) for like, wide, cuts in each))
+        return head(*(next(given) if cuts else _narrow(wide, like) for like, wide, cuts in each))
 
     _, found = lax.scan(lambda carry, few: (carry, answer(few)), None, cut)
     y = _one_after_another(found)
     if whole == n:
         return y
-    rest = tuple(one[whole:] if cuts else one for one, cuts in zip(arrays, is_cut, strict=True))
-    return jnp.concatenate([y, _answer(head, rest)])
-
-
-def _answer(head: Head, arrays: tuple[Any, ...]) -> Array:
-    hidden, weight, bias, *operands = arrays
-    return head.answer(head.logits(hidden, weight, bias), tuple(operands))
+    rest = (one[whole:] if cuts else one for one, cuts in zip(arrays, is_cut, strict=True))
+    return jnp.concatenate([y, head(*rest)])
 
 
 def _in_chunks(x: Array, count: int) -> Array:

@@ -12,12 +12,11 @@ from polysoftmax._arrays import (
     float_bits,
     in_native_order,
     is_number,
-    is_unknown,
     require_same_library,
 )
 from polysoftmax._formula import runner
 from polysoftmax._linear import Head
-from polysoftmax._rows import rows
+from polysoftmax._rows import may_be_equal, rows
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -39,7 +38,7 @@ class Layer:
         if not float_bits(xp, hidden.dtype):
             msg = f"hidden must be floating, got dtype {hidden.dtype}"
             raise TypeError(msg)
-        if weight.ndim != 2 or not _is_length(weight.shape[1], hidden.shape[-1]):
+        if weight.ndim != 2 or not may_be_equal(weight.shape[1:], hidden.shape[-1:]):
             msg = (
                 f"weight must have the shape (v, {hidden.shape[-1]}) for hidden states of shape {tuple(hidden.shape)}, "
                 f"got {tuple(weight.shape)}"
@@ -85,10 +84,6 @@ class Layer:
         if math.prod(operand.shape[:-1]) == 1:
             return xp.reshape(operand, (1, last))
         return xp.reshape(xp.broadcast_to(operand, (*self.batch, last)), (math.prod(self.batch), last))
-
-
-def _is_length(n: int, other: int) -> bool:
-    return n == other or is_unknown(n) or is_unknown(other)
 
 
 def _of_dtype(hidden: Array, one: Array, name: str) -> Array:

@@ -135,6 +135,13 @@ def cross_entropy(
     return losses if dtype is None else cast(losses, r.result)
 
 
+def require_reduction(reduction: str) -> None:
+    """Raise ``ValueError`` for what is no way to reduce losses."""
+    if reduction not in ("none", "sum", "mean"):
+        msg = f'reduction must be "none", "sum" or "mean", got {reduction!r}'
+        raise ValueError(msg)
+
+
 class Targets:
     """The targets of losses, their weights and options, checked and in the layout of the rows."""
 
@@ -149,9 +156,7 @@ class Targets:
         label_smoothing: float,
         z_loss: float,
     ) -> None:
-        if reduction not in ("none", "sum", "mean"):
-            msg = f'reduction must be "none", "sum" or "mean", got {reduction!r}'
-            raise ValueError(msg)
+        require_reduction(reduction)
         if ignore_index is not None:
             ignore_index = as_int(ignore_index, "ignore_index", "an int or None")
         self._rows, self._given = r, targets
