@@ -25,9 +25,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="g++ is not install
 
 _ENTRY = """
 using polysoftmax::Index;
-extern "C" int run(Index grid, int shared_bytes, {parameters}) {{
-    using S = S_{name};
-    return polysoftmax::launch_all(grid, S::CLUSTER, S::BLOCK, shared_bytes, [=](char* shared) {{ {call} }});
+extern "C" int run(Index grid, int cluster, int block, int shared_bytes, {parameters}) {{
+    return polysoftmax::launch_all(grid, cluster, block, shared_bytes, [=](char* shared) {{ {call} }});
 }}
 """
 
@@ -60,7 +59,7 @@ def build(kernel: Kernel, folder: Path) -> ctypes.CDLL:
     stem = folder / kernel.name
     if not stem.with_suffix(".so").exists():
         parameters, call = _source.body(kernel)
-        entry = _ENTRY.format(name=kernel.name, parameters=parameters, call=call)
+        entry = _ENTRY.format(parameters=parameters, call=call)
         stem.with_suffix(".cpp").write_text(f'#include "kernels.hpp"\n{kernel.declaration()}{entry}', "utf-8")
         subprocess.run([*COMMAND, "-shared", f"{stem}.cpp", "-o", f"{stem}.so"], check=True)
     return ctypes.CDLL(f"{stem}.so")
@@ -106,8 +105,9 @@ class HostDevice:
         self.plans.append(plan)
         kinds = [ctypes.c_double if isinstance(one, float) else ctypes.c_longlong for one in arguments]
         run = build(plan.kernel, self.folder).run
-        run.argtypes = [ctypes.c_longlong, ctypes.c_int, *kinds]
-        assert run(plan.grid, plan.shared, *arguments) == 0, "1: threads wait for each other; 2: a misaligned access"
+        run.argtypes = [ctypes.c_longlong, ctypes.c_int, ctypes.c_int, ctypes.c_int, *kinds]
+        found = run(plan.grid, plan.cluster, plan.block, plan.shared, *arguments)
+        assert found == 0, "1: threads wait for each other; 2: a misaligned access"
 
 
 @pytest.fixture

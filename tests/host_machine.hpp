@@ -80,6 +80,8 @@ void wait(Barrier& barrier);
 #endif
 
 inline int thread_index() { return host->now->thread; }
+inline int block_threads() { return host->threads; }
+inline int cluster_size() { return host->cluster; }
 inline Index block_index() { return host->first_block + host->now->block; }
 inline int cluster_rank() { return host->now->block; }
 inline void block_barrier() { wait(host->blocks[host->now->block]); }
@@ -111,6 +113,8 @@ inline void give_word(Word* own, Word word, int rank) {
     size_t offset = (const char*)own - host->shared.data() - (size_t)host->now->block * host->shared_bytes;
     memcpy(host->shared.data() + (size_t)rank * host->shared_bytes + offset, &word, 4);
 }
+
+inline void forget(int&) {}
 
 inline Word add_in_block(Word* to, Word more) {
     Word before = *to;

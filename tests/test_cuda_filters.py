@@ -63,7 +63,7 @@ def assert_same_rows(device, x, **options):
     with np.errstate(all="ignore"):
         y = ps.truncate(x, **options)
         expected = portable(ps.truncate, x, dtype=None, **options)
-    assert device.plans[-1].kernel.formula == "truncate"
+    assert device.plans[-1].formula == "truncate"
     wrong = (y.astype(np.float64) != expected.astype(np.float64)).any(-1)
     assert not wrong.any(), f"rows {np.nonzero(wrong)[0]} of {device.plans[-1].kernel.name} with {options}"
 
@@ -127,7 +127,7 @@ def test_leading_tokens_come_with_their_indices(device, dtype, n, masked, everyt
         if k > n:
             continue
         top, values, index = cuda.run(Call(LEADING, {"top_k": k}, 1, compute, compute), (x, where))
-        assert device.plans[-1].kernel.formula == "sample_leading"
+        assert device.plans[-1].formula == "sample_leading"
         expected = np.sort(np.argsort(-wide, axis=-1, kind="stable")[:, :k], axis=-1)
         np.testing.assert_array_equal(index, expected)
         np.testing.assert_array_equal(values, np.take_along_axis(wide, expected, -1))

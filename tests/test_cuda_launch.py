@@ -17,7 +17,7 @@ from polysoftmax.engines.cuda._plan import Machine, Plan, plan_draw, plan_rows
 KERNEL = plan_rows(
     "softmax", "float32", "float32", 8, 4096, aligned=True, general=False, machine=Machine(132, clusters=True)
 ).kernel
-PLAN = Plan(KERNEL, 7, 2304)
+PLAN = Plan("softmax", KERNEL, 7, 2304, 128)
 
 
 @pytest.fixture(autouse=True)
@@ -143,15 +143,15 @@ def core(monkeypatch):
 
 
 def test_a_launch_goes_to_the_stream_and_device_of_the_caller(core):
-    cluster = PLAN._replace(kernel=replace(KERNEL, cluster=4))
+    cluster = PLAN._replace(kernel=replace(KERNEL, cluster=True), cluster=4)
     plans = (PLAN, PLAN._replace(grid=9, shared=64), cluster)
     for plan, stream in zip(plans, (1234, 1234, 5678), strict=True):
         _launch.launch(plan, 90, 1, stream, [stream, 1.5])
-    assert core.loaded == [((1, 90), KERNEL.name), ((4, 90), cluster.kernel.name)]
+    assert core.loaded == [((False, 90), KERNEL.name), ((True, 90), cluster.kernel.name)]
     for plan, stream, (context, config, loaded, given) in zip(plans, (1234, 1234, 5678), core.said, strict=True):
         assert (context, config.hStream, given) == (ON_DEVICE + 1, stream, (stream, 1.5))
-        assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (plan.grid * plan.kernel.cluster, 1, 1)
-        assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (KERNEL.block, 1, 1)
+        assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (plan.grid * plan.cluster, 1, 1)
+        assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (plan.block, 1, 1)
         assert (config.sharedMemBytes, loaded[1]) == (plan.shared, plan.kernel.name)
     assert not hasattr(core.said[0][1], "attrs")
     (attribute,) = core.said[2][1].attrs
@@ -265,7 +265,7 @@ def test_cupy_alone_compiles_and_launches_the_same_source(cupy):
     options, *launches = cupy.said
     assert options == {"code": _source.source(KERNEL), "options": _compile.OPTIONS, "backend": "nvrtc"}
     assert "--device-as-default-execution-space" in _compile.OPTIONS
-    assert launches == [(KERNEL.name, ((7,), (KERNEL.block,), (one, 1.5)), {"shared_mem": 2304}) for one in (5, 6)]
+    assert launches == [(KERNEL.name, ((7,), (PLAN.block,), (one, 1.5)), {"shared_mem": 2304}) for one in (5, 6)]
     assert cupy.device.entered == 2
     cupy.cuda.runtime.getDevice = lambda: 1
     found.launch(PLAN, (7, 1.5))

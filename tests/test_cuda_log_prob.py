@@ -40,7 +40,7 @@ def assert_same_bits(y, expected):
 
 
 def formulas(device):
-    return [plan.kernel.formula for plan in device.plans]
+    return [plan.formula for plan in device.plans]
 
 
 @needs_compiler

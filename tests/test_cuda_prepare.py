@@ -16,9 +16,9 @@ from tools import cuda_instructions
 
 
 def test_the_kernels_are_few_enough_to_compile_them_all():
-    """A minute on ten CPUs. There were 3,494 when every length had the layout that is best for it."""
+    """There were 3,494 when every length had the layout that is best for it, and no kernel served two of them."""
     kernels = every_kernel()
-    assert len(kernels) <= 560
+    assert len(kernels) <= 190
     assert len({kernel.name for kernel in kernels}) == len(kernels)
 
 
@@ -87,7 +87,7 @@ def test_the_list_says_how_many_kernels_a_formula_has(compiled, monkeypatch, cap
     lines = capsys.readouterr().out.splitlines()
     counts = {name: int(count) for count, name in map(str.split, [one for one in lines if one[0] == " "])}
     assert counts.pop("kernels") == sum(counts.values()) == len(every_kernel())
-    assert len(counts) == 14
+    assert len(counts) == 11
     assert not compiled
 
 

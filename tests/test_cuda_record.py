@@ -47,7 +47,7 @@ def test_auto_runs_the_kernels_on_a_gpu_on_record(device, monkeypatch, engine):
         ps.softmax(X)
         ps.sample(X, 3)
         found = ps.explain(X, "softmax")
-    assert [plan.kernel.formula for plan, _ in device.launched] == ["softmax", "sample_masses", "sample_draw"]
+    assert [plan.formula for plan, _ in device.launched] == ["softmax", "sample_masses", "sample_draw"]
     assert found.engine == "cuda"
     assert "a row" in found.reason
     assert "all smoke cases passed on an NVIDIA H200, of the same compute capability, on 2026-11-27" in found.reason
@@ -96,7 +96,7 @@ def test_without_cuda_core_auto_runs_the_formulas_and_says_why(device, monkeypat
 def test_gradients_of_tensors_follow(arch, kernels):
     torch = pytest.importorskip("torch")
     launched = []
-    with fake_gpu(lambda plan: launched.append(plan.kernel.formula)) as gpu, ps.engine("auto"):
+    with fake_gpu(lambda plan: launched.append(plan.formula)) as gpu, ps.engine("auto"):
         gpu.arch = arch
         x = torch.zeros(4, 100, requires_grad=True)
         ps.softmax(x).backward(torch.ones(4, 100))

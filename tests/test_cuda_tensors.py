@@ -63,9 +63,8 @@ def test_derivatives_of_tensors(tensors, device, dtype, name, compiled):
         function(reference).backward()
     run = tensors.compile(function, backend="aot_eager", fullgraph=True) if compiled else function
     run(x).backward()
-    assert [plan.kernel.formula for plan in device.plans] == kernels
+    assert [plan.formula for plan in device.plans] == kernels
     assert x.grad.dtype == dtype
-    assert device.plans[1].kernel.y == str(dtype).removeprefix("torch.")
     unit = 2.0**-24 if dtype == tensors.float32 else 2.0**-8
     tensors.testing.assert_close(x.grad.double(), reference.grad, rtol=40 * unit, atol=40 * unit)
 
@@ -77,7 +76,7 @@ def test_derivatives_on_another_thread_take_the_kernels_too(tensors, device):
     thread = threading.Thread(target=y.backward, args=(tensors.randn(4, 100),))
     thread.start()
     thread.join()
-    assert [plan.kernel.formula for plan in device.plans] == ["softmax", "softmax_pullback"]
+    assert [plan.formula for plan in device.plans] == ["softmax", "softmax_pullback"]
 
 
 @needs_compiler

@@ -77,7 +77,7 @@ def gpu(request, monkeypatch):
     found.launched = []
     monkeypatch.setattr(kind, "empty", lambda self, *how: found.poison(empty(self, *how)))
     monkeypatch.setattr(
-        kind, "launch", lambda self, *how: (found.launched.append(how[0].kernel), launch(self, *how))[1]
+        kind, "launch", lambda self, *how: (found.launched.append(how[0]), launch(self, *how))[1]
     )
     with ps.engine("cuda"):
         yield found
@@ -129,7 +129,7 @@ def test_forward(gpu, n, dtype, general):
         expected = portable(function, wide, **expected_options)
         floor = 1e-30 if function is ps.softmax else 100 * min(UNIT[dtype], 2.0**-24)
         assert_close(gpu, function(x, **options), expected, n, dtype, absolute=floor)
-    assert [kernel.formula for kernel in gpu.launched] == ["softmax", "log_softmax", "logsumexp"]
+    assert [plan.formula for plan in gpu.launched] == ["softmax", "log_softmax", "logsumexp"]
 
 
 @pytest.mark.parametrize("n", [3, 129, 4097, 50257, 300_000])
@@ -191,7 +191,7 @@ def test_sample_draws_the_tokens_that_numpy_draws(gpu, rows, n, dtype, masked):
     assert (gpu.host(tokens) != expected).sum() <= 1, f"seed {SEED}"
     same = gpu.host(tokens) == expected
     np.testing.assert_allclose(gpu.host(logprobs)[same], expected_logprobs[same], rtol=1e-5, atol=1e-5)
-    assert [kernel.formula for kernel in gpu.launched] == ["sample_masses", "sample_draw"]
+    assert [plan.formula for plan in gpu.launched] == ["sample_masses", "sample_draw"]
 
 
 @pytest.mark.parametrize(("rows", "n"), [(200, 1000), (64, 50257), (8, 128256)])
@@ -208,7 +208,7 @@ def test_filters_leave_the_tokens_that_numpy_leaves(gpu, rows, n, dtype, options
     assert (tokens != portable(ps.sample, wide, SEED, temperature=0.8, **options)).sum() <= 1, f"seed {SEED}"
     few = 2 * options.get("top_k", n) ** 2 <= n
     drawn = ["sample_leading", "sample_draw_leading"] if few else ["truncate", "sample_masses", "sample_draw"]
-    assert [kernel.formula for kernel in gpu.launched] == ["truncate", *drawn]
+    assert [plan.formula for plan in gpu.launched] == ["truncate", *drawn]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -221,7 +221,7 @@ def test_compiled_code_keeps_the_kernels(gpu, dtype):
         own = x.clone().requires_grad_()
         (run(own) * g).sum().backward()
         slopes.append(own.grad)
-    assert [kernel.formula for kernel in gpu.launched].count("softmax") >= 2
+    assert [plan.formula for plan in gpu.launched].count("softmax") >= 2
     gpu.xp.testing.assert_close(*slopes)
 
 

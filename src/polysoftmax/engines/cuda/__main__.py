@@ -142,7 +142,7 @@ def main() -> int:
     if asked.list:
         kernels = {kernel.name: kernel for kernel, _ in jobs}
         print("\n".join(sorted(kernels)))
-        for formula, count in sorted(Counter(kernel.formula for kernel in kernels.values()).items()):
+        for formula, count in sorted(Counter(kernel.kind for kernel in kernels.values()).items()):
             print(f"{count:5} {formula}")
         print(f"{len(kernels):5} kernels")
         return 0

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from polysoftmax.engines.cuda._layouts import REDUCTIONS, TWO_INPUTS
+from polysoftmax.engines.cuda._layouts import PROBABILITIES, REDUCTIONS, TWO_INPUTS
 from polysoftmax.engines.cuda._plan import SIZES
 
 if TYPE_CHECKING:
@@ -28,11 +28,10 @@ def narrow_accesses(kernel: Kernel, ptx: str) -> list[str]:
     found = Counter(
         (kind, int(count or 1), int(count or 1) * int(bits) // 8) for kind, count, bits in _ACCESS.findall(ptx)
     )
-    of_entries = {"ld": SIZES[kernel.x], "st": SIZES[kernel.y]}
     wrong = [
         f"{times} × {kind} of {size} bytes"
         for (kind, count, size), times in sorted(found.items())
-        if count > 1 and size not in (WIDE, of_entries[kind])
+        if count > 1 and size not in (WIDE, SIZES[kernel.x])
     ]
     for kind, least in (("ld", _loads(kernel)), ("st", _stores(kernel))):
         whole = sum(times for (other, _, size), times in found.items() if (other, size) == (kind, WIDE))
@@ -42,10 +41,12 @@ def narrow_accesses(kernel: Kernel, ptx: str) -> list[str]:
 
 
 def _loads(kernel: Kernel) -> int:
-    return kernel.packs * (2 if kernel.formula in TWO_INPUTS else 1)
+    return kernel.packs * (2 if kernel.kind in TWO_INPUTS else 1)
 
 
 def _stores(kernel: Kernel) -> int:
-    if kernel.formula in REDUCTIONS or kernel.formula.startswith("sample"):
+    if kernel.kind == REDUCTIONS or kernel.kind.startswith("sample"):
         return 0
-    return kernel.packs * kernel.width * SIZES[kernel.y] // WIDE
+    # Rows of 16 bits may be answered in float32, too.
+    widens = kernel.kind == PROBABILITIES and kernel.general and SIZES[kernel.x] == 2
+    return kernel.packs * (3 if widens else 1)

@@ -169,4 +169,4 @@ def layout_for_last_axis(x: Array, formula: RowFormula, device: Device) -> tuple
     found, _ = _plan(Call(formula, options, r.axis, r.compute, result), operands, device)
     if isinstance(found, _Copy):
         return True, "rows that do not lie side by side are copied first"
-    return (True, found.plan.kernel.layout) if isinstance(found, Launch) else (False, str(found))
+    return (True, found.plan.layout) if isinstance(found, Launch) else (False, str(found))

@@ -207,7 +207,7 @@ class _CupyDevice:
             return
         with self.current():
             kernel = _launch.raw_kernel(self.cupy, plan.kernel, self.device.id)
-            kernel((plan.grid,), (plan.kernel.block,), tuple(arguments), shared_mem=plan.shared)
+            kernel((plan.grid,), (plan.block,), tuple(arguments), shared_mem=plan.shared)
 
     def current(self) -> AbstractContextManager[Any]:
         """Make the device current, unless it is: at its end, CuPy's own ``with`` replaces the caller's context."""

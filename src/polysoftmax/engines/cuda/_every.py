@@ -7,8 +7,8 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from polysoftmax.engines.cuda._compile import CLUSTERS_SINCE
+from polysoftmax.engines.cuda._layouts import KINDS
 from polysoftmax.engines.cuda._plan import (
-    ROW_FORMULAS,
     SIZES,
     Kernel,
     Machine,
@@ -41,26 +41,26 @@ def every_kernel() -> dict[Kernel, bool]:
 
 
 def heaviest_kernels() -> list[tuple[Kernel, int]]:
-    """Return the kernel that holds most, and is first to spill, of each formula and dtype, with an architecture."""
+    """Return the kernel that holds most, and is first to spill, of each kind and dtype, with an architecture."""
     heaviest: dict[tuple[str, str], tuple[Kernel, int]] = {}
     for kernel, without_clusters in every_kernel().items():
         arch = _ARCHITECTURES[kernel.x]
         if arch < CLUSTERS_SINCE and not without_clusters:
             continue
-        other, _ = heaviest.setdefault((kernel.formula, kernel.x), (kernel, arch))
+        other, _ = heaviest.setdefault((kernel.kind, kernel.x), (kernel, arch))
         if _weight(kernel) > _weight(other):
-            heaviest[kernel.formula, kernel.x] = kernel, arch
+            heaviest[kernel.kind, kernel.x] = kernel, arch
     return list(heaviest.values())
 
 
-def _weight(kernel: Kernel) -> tuple[bool, bool, int, int, int]:
+def _weight(kernel: Kernel) -> tuple[bool, bool, int, int]:
     # A thread of a large block has the fewest registers.
-    return kernel.general, kernel.width > 1, kernel.block, kernel.packs * kernel.width, SIZES[kernel.y]
+    return kernel.general, kernel.width > 1, kernel.block, kernel.packs * kernel.width
 
 
 def _chosen(machine: Machine) -> Iterator[Kernel]:
     for x, n, rows, aligned in product(SIZES, _LENGTHS, _ROWS, (True, False)):
-        for formula, general in product(ROW_FORMULAS, (False, True)):
+        for formula, general in product(KINDS, (False, True)):
             for y in answers(formula, x):
                 plan = plan_rows(formula, x, y, rows, n, aligned=aligned, general=general, machine=machine)
                 yield plan.kernel

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from polysoftmax._losses import CROSS_ENTROPY
+from polysoftmax._losses import CROSS_ENTROPY, ENTROPY
 from polysoftmax._sampling import DRAW, DRAW_LEADING, LEADING, MASSES, block_length
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines.cuda import _devices
 from polysoftmax.engines.cuda._devices import Uncovered
 from polysoftmax.engines.cuda._kind import Launch
-from polysoftmax.engines.cuda._layouts import REDUCTIONS
+from polysoftmax.engines.cuda._layouts import KINDS, REDUCTIONS
 from polysoftmax.engines.cuda._operands import ONE, Argument, Batch, Given, View
 from polysoftmax.engines.cuda._plan import (
     MOST_LEADING,
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class Roles(NamedTuple):
-    """Which operand of a formula is what to its kernel; the kernel's name may be another."""
+    """Which operand of a formula is what to its kernel, where the formula may have another name."""
 
-    kernel: str
+    name: str
     x: int = 0
     y_or_cotangent: int | None = None
     temperature: int | None = None
@@ -42,33 +42,39 @@ class Roles(NamedTuple):
     cotangent: int | None = None
 
 
-_LOGITS = (True, False, False)
+LOGITS = (True, False, False)
+"""Of a formula of three operands, the gradient for the first."""
 
 ROLES = {
     SOFTMAX: Roles("softmax", temperature=1, where=2),
     LOG_SOFTMAX: Roles("log_softmax", temperature=1, where=2),
     LOGSUMEXP: Roles("logsumexp", where=2),
-    SOFTMAX.pullback(_LOGITS): Roles("softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
-    LOG_SOFTMAX.pullback(_LOGITS): Roles("log_softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
+    LOGSUMEXP.pullback(LOGITS): Roles("logsumexp_slope", where=2, cotangent=4),
+    SOFTMAX.pullback(LOGITS): Roles("softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
+    LOG_SOFTMAX.pullback(LOGITS): Roles("log_softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
     CROSS_ENTROPY: Roles("cross_entropy", targets=1, weight=2),
-    CROSS_ENTROPY.pullback(_LOGITS): Roles("cross_entropy_slope", targets=1, weight=2, cotangent=4),
+    CROSS_ENTROPY.pullback(LOGITS): Roles("cross_entropy_slope", targets=1, weight=2, cotangent=4),
+    ENTROPY: Roles("entropy", temperature=1, where=2),
+    ENTROPY.pullback(LOGITS): Roles("entropy_slope", temperature=1, where=2, cotangent=4),
 }
 
 
 def rows_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch:
     roles = ROLES[call.formula]
-    if roles.kernel.endswith("pullback") and operands[roles.x] is None:
-        roles = roles._replace(kernel=roles.kernel.replace("pullback", "vjp"), x=0)
-    if roles.kernel == "logsumexp" and operands[1] is not None:
+    if roles.name.endswith("pullback") and operands[roles.x] is None:
+        roles = roles._replace(name=roles.name.replace("pullback", "vjp"), x=0)
+    if roles.name.startswith("logsumexp") and operands[1] is not None:
         raise Uncovered("the kernel of logsumexp takes no weights")
-    if call.options.get("label_smoothing"):
-        raise Uncovered("the kernel of cross_entropy takes no smoothing")
+    smooths = bool(call.options.get("label_smoothing"))
+    if smooths and operands[2] is not None:
+        raise Uncovered("the kernel of cross_entropy takes class weights or smoothing, not both")
+    reduces = KINDS[roles.name] == REDUCTIONS
     batch = Batch(call, operands[roles.x], device)
     x = batch.x
     stride = batch.row_stride(x)
     second: Argument = 0
     second_stride = 0
-    aligned = roles.kernel in REDUCTIONS or _shares_alignment(batch, x, stride)
+    aligned = reduces or _shares_alignment(batch, x, stride)
     if roles.y_or_cotangent is not None:
         view = operands[roles.y_or_cotangent]
         if view.dtype != x.dtype:
@@ -78,16 +84,16 @@ def rows_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch
     temperature = None if roles.temperature is None else operands[roles.temperature]
     where = None if roles.where is None else operands[roles.where]
     result = _devices.dtype_name(call.result)
-    if result not in answers(roles.kernel, x.dtype):
+    if result not in answers(roles.name, x.dtype):
         raise Uncovered(f"the kernels do not answer {x.dtype} in {result}")
     plan = plan_rows(
-        roles.kernel,
+        roles.name,
         x.dtype,
         result,
         batch.rows,
         batch.n,
         aligned=aligned,
-        general=temperature is not None or where is not None,
+        general=temperature is not None or where is not None or smooths,
         machine=device.machine,
     )
     after = (
@@ -95,8 +101,9 @@ def rows_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch
         *batch.parameter(temperature),
         *batch.mask(where),
         *_loss_arguments(batch, call, operands, roles),
+        *(list(KINDS).index(roles.name), plan.staged, int(result == batch.compute)),
     )
-    length = () if call.squeeze else (1 if roles.kernel in REDUCTIONS else batch.n,)
+    length = () if call.squeeze else (1 if reduces else batch.n,)
     shape = (*batch.batch, *length)
     return Launch(device, plan, (x.pointer, second), ((shape, call.result),), after)
 
@@ -108,8 +115,11 @@ def _shares_alignment(batch: Batch, view: View, stride: int) -> bool:
 
 
 def _loss_arguments(batch: Batch, call: Call, operands: tuple[Any, ...], roles: Roles) -> tuple[Argument, ...]:
+    cotangent: tuple[Argument, ...] = (0, *ONE)
+    if roles.cotangent is not None:
+        cotangent = batch.per_row(operands[roles.cotangent], batch.compute, "the cotangent")
     if roles.targets is None:
-        return (0, *ONE, 0, 0, *ONE, 0, 0, 0, 0.0)
+        return (0, *ONE, 0, *cotangent, 0, 0, 0, 0.0, 0.0)
     pointer: Argument = 0
     along = 0
     weight = None if roles.weight is None else operands[roles.weight]
@@ -118,16 +128,16 @@ def _loss_arguments(batch: Batch, call: Call, operands: tuple[Any, ...], roles: 
         if rows[2] != 0:
             raise Uncovered("the class weights differ from row to row")
         along = weight.strides[-1]
-    cotangent = None if roles.cotangent is None else operands[roles.cotangent]
     ignore_index = call.options["ignore_index"]
+    options = list(call.options)
     return (
         *batch.per_row(operands[roles.targets], "int64", "targets"),
         pointer,
-        *batch.per_row(cotangent, batch.compute, "the cotangent"),
+        *cotangent,
         along,
         int(ignore_index is not None),
         ignore_index or 0,
-        Given(len(operands) + list(call.options).index("z_loss")),
+        *(Given(len(operands) + options.index(name)) for name in ("label_smoothing", "z_loss")),
     )
 
 
@@ -139,7 +149,7 @@ def _masses_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Lau
     plan = plan_masses(batch.x.dtype, batch.rows, batch.n, general=general, machine=device.machine)
     if isinstance(plan, str):
         raise Uncovered(plan)
-    after = (batch.n, batch.rows, stride, *batch.parameter(temperature), *batch.mask(where))
+    after = (batch.n, batch.rows, stride, *batch.parameter(temperature), *batch.mask(where), plan.lanes)
     blocks = -(-batch.n // block_length(batch.n))
     answers = tuple(((*batch.batch, length), call.compute) for length in (1, blocks))
     return Launch(device, plan, (batch.x.pointer,), answers, after)

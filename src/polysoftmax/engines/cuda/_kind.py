@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from polysoftmax.engines.cuda import _devices
 from polysoftmax.engines.cuda._operands import Argument, Given
-from polysoftmax.engines.cuda._plan import SIZES
+from polysoftmax.engines.cuda._plan import ANSWERS_SEVERAL, SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Launch:
         self._given = tuple((i, one.place) for i, one in enumerate(arguments) if isinstance(one, Given))
         self._answers = tuple((i, *one) for i, one in enumerate(answers, len(before)))
         self._pieces: tuple[tuple[int, int], ...] = ()
-        self._is_tuple = plan.kernel.family.is_tuple
+        self._is_tuple = plan.formula in ANSWERS_SEVERAL
 
     def run(self, values: list[int | float]) -> Any:
         """Make the answers, launch, and return them."""

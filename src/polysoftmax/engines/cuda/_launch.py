@@ -125,30 +125,29 @@ class _Frame:
         self.stream: int | None = None
         self.config = config = driver.CUlaunchConfig()
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.blockDimX = kernel.block
         kinds = driver.CUlaunchAttributeID
-        attributes = []
-        if kernel.cluster > 1:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            cluster = attribute.value.clusterDim
-            cluster.x, cluster.y, cluster.z = kernel.cluster, 1, 1
-            attributes.append(attribute)
-        if follows:
+        self.cluster: Any = None
+        if kernel.cluster:
+            self.cluster = driver.CUlaunchAttribute()
+            self.cluster.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        elif follows:
             attribute = driver.CUlaunchAttribute()
             attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            attributes.append(attribute)
-        if attributes:
-            config.attrs, config.numAttrs = attributes, len(attributes)
+            config.attrs, config.numAttrs = [attribute], 1
 
     def set(self, plan: Plan, stream: int, arguments: list[int | float]) -> None:
         """Say what is launched now."""
         self.pack(self.words, 0, *arguments)
         if plan is not self.plan:
             self.plan = plan
-            self.config.gridDimX = plan.grid * plan.kernel.cluster  # the driver counts blocks, and a plan clusters
+            self.config.gridDimX = plan.grid * plan.cluster  # the driver counts blocks, and a plan clusters
+            self.config.blockDimX = plan.block
             self.config.sharedMemBytes = plan.shared
+            if self.cluster is not None:
+                size = self.cluster.value.clusterDim
+                size.x, size.y, size.z = plan.cluster, 1, 1
+                self.config.attrs, self.config.numAttrs = [self.cluster], 1
         if stream != self.stream:
             self.config.hStream = self.stream = stream
 

@@ -31,7 +31,7 @@ def part(name: str) -> str:
 
 def body(kernel: Kernel) -> tuple[str, str]:
     """Return the parameters of a kernel and what it does, in C++."""
-    parameters, function, _ = kernel.family
+    parameters, function = kernel.family
     return f"{parameters}_PARAMETERS", f"polysoftmax::{function}<S_{kernel.name}>({parameters}_ARGUMENTS, shared);"
 
 

@@ -8,6 +8,7 @@ using Index = long long;
 using Amount = uint64_t;
 
 DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int block_threads() { return blockDim.x; }
 DEVICE Index block_index() { return blockIdx.x; }
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
@@ -21,6 +22,14 @@ DEVICE int cluster_rank() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
 #endif
     return rank;
+}
+
+DEVICE int cluster_size() {
+    Word size = 1;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+    return size;
 }
 
 // The two halves of a barrier of a cluster, between which a thread may do what concerns nobody else. Not the aligned
@@ -59,6 +68,10 @@ DEVICE void give_word(Word* own, Word word, int rank) {
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(word) : "memory");
 #endif
 }
+
+// Of a number that may be the same as before, the compiler keeps nothing that it has found from it: registers are dearer
+// than to find it again.
+DEVICE void forget(int& number) { asm volatile("" : "+r"(number)); }
 
 // Add to a number in shared memory, whatever the other threads of the block do; the answer is what it was.
 DEVICE Word add_in_block(Word* to, Word more) { return atomicAdd(to, more); }

@@ -1,11 +1,14 @@
 // The two-level draw. The masses of a row's blocks of tokens take the one read of the logits; the draw itself reads the
 // masses and the tokens of one block.
 //
-// A specialisation S of the masses says X, C, WIDTH, THREADS, PACKS, CLUSTER and GENERAL as for rows; THREADS is the
-// whole block. A group of LANES threads adds up a block of tokens: LANES·PACKS·WIDTH is its length. One of the draw says
-// X, C, THREADS, BLOCK and GENERAL; one of the draw from few tokens C and THREADS.
+// A specialisation S of the masses says X, C, WIDTH, PACKS, CLUSTER and GENERAL as for rows; the whole block has a row. A
+// group of LANES threads adds up a block of tokens: LANES·PACKS·WIDTH is its length. LANES is 0 where the launch says how
+// many. One of the draw says X, C, THREADS, BLOCK and GENERAL; one of the draw from few tokens C and THREADS.
 
 const int ROOM_FOR_MASSES = 16 << 10;    // bytes of shared memory
+
+// The length of a block of tokens is a power of two, and a division would take as long as ten tokens.
+DEVICE int log2_of(Index size) { return bit_length((Word)size) - 1; }
 
 struct MassArguments {
     const void* x;
@@ -13,14 +16,14 @@ struct MassArguments {
     Index n, rows, x_stride;
     Parameter temperature;
     Mask where;
+    Index lanes;
 };
 
 template <class S>
 struct MassKernel {
     using X = typename S::X;
     using C = typename S::C;
-    static constexpr int W = S::WIDTH, LANES = S::LANES, PACKS = S::PACKS, GROUPS = S::THREADS / LANES;
-    static constexpr Index SIZE = LANES * PACKS * W;
+    static constexpr int W = S::WIDTH, PACKS = S::PACKS;
 
     // What is known of a block of tokens: its greatest, and its mass under that.
     struct Tokens {
@@ -29,6 +32,8 @@ struct MassKernel {
 
     const MassArguments& a;
     char* shared;
+    const int lanes, groups;    // powers of two
+    const Index size;           // of a block of tokens
     C *tops, *masses;    // of the blocks of tokens that this thread block has looked at; without room, masses are in the answer
     int shift;           // how many tokens before the row its first whole access starts
     Index row, count;
@@ -37,36 +42,45 @@ struct MassKernel {
     RowTemperature<C> t;
     MaskedRow mask;
 
-    DEVICE MassKernel(const MassArguments& arguments, char* shared) : a(arguments), shared(shared) {
-        tops = (C*)(shared + SLOTS<S::THREADS, S::CLUSTER>);
-        row = block_index() / S::CLUSTER;
-        count = (a.n + SIZE - 1) / SIZE;
+    DEVICE MassKernel(const MassArguments& arguments, char* shared)
+        : a(arguments),
+          shared(shared),
+          lanes(S::LANES ? S::LANES : (int)arguments.lanes),
+          groups(block_threads() >> log2_of(lanes)),
+          size(lanes * PACKS * W) {
+        tops = (C*)(shared + bytes_of_merge<WHOLE_BLOCK, S::CLUSTER>());
+        row = S::CLUSTER ? block_index() / cluster_size() : block_index();
+        count = ((int)a.n - 1 >> log2_of(size)) + 1;
         x = (const X*)a.x + row * a.x_stride;
         mass = (C*)a.mass + row * count;
-        masses = rounds() * GROUPS * (int)sizeof(C) <= ROOM_FOR_MASSES ? tops + rounds() * GROUPS : nullptr;
+        masses = rounds() * groups * (int)sizeof(C) <= ROOM_FOR_MASSES ? tops + rounds() * groups : nullptr;
         shift = (int)((unsigned long long)x / sizeof(X) % W);
         t = row_temperature<C>(false, 1);
         if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
     }
 
-    DEVICE int first_group() const { return S::CLUSTER > 1 ? cluster_rank() * GROUPS : 0; }
-    DEVICE Index rounds() const { return (count + S::CLUSTER * GROUPS - 1) / (S::CLUSTER * GROUPS); }
-    DEVICE Index block_at(Index round, int group) const { return round * S::CLUSTER * GROUPS + first_group() + group; }
+    // Groups of threads that have a row together.
+    DEVICE int team() const { return S::CLUSTER ? cluster_size() * groups : groups; }
+    DEVICE Index rounds() const { return (count + team() - 1) / team(); }
+    DEVICE Index block_at(Index round, int group) const {
+        return round * team() + (S::CLUSTER ? cluster_rank() * groups : 0) + group;
+    }
 
-    DEVICE int place(int j) const { return (j * LANES + thread_index() % LANES) * W; }
+    DEVICE int lane() const { return thread_index() & (lanes - 1); }
+    DEVICE int place(int j) const { return (j * lanes + lane()) * W; }
 
     // Tokens of a block in the lane's accesses; those past the end, and those that the mask hides, are -inf. Of the access
     // that the block starts in, the block's last tokens take the place of those before it.
     DEVICE void read(Index block, Pack<X, W>* packs) const {
         const X nothing = rounded<X>(-infinity<C>());
-        const X* from = x + block * SIZE;
-        Index end = a.n - block * SIZE;    // may be none
-        const int before = end >= SIZE ? shift : 0;
-        if (end >= SIZE) {
+        const X* from = x + block * size;
+        Index end = a.n - block * size;    // may be none
+        const int before = end >= size ? shift : 0;
+        if (end >= size) {
             UNROLL for (int j = 0; j < PACKS; j++) packs[j].load(from - before + place(j));
             if (place(0) < before) {
                 UNROLL for (int e = 0; e < W - 1; e++) {
-                    if (e < before) packs[0].set(e, from[SIZE - before + e]);
+                    if (e < before) packs[0].set(e, from[size - before + e]);
                 }
             }
         } else {
@@ -78,8 +92,8 @@ struct MassKernel {
         UNROLL for (int j = 0; j < PACKS; j++) {
             UNROLL for (int e = 0; e < W; e++) {
                 Index i = place(j) + e - before;
-                if (i < 0) i += SIZE;
-                if (i < end && !mask.exists(block * SIZE + i)) packs[j].set(e, nothing);
+                if (i < 0) i += size;
+                if (i < end && !mask.exists(block * size + i)) packs[j].set(e, nothing);
             }
         }
     }
@@ -90,7 +104,7 @@ struct MassKernel {
         read(block, packs);
         C top = top_of(packs[0]);
         UNROLL for (int j = 1; j < PACKS; j++) top = greater(top, top_of(packs[j]));
-        top = merged_in_warp<LANES>(top, [](C p, C q) { return greater(p, q); });
+        top = merged_in_group(top, [](C p, C q) { return greater(p, q); });
         C reference = finite(top) ? top : 0, mass = 0;
         UNROLL for (int j = 0; j < PACKS; j++) {
             C v[W];
@@ -98,20 +112,27 @@ struct MassKernel {
             UNROLL for (int i = 0; i < W; i++) v[i] = term_below(v[i], reference, t);
             mass += tree_sum<W>(v);
         }
-        return Tokens{top, merged_in_warp<LANES>(mass, [](C p, C q) { return p + q; })};
+        return Tokens{top, merged_in_group(mass, [](C p, C q) { return p + q; })};
+    }
+
+    template <class Merge>
+    DEVICE C merged_in_group(C mine, Merge merge_two) const {
+        if constexpr (S::LANES) return merged_in_warp<S::LANES>(mine, merge_two);
+        ONCE for (int mask = 1; mask < lanes; mask *= 2) mine = merge_two(mine, across(mine, mask));
+        return mine;
     }
 
     DEVICE Total<C> look_at_all() const {
         Total<C> total = no_entries<C>();
         for (Index round = 0; round < rounds(); round++) {
-            int group = thread_index() / LANES;
+            int group = thread_index() >> log2_of(lanes);
             // Past the last block too, where all is -inf: a warp has to look together.
             Index block = block_at(round, group);
             Tokens one = look(block);
-            if (thread_index() % LANES == 0) {
-                tops[round * GROUPS + group] = one.top;
+            if (lane() == 0) {
+                tops[round * groups + group] = one.top;
                 if (masses) {
-                    masses[round * GROUPS + group] = one.mass;
+                    masses[round * groups + group] = one.mass;
                 } else if (block < count) {
                     mass[block] = one.mass;
                 }
@@ -127,17 +148,16 @@ struct MassKernel {
     }
 
     DEVICE void run() {
-        if constexpr (S::CLUSTER > 1) cluster_arrive();
+        if constexpr (S::CLUSTER) cluster_arrive();
         Total<C> total = look_at_all();
-        if constexpr (S::CLUSTER > 1) cluster_wait();
-        total = merged_once<S::THREADS, S::CLUSTER>(
+        if constexpr (S::CLUSTER) cluster_wait();
+        total = merged_once<WHOLE_BLOCK, S::CLUSTER>(
             total, shared, [&](const Total<C>& p, const Total<C>& q) { return merge(p, q, t); });
-        if constexpr (S::THREADS == 32) block_barrier();    // to see what the others have written
-        for (Index i = thread_index(); i < rounds() * GROUPS; i += S::THREADS) {
-            Index block = block_at(i / GROUPS, (int)(i % GROUPS));
+        for (Index i = thread_index(); i < rounds() * groups; i += block_threads()) {
+            Index block = block_at(i >> log2_of(groups), (int)(i & (groups - 1)));
             if (block < count) mass[block] = mass_under(Tokens{tops[i], masses ? masses[i] : mass[block]}, total.top);
         }
-        bool first = thread_index() == 0 && (S::CLUSTER == 1 || cluster_rank() == 0);
+        bool first = thread_index() == 0 && (!S::CLUSTER || cluster_rank() == 0);
         if (first) ((C*)a.top)[row] = total.sum == total.sum ? total.top : nan_of<C>();
     }
 };
@@ -158,9 +178,6 @@ struct DrawArguments {
     Parameter temperature;
     Mask where;
 };
-
-// The length of a block of tokens is a power of two, and a division would take as long as ten tokens.
-DEVICE int log2_of(Index size) { return bit_length((Word)size) - 1; }
 
 // The key of a row.
 template <class Arguments>
@@ -188,9 +205,9 @@ struct DrawKernel {
     MaskedRow mask;
 
     DEVICE DrawKernel(const DrawArguments& arguments, char* shared) : a(arguments), shared(shared) {
-        constexpr int ROWS = S::BLOCK / S::THREADS;
+        const int rows = S::THREADS > 32 ? 1 : S::BLOCK / S::THREADS;
         member = thread_index() % S::THREADS;
-        row = block_index() * ROWS + thread_index() / S::THREADS;
+        row = block_index() * rows + thread_index() / S::THREADS;
         present = row < a.rows;
         if (!present) row = 0;
         count = ((int)a.n - 1 >> log2_of(a.size)) + 1;
@@ -209,13 +226,15 @@ struct DrawKernel {
         C total;
     };
 
+    DEVICE static int threads() { return S::THREADS > 32 ? block_threads() : S::THREADS; }
+
     DEVICE Blocks best_block() const {
         Best<C> best{-infinity<C>(), count};
         LongSum<C> sum;
         C next = first;
-        for (int i = member; i < count; i += S::THREADS) {
+        for (int i = member; i < count; i += threads()) {
             C now = next;
-            if (i + S::THREADS < count) next = mass[i + S::THREADS];
+            if (i + threads() < count) next = mass[i + threads()];
             sum.add(now);
             best = merge(best, Best<C>{noisy_score(log(now), t, key, i, BLOCK_VARIATES), i});
         }
@@ -227,7 +246,7 @@ struct DrawKernel {
     DEVICE Best<C> best_token(int block) const {
         const int size = (int)a.size, n = (int)a.n, start = block * size, end = n - start < size ? n : start + size;
         Best<C> best{-infinity<C>(), n};
-        for (int i = start + member; i < end; i += S::THREADS) {
+        for (int i = start + member; i < end; i += threads()) {
             C score = S::GENERAL && !mask.exists(i) ? -infinity<C>() : distance(i);
             best = merge(best, Best<C>{noisy_score(score, t, key, i, TOKEN_VARIATES), i});
         }
@@ -235,14 +254,14 @@ struct DrawKernel {
     }
 
     DEVICE void run() {
-        auto found = merged_once<S::THREADS, 1>(best_block(), shared, [](const Blocks& p, const Blocks& q) {
+        auto found = merged_once<S::THREADS, false>(best_block(), shared, [](const Blocks& p, const Blocks& q) {
             return Blocks{merge(p.best, q.best), p.total + q.total};
         });
         const C total = found.total;
         Best<C> token{-infinity<C>(), (int)a.n};
         if (found.best.index < count) token = best_token(found.best.index);
-        token = merged_once<S::THREADS, 1>(
-            token, shared + SLOTS<S::THREADS, 1>, [](const Best<C>& p, const Best<C>& q) { return merge(p, q); });
+        token = merged_once<S::THREADS, false>(
+            token, shared + bytes_of_merge<S::THREADS, false>(), [](const Best<C>& p, const Best<C>& q) { return merge(p, q); });
         if (member != 0 || !present) return;
         bool drawn = finite(top) && total > 0 && token.index < a.n;
         a.tokens[row] = drawn ? token.index : -1;
@@ -359,8 +378,8 @@ struct LeadingKernel {
 
 #define MASS_PARAMETERS                                                                                            \
     const void *x, void *top, void *mass, Index n, Index rows, Index x_stride, GIVEN_PARAMETERS(temperature),      \
-        MASK_PARAMETERS
-#define MASS_ARGUMENTS {x, top, mass, n, rows, x_stride, GIVEN(temperature), MASK}
+        MASK_PARAMETERS, Index lanes
+#define MASS_ARGUMENTS {x, top, mass, n, rows, x_stride, GIVEN(temperature), MASK, lanes}
 #define DRAW_PARAMETERS                                                                                            \
     Index *tokens, const void *mass, MAP_PARAMETERS(mass_row), const void *x, MAP_PARAMETERS(x_row),                 \
         Index n, Index rows, Index size, const void *top, MAP_PARAMETERS(top_row), const int *keys,                \

@@ -10,7 +10,7 @@
 // A search finds the last token from what the tokens of each bin add up to, a count or a mass. Masses are whole numbers,
 // so that their sums do not depend on the order of the threads.
 //
-// A specialisation S says FORMULA, X, C, WIDTH, THREADS and PACKS as for rows; THREADS is the whole block.
+// A specialisation S says KIND, X, C, WIDTH, THREADS and PACKS as for rows; THREADS is the whole block.
 
 const int DIGIT = 11, BINS = 1 << DIGIT;
 const int LISTED = 2048;          // tokens that fit the list
@@ -31,7 +31,7 @@ struct FilterKernel {
     using C = typename S::C;
     using Gap = decltype(BitsOf<X>() + 0u);    // how far a token is from the greatest, in the order of the numbers
     static constexpr int W = S::WIDTH, PACKS = S::PACKS, WARPS = S::THREADS / 32;
-    static constexpr bool LEADING = S::FORMULA == SAMPLE_LEADING;
+    static constexpr bool LEADING = S::KIND == SAMPLE_LEADING;
 
     // Tokens up to the gap `end`, and of those at that gap the ones with an index below `limit`.
     struct Prefix {
