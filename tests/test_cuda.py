@@ -91,7 +91,7 @@ def test_arguments_stand_where_the_kernel_looks_for_them(device):
     assert [given[f"where_row_{one}"] for one in ("inner", "period", "stride")] == [1, 5, 512]
     assert given["where_stride"] == 1
     assert given["targets"] == given["second"] == given["weight"] == 0
-    assert (plan.grid, plan.block) == (30, 128)
+    assert (plan.grid, plan.block) == (8, 128)  # four rows in a block, one a warp
 
 
 def test_arguments_of_a_loss_and_of_a_draw(device):
@@ -167,16 +167,21 @@ X, WIDE = np.zeros((4, 64), np.float32), np.zeros((1, 1 << 12), np.float32)
         (lambda: ps.softmax(X, axis=0), None),
         (lambda: ps.softmax(X.T), None),
         (lambda: ps.softmax(X.reshape(4, 8, 8)[:, :3]), None),
-        (lambda: ps.entropy(X, axis=0), "no CUDA kernel for entropy"),
+        (lambda: ps.kl_divergence(X, X, axis=0), "no CUDA kernel for kl_divergence"),
         (lambda: ps.softmax(X.astype(int)), "not int64"),
         (lambda: ps.softmax(X, dtype=np.float64), "do not compute float32 in float64"),
         (lambda: ps.softmax(X[:0]), "there are 0 rows"),
         (lambda: ps.logsumexp(X, weights=X + 1), "no weights"),
-        (lambda: ps.cross_entropy(X, np.zeros(4, int), label_smoothing=0.1), "no smoothing"),
+        (lambda: ps.cross_entropy(X, np.zeros(4, int), label_smoothing=0.1), None),
+        (
+            lambda: ps.cross_entropy(X, np.zeros(4, int), label_smoothing=0.1, weight=np.ones(64)),
+            "class weights or smoothing, not both",
+        ),
         (lambda: ps.cross_entropy(X, X), "targets has dtype float32"),
         (lambda: ps.cross_entropy(X, np.zeros(4, int), weight=np.ones(64)), None),
         (lambda: ps.softmax_vjp(X, X.astype(np.float16)), "the cotangent is float16"),
-        (lambda: ps.entropy(X), "no CUDA kernel for entropy"),
+        (lambda: ps.entropy(X, axis=0), None),
+        (lambda: ps.kl_divergence(X, X), "no CUDA kernel for kl_divergence"),
         (lambda: ps.truncate(X.astype(int), top_k=3), None),
         (
             lambda: _sampling.LEADING(_rows.rows(WIDE, -1), WIDE, None, top_k=1025),
@@ -230,7 +235,7 @@ def test_explanations_copy_nothing(device, monkeypatch):
 @pytest.mark.parametrize(
     ("x", "name", "reason"),
     [
-        (np.zeros((8, 3), np.float32), "entropy", "there is no CUDA kernel for entropy"),
+        (np.zeros((8, 3), np.float32), "kl_divergence", "there is no CUDA kernel for kl_divergence"),
         (np.zeros((8, 3), int), "softmax", "the kernels take floats of 16, 32 and 64 bits, not int64"),
         (np.zeros((0, 8), np.float32), "cross_entropy", "there are 0 rows of 8"),
     ],

@@ -75,10 +75,16 @@ from polysoftmax.engines.cuda._plan import Kernel, Plan
 
 driver = ctypes.CDLL("libcuda.so.1")
 _cache.machine_code = lambda kernel, arch: bytes(64)
-one = Kernel("softmax", "float32", "float32", "float32", 4, 256, 256, 4)
-four = Kernel("softmax", "float32", "float32", "float32", 4, 512, 512, 4, cluster=4)
+one = Kernel("probabilities", "float32", 4, 512, 512, 4)
+four = Kernel("probabilities", "float32", 4, 512, 512, 4, cluster=True)
+plans = (
+    (Plan("softmax", one, 7, 2304, 256), 0),
+    (Plan("softmax", one, 9, 64, 128), 1 << 40),
+    (Plan("softmax", four, 5, 1024, 512, 4), 0),
+    (Plan("softmax", four, 5, 1024, 256, 2), 0),
+)
 for context in (0, 0x1001, 0x5555):
-    for plan, stream in ((Plan(one, 7, 2304), 0), (Plan(one, 9, 64), 1 << 40), (Plan(four, 5, 1024), 0)):
+    for plan, stream in plans:
         driver.become(ctypes.c_long(context), 0)
         _launch.launch(plan, 90, 1, stream, [(1 << 46) + context, 0.1, -3])
         assert ctypes.c_long.in_dll(driver, "current").value == context
@@ -105,7 +111,7 @@ def test_the_driver_is_given_what_the_plan_says(tmp_path):
     )
     assert found.returncode == 0, found.stderr
     *launches, error = found.stdout.splitlines()
-    assert error.startswith("the driver could not launch softmax_float32_")
+    assert error.startswith("the driver could not launch probabilities_float32_")
     assert error.endswith(": CUDA_ERROR_LAUNCH_FAILED")
     of_cluster = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     expected = [
@@ -113,8 +119,9 @@ def test_the_driver_is_given_what_the_plan_says(tmp_path):
         for context in (0, 0x1001, 0x5555)
         for grid, block, shared, stream, cluster in (
             (7, 256, 2304, 0, [0, 0, 0]),
-            (9, 256, 64, 1 << 40, [0, 0, 0]),
+            (9, 128, 64, 1 << 40, [0, 0, 0]),
             (20, 512, 1024, 0, [1, of_cluster, 4]),
+            (10, 256, 1024, 0, [1, of_cluster, 2]),
         )
     ]
     assert list(map(json.loads, launches[:-1])) == expected

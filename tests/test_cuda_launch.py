@@ -280,7 +280,7 @@ def test_cupy_with_cuda_core_launches_through_it(cupy, core, monkeypatch):
     assert found.machine == Machine(132, clusters=True)
     found.launch(PLAN, [5, 1.5])
     context, config, loaded, _ = core.said[0]
-    assert (context, config.hStream, loaded) == (ON_DEVICE + 1, 1001, ((1, 87), KERNEL.name))
+    assert (context, config.hStream, loaded) == (ON_DEVICE + 1, 1001, ((False, 87), KERNEL.name))
     assert not cupy.said
     assert cupy.device.entered == 0
 

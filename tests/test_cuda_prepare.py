@@ -11,7 +11,7 @@ import pytest
 from polysoftmax.engines.cuda import __main__ as command
 from polysoftmax.engines.cuda import _cache, _compile
 from polysoftmax.engines.cuda._every import every_kernel
-from polysoftmax.engines.cuda._plan import Machine, Plan, plan_rows
+from polysoftmax.engines.cuda._plan import Machine, plan_rows
 from tools import cuda_instructions
 
 
@@ -69,7 +69,7 @@ def test_all_kernels_are_compiled_into_the_cache(compiled, monkeypatch, capsys):
 
 def test_they_are_compiled_for_the_gpus_that_are_there(compiled, monkeypatch, capsys):
     monkeypatch.setattr(command, "targets_present", lambda: [80, 100])
-    assert run(monkeypatch, "--prepare", "--match", "softmax_float64") == 0
+    assert run(monkeypatch, "--prepare", "--match", "probabilities_float64") == 0
     assert {arch for _, arch in compiled} == {80, 100}
     monkeypatch.setattr(command, "targets_present", list)
     assert run(monkeypatch, "--prepare") == 2
@@ -110,24 +110,24 @@ $__internal_0_$__cuda_sm20_rcp_rn_f32_slowpath:
 """
 
 
-def kernel_of(**changes):
+def plan_of(staged=0, **changes):
     plan = plan_rows("softmax", "float32", "float32", 9, 512, aligned=True, general=False, machine=Machine(1, False))
-    return replace(plan.kernel, **changes)
+    return plan._replace(kernel=replace(plan.kernel, **changes), staged=staged)
 
 
 def test_instructions_are_counted_up_to_the_end_and_loops_as_often_as_they_run():
     code = cuda_instructions.parse(SASS)
     assert len(code) == 9
-    kernel = kernel_of(packs=1, staged=3, width=4)
+    plan = plan_of(packs=1, staged=3, width=4)
     # 9 instructions, of which 3 run three times, for 4 accesses of 4 entries.
-    assert cuda_instructions.count(code, kernel) == (9 + 2 * 3) / 16
-    assert cuda_instructions.count(code, kernel, r"MUFU\.EX2") == 3 / 16
+    assert cuda_instructions.count(code, plan) == (9 + 2 * 3) / 16
+    assert cuda_instructions.count(code, plan, r"MUFU\.EX2") == 3 / 16
     assert (cuda_instructions.accesses(code, "LDG"), cuda_instructions.accesses(code, "STG")) == ("16", "2, 4")
 
 
 def test_a_row_that_is_read_in_chunks_counts_its_loops():
     code = cuda_instructions.parse(SASS.replace("LDS.128 R8, [R2]", "LDG.E.128.CONSTANT R8, desc[UR6][R2.64]"))
-    assert cuda_instructions.count(code, kernel_of(held=False, width=4)) == 3 / 4
+    assert cuda_instructions.count(code, plan_of(held=False, width=4)) == 3 / 4
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,10 @@ def test_a_row_that_is_read_in_chunks_counts_its_loops():
     [(512, 64, 2048, 2), (512, 65, 2048, 1), (128, 32, 0, 16), (64, 16, 0, 32), (256, 64, 49_152 + 1024, 4)],
 )
 def test_blocks_of_a_multiprocessor(block, registers, shared, expected):
-    plan = Plan(kernel_of(threads=block, block=block), 1, shared)
+    plan = plan_of()._replace(block=block, shared=shared)
     assert cuda_instructions.blocks(plan, registers) == expected
 
 
 def test_the_lines_that_are_left_out_of_the_count_are_in_the_source():
-    text = cuda_instructions._whole_rows(kernel_of())
-    assert all(line not in text for line in cuda_instructions.LEFT_OUT)
+    text = cuda_instructions._whole_rows(plan_of(), plan_of().kernel)
+    assert all(line not in text for line in [*cuda_instructions.LEFT_OUT, "arguments.formula"])

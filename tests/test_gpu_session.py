@@ -44,7 +44,7 @@ def test_a_dry_run_from_the_command_to_the_report(tmp_path):
     assert list(results["stages"]) == ["env", "smoke", "bench"]
     for stage in results["stages"].values():
         assert (stage["ok"], stage["ended"], stage["items"]) == (True, "done", len(stage["records"]))
-    assert len(results["stages"]["smoke"]["records"]) == 10
+    assert len(results["stages"]["smoke"]["records"]) == 12
     assert results["versions"]["torch"] == torch.__version__
     assert str(ROOT) not in json.dumps(results)
     assert [one.name for one in tmp_path.iterdir()] == ["results.json"]
@@ -193,7 +193,7 @@ def test_an_unknown_stage_is_refused(capsys):
 
 @pytest.mark.skipif(not has_cuda_core(), reason="cuda.core is not installed")
 def test_prepared_kernels_are_not_compiled_again(tmp_path, monkeypatch):
-    text = "softmax-float32-37x10"
+    text = "max-float32-37x3"
     found = command("--prepare", tmp_path, "--case", text).stdout
     wanted = kernels.needed(text=text)
     assert len(wanted) == len(list(tmp_path.glob("*.cubin"))) == 2

@@ -19,11 +19,11 @@ SEED = 20_260_102
 
 def test_cases_have_names_of_their_own():
     found = list(cases.smoke_cases())
-    assert len({case.name for case in found}) == len(found) == 516
+    assert len({case.name for case in found}) == len(found) == 636
     names = [case.name for case in found]
     assert cases.choose(names, "softmax-bfloat16-37x3", 1) == ["softmax-bfloat16-37x3"]
     assert len(cases.choose(names, "-64x1000-top_k", 1)) == 16
-    assert len(cases.choose(names, "", 10)) == 52
+    assert len(cases.choose(names, "", 10)) == 64
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_an_entry_that_no_kernel_writes_is_seen(monkeypatch):
     found = smoke.compare(torch, case, given.x, y, smoke.reference(case, given, SEED))
     # Three rows are to be NaN.
     assert found == {"ok": False, "nan": 2 * 16384}
-    assert [name.split("_float32")[0] for name in launched] == ["softmax", "sample_masses", "sample_draw"]
+    assert [name.split("_float32")[0] for name in launched] == ["probabilities", "sample_masses", "sample_draw"]
 
 
 def test_a_case_that_no_kernel_answers_fails():
@@ -130,7 +130,7 @@ def test_the_device_is_used_as_the_engine_uses_it(dry, monkeypatch):
 
 def test_kernels_are_found_without_a_gpu():
     (found,) = kernels.needed(text="softmax-bfloat16-37x129")
-    assert (found.formula, found.x, found.general) == ("softmax", "bfloat16", False)
+    assert (found.kind, found.x, found.general) == ("probabilities", "bfloat16", False)
     assert len(kernels.needed(text="sample-float32-33x50257-top_k=20")) == 2
-    names = {one.formula for one in kernels.needed(text="cross_entropy_grad-bfloat16")}
-    assert names == {"cross_entropy", "cross_entropy_slope"}
+    names = {one.kind for one in kernels.needed(text="cross_entropy_grad-bfloat16")}
+    assert names == {"reductions", "loss_slopes"}

@@ -8,8 +8,9 @@ the folder where ``pip install --target FOLDER nvidia-cuda-nvdisasm`` has put it
 How instructions are counted: in the disassembled code of one thread, up to its end, without the subroutines behind it.
 What is unrolled counts as it stands, and a loop over accesses as often as it runs; that is divided by the entries that
 the thread has of a row that fills the layout. A row that is read in chunks counts its loops alone. Left out are the
-second look at rows that are close to their maximum, entries outside whole accesses, and masks. All other branches
-count, those too that a whole row does not take, so the figures are above what is executed.
+second look at rows that are close to their maximum, entries outside whole accesses, masks, and what the kernel has for
+other formulas. All other branches count, those too that a whole row does not take, so the figures are above what is
+executed.
 
 The predicted share of the bandwidth of a copy is what 80 % of the instructions that a multiprocessor can issue, and all
 the exponentials that it can compute, leave of it. It does not know of latencies.
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from polysoftmax.engines.cuda import _compile, _source  # noqa: E402
-from polysoftmax.engines.cuda._layouts import REDUCTIONS  # noqa: E402
+from polysoftmax.engines.cuda._layouts import KINDS, REDUCTIONS  # noqa: E402
 from polysoftmax.engines.cuda._plan import SIZES, Machine, Plan, answers, plan_masses, plan_rows  # noqa: E402
 
 if TYPE_CHECKING:
@@ -119,33 +120,36 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
     return [[one for one in code if start <= one.address <= end] for start, end in inner]
 
 
-_READS, _STAGED = r"LDG\.E\.\S*", r"LDS\.128"
+_READS, _STAGED = r"LDG\.E\.\S*", (r"LDGSTS\S*", r"LDS\.128")
 
 
-def count(code: list[Instruction], kernel: Kernel, what: str = "") -> float:
+def count(code: list[Instruction], plan: Plan, what: str = "") -> float:
     """Return the instructions an entry, or those of them that match."""
+    kernel = plan.kernel
     of = [one for one in code if not what or one.has(what)]
     found = loops(code)
     wide = rf"LDG\.E\.\S*{min(128, 8 * kernel.width * SIZES[kernel.x])}\S*" if kernel.width > 1 else _READS
-    if not kernel.held or kernel.lanes:
+    if not kernel.held or plan.lanes:
         each = [(loop, sum(one.has(wide) for one in loop)) for loop in found]
         return sum(len([one for one in loop if one in of]) / (reads * kernel.width) for loop, reads in each if reads)
     total = float(len(of))
-    for loop in found:
-        reads = sum(one.has(_STAGED) for one in loop)
-        if reads:
-            total += len([one for one in loop if one in of]) * (kernel.staged / reads - 1)
-    return total / ((kernel.packs + kernel.staged) * kernel.width)
+    for pattern in _STAGED:
+        each = [(loop, reads) for loop in found if (reads := sum(one.has(pattern) for one in loop))]
+        most = max((reads for _, reads in each), default=0)
+        for loop, reads in each:
+            # One of fewer accesses at once takes those that are left over, of which there are none.
+            times = plan.staged / reads if reads == most else 0
+            total += len([one for one in loop if one in of]) * (times - 1)
+    return total / ((kernel.packs + plan.staged) * kernel.width)
 
 
 def blocks(plan: Plan, registers: int) -> int:
     """Return the blocks that a multiprocessor has room for."""
-    kernel = plan.kernel
     of_a_warp = -(-registers * 32 // 256) * 256
     return min(
         _BLOCKS,
-        _THREADS // kernel.block,
-        _REGISTERS // (of_a_warp * (kernel.block // 32)),
+        _THREADS // plan.block,
+        _REGISTERS // (of_a_warp * (plan.block // 32)),
         _SHARED // (plan.shared + _RESERVED),
     )
 
@@ -165,22 +169,26 @@ def row(plan: Plan, arch: int, disassemble: Callable[[bytes], str]) -> tuple[str
     """Return a row of the table."""
     kernel, gpu = plan.kernel, GPUS[arch]
     real = _compile.compile_kernel(kernel, arch)
-    with patch.object(_compile, "source", _whole_rows):
+    with patch.object(_compile, "source", partial(_whole_rows, plan)):
         counted = parse(disassemble(_compile.compile_kernel(kernel, arch).code))
     code = parse(disassemble(real.code))
-    entry, exponentials = count(counted, kernel), count(counted, kernel, r"MUFU\.EX2\S*")
-    moved = SIZES[kernel.x] * (1 if kernel.formula in REDUCTIONS or kernel.lanes else 2)
+    entry, exponentials = count(counted, plan), count(counted, plan, r"MUFU\.EX2\S*")
+    moved = SIZES[kernel.x] * (1 if kernel.kind == REDUCTIONS or plan.lanes else 2)
     cycles = max(entry / ISSUE, 8 * exponentials)  # a quarter of a multiprocessor takes 8 cycles for a warp's
     bound = gpu.processors * 4 * 32 * gpu.clock / cycles * moved
-    loads = accesses(code, "LDG") + (f", staged {accesses(code, 'LDGSTS')}" if kernel.staged else "")
+    loads = accesses(code, "LDG") + (f", staged {accesses(code, 'LDGSTS')}" if plan.staged else "")
     cells = (entry, real.registers, real.spilled, blocks(plan, real.registers), loads, accesses(code, "STG"))
     share = f"{min(1.0, bound / gpu.copy):.0%}"
-    return (kernel.layout, *(f"{one:.1f}" if isinstance(one, float) else str(one) for one in cells), share)
+    return (plan.layout, *(f"{one:.1f}" if isinstance(one, float) else str(one) for one in cells), share)
 
 
-def _whole_rows(kernel: Kernel) -> str:
+def _whole_rows(plan: Plan, kernel: Kernel) -> str:
+    """Return the source of a kernel for one launch of it."""
     text = _source.source(kernel)
-    for line, other in LEFT_OUT.items():
+    given = {"(int)arguments.lanes": str(plan.lanes), "ONCE for (int mask = 1; mask < lanes;": "UNROLL for (int mask = 1; mask < lanes;"}
+    if plan.formula in KINDS:
+        given["(Formula)arguments.formula"] = plan.formula.upper()
+    for line, other in (LEFT_OUT | given).items():
         if line not in text:
             msg = f"the source has no line {line!r} any more"
             raise ValueError(msg)
@@ -216,9 +224,10 @@ def table(arch: int, formulas: list[str], disassemble: Callable[[bytes], str]) -
     for formula in formulas:
         for dtype in DTYPES:
             for n, plan in plans(formula, dtype, machine):
-                if plan.kernel not in known:
-                    known[plan.kernel] = row(plan, arch, disassemble)
-                yield f"| {' | '.join((formula, dtype, f'{n:,}', *known[plan.kernel]))} |"
+                how = plan._replace(grid=0)
+                if how not in known:
+                    known[how] = row(plan, arch, disassemble)
+                yield f"| {' | '.join((formula, dtype, f'{n:,}', *known[how]))} |"
     yield ""
 
 

@@ -15,6 +15,10 @@ SHAPES_OF_DRAWS = ((300, 3), (64, 1000), (33, 50257), (8, 131072))
 FORWARD = ("softmax", "log_softmax", "logsumexp")
 DERIVATIVES = ("softmax_vjp", "log_softmax_vjp", "softmax_gradient", "log_softmax_gradient")
 LOSSES = ("cross_entropy", "cross_entropy_gradient")
+OF_FEW_CALLS = ("entropy", "entropy_gradient", "logsumexp_gradient", "log_prob_gradient")
+"""Formulas that share the kernels of others."""
+
+SMOOTHED = {"label_smoothing": 0.1}
 FILTERS: tuple[dict[str, Any], ...] = (
     {"top_k": 20},
     {"top_p": 0.9},
@@ -48,7 +52,7 @@ class Case(NamedTuple):
 
     @property
     def is_derivative(self) -> bool:
-        return self.function in DERIVATIVES or self.function == "cross_entropy_gradient"
+        return self.function.endswith(("_vjp", "_gradient"))
 
 
 def smoke_cases() -> Iterator[Case]:
@@ -58,6 +62,10 @@ def smoke_cases() -> Iterator[Case]:
             for function in (*DERIVATIVES, *LOSSES):
                 yield Case(function, dtype, 9, n, {})
             yield Case("log_prob", dtype, 9, n, {"top_k": 2})
+            for function in OF_FEW_CALLS:
+                yield Case(function, dtype, 9, n, {})
+            for function in LOSSES:
+                yield Case(function, dtype, 9, n, SMOOTHED)
         yield from _draws(dtype)
     # So many rows that clusters do not grow.
     yield Case("softmax", "bfloat16", 2000, 32768, {})

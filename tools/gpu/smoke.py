@@ -151,7 +151,7 @@ def _call(case: Case, given: Arguments, x: Any, seed: int = 0) -> Any:
     import polysoftmax as ps
 
     if case.base == "cross_entropy":
-        return ps.cross_entropy(x, given.targets, reduction="none", z_loss=1e-3)
+        return ps.cross_entropy(x, given.targets, reduction="none", z_loss=1e-3, **given.options)
     if case.base.endswith("vjp"):
         return getattr(ps, case.base)(x, given.cotangent)
     if case.base == "log_prob":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY
+from polysoftmax._probability import LOG_PROB
 from polysoftmax._sampling import DRAW, DRAW_LEADING, LEADING, MASSES, block_length
 from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax._truncation import TRUNCATE
@@ -54,6 +55,9 @@ ROLES = {
     LOG_SOFTMAX.pullback(LOGITS): Roles("log_softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
     CROSS_ENTROPY: Roles("cross_entropy", targets=1, weight=2),
     CROSS_ENTROPY.pullback(LOGITS): Roles("cross_entropy_slope", targets=1, weight=2, cotangent=4),
+    LOG_PROB.pullback((*LOGITS, *[False] * 4)): Roles(
+        "log_prob_slope", targets=1, temperature=2, where=3, cotangent=8
+    ),
     ENTROPY: Roles("entropy", temperature=1, where=2),
     ENTROPY.pullback(LOGITS): Roles("entropy_slope", temperature=1, where=2, cotangent=4),
 }
@@ -68,6 +72,8 @@ def rows_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch
     smooths = bool(call.options.get("label_smoothing"))
     if smooths and operands[2] is not None:
         raise Uncovered("the kernel of cross_entropy takes class weights or smoothing, not both")
+    if roles.name == "log_prob_slope" and (call.options["top_k"] is not None or operands[4:7] != (None, None, None)):
+        raise Uncovered("the kernel of log_prob's gradient takes no filters")
     reduces = KINDS[roles.name] == REDUCTIONS
     batch = Batch(call, operands[roles.x], device)
     x = batch.x
@@ -128,16 +134,21 @@ def _loss_arguments(batch: Batch, call: Call, operands: tuple[Any, ...], roles: 
         if rows[2] != 0:
             raise Uncovered("the class weights differ from row to row")
         along = weight.strides[-1]
-    ignore_index = call.options["ignore_index"]
-    options = list(call.options)
+    ignore_index = call.options.get("ignore_index")
+    options, targets = list(call.options), operands[roles.targets]
+    if targets.shape and targets.shape[-1] > 1 and targets.dtype == "int64":
+        raise Uncovered("the kernel takes one token a row")
     return (
-        *batch.per_row(operands[roles.targets], "int64", "targets"),
+        *batch.per_row(targets, "int64", "targets"),
         pointer,
         *cotangent,
         along,
         int(ignore_index is not None),
         ignore_index or 0,
-        *(Given(len(operands) + options.index(name)) for name in ("label_smoothing", "z_loss")),
+        *(
+            Given(len(operands) + options.index(name)) if name in options else 0.0
+            for name in ("label_smoothing", "z_loss")
+        ),
     )
 
 

@@ -19,6 +19,7 @@ KINDS: Final = {
     "log_softmax": PROBABILITIES,
     "logsumexp_slope": PROBABILITIES,
     "cross_entropy_slope": LOSS_SLOPES,
+    "log_prob_slope": LOSS_SLOPES,
     "entropy_slope": PROBABILITIES,
     "logsumexp": REDUCTIONS,
     "cross_entropy": REDUCTIONS,

@@ -30,6 +30,7 @@ enum Formula {
     LOG_SOFTMAX,
     LOGSUMEXP_SLOPE,
     CROSS_ENTROPY_SLOPE,
+    LOG_PROB_SLOPE,
     ENTROPY_SLOPE,
     LOGSUMEXP,
     CROSS_ENTROPY,
@@ -87,7 +88,7 @@ struct RowKernel {
     C moment, own = 0;    // a mean or sum over the second array, and its entry at the class with more than half
     Index target;
     int target_position = -1;    // -1 of a class that there is not
-    bool counts = true;    // and so has a loss
+    bool counts = true;    // of a row that does not, the loss is 0, and so are the slopes
     C target_logit, weight = 1, pull_of_z = 0, cotangent = 1;    // of the row's loss
     C possible = 0, spread = 0;    // how many logits are above -inf, and Σ (top - x) of these
     C mean = 0;    // of (x - top) / T, under the softmax
@@ -98,7 +99,7 @@ struct RowKernel {
     DEVICE RowKernel(const RowArguments& arguments, char* shared)
         : a(arguments),
           shared(shared),
-          formula(S::KIND == LOSS_SLOPES ? CROSS_ENTROPY_SLOPE : (Formula)arguments.formula),
+          formula((Formula)arguments.formula),
           team(threads() * (S::CLUSTER ? cluster_size() : 1)) {
         const int rows = S::THREADS > 32 ? 1 : S::BLOCK / S::THREADS;
         member = thread_index() % S::THREADS + (S::CLUSTER ? cluster_rank() * threads() : 0);
@@ -122,7 +123,10 @@ struct RowKernel {
     DEVICE static int threads() { return S::THREADS > 32 ? block_threads() : S::THREADS; }
 
     DEVICE bool is(Formula one) const { return formula == one; }
-    DEVICE bool is_loss() const { return HAS_LOSS && (is(CROSS_ENTROPY) || is(CROSS_ENTROPY_SLOPE)); }
+    DEVICE bool is_slope_of_loss() const {
+        return S::KIND == LOSS_SLOPES || (IS_OPEN && !REDUCES && (is(CROSS_ENTROPY_SLOPE) || is(LOG_PROB_SLOPE)));
+    }
+    DEVICE bool is_loss() const { return is_slope_of_loss() || (REDUCES && is(CROSS_ENTROPY)); }
     DEVICE bool smooths() const { return IS_OPEN && is_loss() && a.label_smoothing != 0; }
     DEVICE bool weighs_scores() const { return IS_OPEN && (is(ENTROPY) || is(ENTROPY_SLOPE)); }
     // Of an answer, which has its digits, and not of logits.
@@ -136,7 +140,7 @@ struct RowKernel {
     // Whether the logarithm of the sum is wanted, or 1 - p, and so the terms at the top kept out of the sum.
     DEVICE bool sets_apart() const {
         if (HAS_SECOND) return pulls_log_softmax();
-        if (S::KIND == PROBABILITIES) return is(LOG_SOFTMAX) || (IS_OPEN && is(CROSS_ENTROPY_SLOPE));
+        if (S::KIND == PROBABILITIES) return is(LOG_SOFTMAX) || is_slope_of_loss();
         return true;
     }
     DEVICE bool widens() const { return MAY_WIDEN && a.widens; }
@@ -389,11 +393,13 @@ struct RowKernel {
         mean = sum_of_row(sum) * inverse;
     }
 
-    // Whether the mask leaves an entry: each thread of the row gets the answer.
-    DEVICE bool has_entry() {
+    // Whether the mask hides all of a row, whose entropy is 0: each thread of the row gets the answer.
+    DEVICE bool is_hidden() {
+        bool unanswered = mask.where && inverse != inverse;
+        if (S::THREADS < 32 ? !any_in_warp(unanswered) : !unanswered) return false;
         C found = 0;
         for (int i = member; i < (int)a.n; i += team) found = mask.exists(i) ? 1 : found;
-        return sum_of_row(found) > 0;
+        return sum_of_row(found) == 0 && unanswered;
     }
 
     // exp((x - top) / T) for an answer. One of 16 bits takes one instruction: beside its own rounding that of the
@@ -403,7 +409,7 @@ struct RowKernel {
         return is_narrow ? quick_exp2(z * (C)1.4426950408889634) : exp(z);
     }
 
-    // The probabilities of an access. In a row without an answer, what the mask hides is 0 all the same.
+    // The probabilities of an access. In a row without an answer, what the mask hides is 0 all the same, but not its slope.
     template <int N>
     DEVICE void probabilities(int position, const Pack<X, N>& pack, C* y) const {
         if (HAS_LOSS) {
@@ -416,7 +422,7 @@ struct RowKernel {
         } else {
             UNROLL for (int i = 0; i < N; i++) y[i] = exp_of(y[i], false) * inverse;
         }
-        if (S::GENERAL && inverse != inverse) {
+        if (S::GENERAL && inverse != inverse && (HAS_SECOND || is(SOFTMAX))) {
             UNROLL for (int i = 0; i < N; i++) y[i] = mask.exists(position + i) ? y[i] : 0;
         }
     }
@@ -503,7 +509,7 @@ struct RowKernel {
                     v[i] = slope_over_temperature(slope, t);
                 }
             }
-        } else if (HAS_LOSS && is(CROSS_ENTROPY_SLOPE)) {
+        } else if (is_slope_of_loss()) {
             probabilities(position, pack, v);
             smooths() ? slopes_of_smoothed_loss(position, pack, v) : slopes_of_loss<N>(position, v);
         } else if (is(LOG_SOFTMAX)) {
@@ -537,6 +543,9 @@ struct RowKernel {
         UNROLL for (int i = 0; i < N; i++) v[i] = v[i] * share * cotangent;
         if ((Word)here < N) {
             UNROLL for (int i = 0; i < N; i++) v[i] = here == i ? own : v[i];
+        }
+        if (S::GENERAL) {
+            UNROLL for (int i = 0; i < N; i++) v[i] = slope_over_temperature(v[i], t);
         }
     }
 
@@ -586,7 +595,13 @@ struct RowKernel {
         if (a.weight) weight = ((const C*)a.weight)[(known ? target : 0) * a.weight_stride];
         if (!known) weight = nan_of<C>();
         // Now, since whoever waited for it at the end would wait alone.
-        if (REDUCES) target_logit = known ? (C)widen(x[target]) : nan_of<C>();
+        if (REDUCES || is(LOG_PROB_SLOPE)) target_logit = known ? (C)widen(x[target]) : nan_of<C>();
+    }
+
+    // Whether a row has a log-probability that is finite: there is no slope elsewhere.
+    DEVICE bool has_log_prob() const {
+        bool known = target_position >= 0 && mask.exists(target_position);
+        return known && inverse == inverse && score_below(target_logit, total.top, t) > -infinity<C>();
     }
 
     DEVICE void read_cotangent() { cotangent = ((const C*)a.cotangent)[a.cotangent_map.offset(row)]; }
@@ -610,8 +625,8 @@ struct RowKernel {
 
     DEVICE C value_of_row() {
         if (is(LOGSUMEXP)) return logsumexp_of(total, log_total);
-        if (weighs_scores()) return log_total - mean;
         if (!counts) return 0;
+        if (weighs_scores()) return log_total - mean;
         return smooths() ? smoothed_loss() : loss_of(total, log_total, target_logit, weight, (C)a.z_loss);
     }
 
@@ -631,9 +646,9 @@ struct RowKernel {
         if (S::HELD || !has_sum) load(0);
         if (has_sum) sum_up();
         if (pulls_softmax()) sum_up_weighted();
+        if (weighs_scores()) counts = !is_hidden();
         if constexpr (REDUCES) {
             C y = value_of_row();
-            if (weighs_scores() && mask.where && !has_entry()) y = 0;
             if (member != 0 || !present) return;
             if (sizeof(X) < sizeof(C) && !a.widens) {
                 ((X*)a.out)[row] = rounded<X>(y);
@@ -643,8 +658,10 @@ struct RowKernel {
         } else {
             if (is_loss()) pull_of_z = a.z_loss == 0 ? 0 : 2 * (C)a.z_loss * (total.top + log_total);
             if (is_loss() || weighs_scores()) read_cotangent();
+            // Of log p, and not of the loss, which is -log p.
+            if (is_loss() && is(LOG_PROB_SLOPE)) cotangent = -cotangent, counts = has_log_prob();
             if (S::KIND == PROBABILITIES && is(LOGSUMEXP_SLOPE)) scale_slopes();
-            if (is_loss() && !counts) return write_zeros();
+            if (!counts) return write_zeros();
             visit_positions([&](int position, const auto& pack, const auto& other) { answer(position, pack, other); });
         }
     }
