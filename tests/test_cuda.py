@@ -20,7 +20,8 @@ from polysoftmax._softmax import SOFTMAX
 from polysoftmax.engines import cuda
 from polysoftmax.engines import numpy as numpy_engine
 from polysoftmax.engines.cuda import _calls, _devices, _operands, _source
-from polysoftmax.engines.cuda._plan import Machine, Plan, plan_masses, plan_rows
+from polysoftmax.engines.cuda._layouts import IN_GENERAL, KINDS
+from polysoftmax.engines.cuda._plan import FILTERS, Machine, Plan, plan_masses, plan_rows
 
 H100 = Machine(132, clusters=True)
 
@@ -82,7 +83,10 @@ def test_arguments_stand_where_the_kernel_looks_for_them(device):
     y = ps.softmax(x, temperature=temperature, where=where)
     (plan, arguments), *_ = device.launched
     given = named("ROW", arguments)
-    assert all(isinstance(one, float) == (name in ("temperature_value", "label_smoothing", "z_loss")) for name, one in given.items())
+    assert all(
+        isinstance(one, float) == (name in ("temperature_value", "label_smoothing", "z_loss"))
+        for name, one in given.items()
+    )
     assert (given["x"], given["out"]) == (x.ctypes.data, y.ctypes.data)
     assert (given["n"], given["rows"], given["x_stride"]) == (512, 30, 640)
     assert given["temperature"] == temperature.ctypes.data
@@ -92,6 +96,19 @@ def test_arguments_stand_where_the_kernel_looks_for_them(device):
     assert given["where_stride"] == 1
     assert given["targets"] == given["second"] == given["weight"] == 0
     assert (plan.grid, plan.block) == (8, 128)  # four rows in a block, one a warp
+
+
+def test_formulas_are_numbered_as_the_kernels_number_them(device):
+    text = _source.part("cuda/rows.cuh")
+    names, kinds = (
+        re.search(rf"enum {one} \{{(.*?)\}}", text, re.DOTALL).group(1).split(",") for one in ("Formula", "Kind")
+    )
+    assert [one.strip().lower() for one in names] == list(KINDS)
+    assert {*KINDS.values(), *IN_GENERAL.values(), *FILTERS} == {one.strip().lower() for one in kinds}
+    ps.log_softmax(np.zeros((4, 1000), np.float32))
+    ps.entropy(np.zeros((4, 1000), np.float32))
+    given = [named("ROW", arguments)["formula"] for _, arguments in device.launched]
+    assert given == [list(KINDS).index("log_softmax"), list(KINDS).index("entropy")]
 
 
 def test_arguments_of_a_loss_and_of_a_draw(device):

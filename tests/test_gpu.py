@@ -76,9 +76,7 @@ def gpu(request, monkeypatch):
     empty, launch = kind.empty, kind.launch
     found.launched = []
     monkeypatch.setattr(kind, "empty", lambda self, *how: found.poison(empty(self, *how)))
-    monkeypatch.setattr(
-        kind, "launch", lambda self, *how: (found.launched.append(how[0]), launch(self, *how))[1]
-    )
+    monkeypatch.setattr(kind, "launch", lambda self, *how: (found.launched.append(how[0]), launch(self, *how))[1])
     with ps.engine("cuda"):
         yield found
 

@@ -185,7 +185,10 @@ def row(plan: Plan, arch: int, disassemble: Callable[[bytes], str]) -> tuple[str
 def _whole_rows(plan: Plan, kernel: Kernel) -> str:
     """Return the source of a kernel for one launch of it."""
     text = _source.source(kernel)
-    given = {"(int)arguments.lanes": str(plan.lanes), "ONCE for (int mask = 1; mask < lanes;": "UNROLL for (int mask = 1; mask < lanes;"}
+    given = {
+        "(int)arguments.lanes": str(plan.lanes),
+        "ONCE for (int mask = 1; mask < lanes;": "UNROLL for (int mask = 1; mask < lanes;",
+    }
     if plan.formula in KINDS:
         given["(Formula)arguments.formula"] = plan.formula.upper()
     for line, other in (LEFT_OUT | given).items():

@@ -55,9 +55,7 @@ ROLES = {
     LOG_SOFTMAX.pullback(LOGITS): Roles("log_softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
     CROSS_ENTROPY: Roles("cross_entropy", targets=1, weight=2),
     CROSS_ENTROPY.pullback(LOGITS): Roles("cross_entropy_slope", targets=1, weight=2, cotangent=4),
-    LOG_PROB.pullback((*LOGITS, *[False] * 4)): Roles(
-        "log_prob_slope", targets=1, temperature=2, where=3, cotangent=8
-    ),
+    LOG_PROB.pullback((*LOGITS, *[False] * 4)): Roles("log_prob_slope", targets=1, temperature=2, where=3, cotangent=8),
     ENTROPY: Roles("entropy", temperature=1, where=2),
     ENTROPY.pullback(LOGITS): Roles("entropy_slope", temperature=1, where=2, cotangent=4),
 }

@@ -125,7 +125,8 @@ class Kernel:
     def name(self) -> str:
         """Name of the kernel, and of its file in the cache."""
         marks = {"cluster": self.cluster, "streamed": not self.held, "staged": self.staged, "general": self.general}
-        layout = [f"w{self.width}", f"t{self.threads}", f"b{self.block}", f"p{self.packs}", *[f"l{self.lanes}"][: self.lanes]]
+        layout = [f"w{self.width}", f"t{self.threads}", f"b{self.block}", f"p{self.packs}"]
+        layout += [f"l{self.lanes}"] if self.lanes else []
         return "_".join([self.kind, self.x, *layout, *(mark for mark, is_on in marks.items() if is_on)])
 
     @property
@@ -222,15 +223,21 @@ def plan_rows(
         layout = _held(layouts(kind, width=width, general=True), kind, rows, _over(n, width), machine)
     if layout is None:
         layout = _streamed(streamed(kind, width=width, general=general), rows, machine)
-    in_a_warp = layout.threads <= 32
-    block = _SMALL_BLOCK if in_a_warp else layout.threads
-    in_cluster = layout.cluster > 1
+    most = MOST_THREADS if layout.threads > 32 else _SMALL_BLOCK
+    block = layout.threads if layout.threads > 32 else _SMALL_BLOCK
     kernel = Kernel(
-        *(kind, x, width, layout.threads if in_a_warp else MOST_THREADS),
-        *(_SMALL_BLOCK if in_a_warp else MOST_THREADS, layout.packs, in_cluster, layout.held, general),
-        staged=in_cluster and kind == PROBABILITIES and not general,
+        kind,
+        x,
+        width,
+        threads=layout.threads if layout.threads <= 32 else MOST_THREADS,
+        block=most,
+        packs=layout.packs,
+        cluster=layout.cluster > 1,
+        held=layout.held,
+        general=general,
+        staged=layout.cluster > 1 and kind == PROBABILITIES and not general,
     )
-    grid = _over(rows, _SMALL_BLOCK // layout.threads) if in_a_warp else rows
+    grid = _over(rows, block // layout.threads)
     return Plan(formula, kernel, grid, _shared_of(layout), block, layout.cluster, layout.staged)
 
 
@@ -337,4 +344,3 @@ def _slots(threads: int, cluster: int) -> int:
 
 def _over(m: int, n: int) -> int:
     return -(-m // n)
-

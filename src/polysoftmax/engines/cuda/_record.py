@@ -19,7 +19,7 @@ class Passed(NamedTuple):
 PASSED: Final[dict[int, Passed]] = {}
 """The runs on record, by compute capability; none yet.
 
-The H200 that passed on 2026-11-27 ran kernels of which many have another layout today. Devices of one capability run
+The H200 that passed on 2026-11-27 ran the kernels before today's. Devices of one capability run
 the same machine code: what is right on an H200 is right on an H100, which differs in its memory. Another capability has
 instructions, and an assembler's choices, of its own.
 """
