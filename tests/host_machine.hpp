@@ -163,7 +163,7 @@ struct Pack {
     void drop_first() {
         for (int i = 1; i < W; i++) at[i - 1] = at[i];
     }
-    void change(Word) {}
+    void forget_all() {}
 };
 
 template <class T>

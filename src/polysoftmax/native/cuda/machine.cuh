@@ -72,6 +72,8 @@ DEVICE void give_word(Word* own, Word word, int rank) {
 // Of a number that may be the same as before, the compiler keeps nothing that it has found from it: registers are dearer
 // than to find it again.
 DEVICE void forget(int& number) { asm volatile("" : "+r"(number)); }
+DEVICE void forget(Word& bits) { asm volatile("" : "+r"(bits)); }
+DEVICE void forget(float& number) { asm volatile("" : "+f"(number)); }
 
 // Add to a number in shared memory, whatever the other threads of the block do; the answer is what it was.
 DEVICE Word add_in_block(Word* to, Word more) { return atomicAdd(to, more); }
@@ -205,12 +207,9 @@ struct Pack {
             UNROLL for (int i = 1; i < W; i++) kept[i - 1] = kept[i];
         }
     }
-    // Change some bits of pairs and floats, if these are not 0.
-    DEVICE void change(Word bits) {
-        if constexpr (IN_PAIRS) {
-            for (Word& pair : kept) pair ^= bits;
-        } else if constexpr (sizeof(T) == 4) {
-            for (T& one : kept) one = of_bits<T>(bits_of(one) ^ bits);
+    DEVICE void forget_all() {
+        if constexpr (IN_PAIRS || sizeof(T) == 4) {
+            for (Kept& one : kept) forget(one);
         }
     }
 };

@@ -68,7 +68,6 @@ struct RowKernel {
     // Whether a formula of few calls has its place here.
     static constexpr bool IS_OPEN = S::GENERAL && !HAS_SECOND;
     static constexpr bool MAY_WIDEN = sizeof(X) < sizeof(C) && (REDUCES || IS_OPEN);
-    static constexpr bool HAS_LOSS = S::KIND == LOSS_SLOPES || REDUCES || IS_OPEN;
 
     const RowArguments& a;
     char* shared;
@@ -332,10 +331,10 @@ struct RowKernel {
     }
 
     // Widen entries that were widened before. Where the compiler knows that they are the same, it may keep them all, and
-    // have no registers for the rest: so it must not know that the bits to change are 0.
+    // have no registers for the rest.
     template <int N>
     DEVICE void widen_again(Pack<X, N> pack, C* to) const {
-        pack.change((Word)(a.rows >> 32));
+        pack.forget_all();
         widen_all(pack, to);
     }
 
@@ -412,11 +411,7 @@ struct RowKernel {
     // The probabilities of an access. In a row without an answer, what the mask hides is 0 all the same, but not its slope.
     template <int N>
     DEVICE void probabilities(int position, const Pack<X, N>& pack, C* y) const {
-        if (HAS_LOSS) {
-            widen_again(pack, y);
-        } else {
-            widen_all(pack, y);
-        }
+        widen_again(pack, y);
         if (sizeof(X) == 2 && !widens()) {
             UNROLL for (int i = 0; i < N; i++) y[i] = exp_of(y[i], true) * inverse;
         } else {
@@ -499,7 +494,7 @@ struct RowKernel {
                 } else {
                     probabilities(position, pack, v);
                 }
-                widen_all(other, g);
+                widen_again(other, g);
                 UNROLL for (int i = 0; i < N; i++) {
                     C slope = g[i] - v[i] * moment;
                     if (v[i] > (C)0.5) {
