@@ -11,12 +11,12 @@ from polysoftmax import _formula
 from polysoftmax._formula import Call
 from polysoftmax._losses import CROSS_ENTROPY, ENTROPY
 from polysoftmax._probability import LOG_PROB
-from polysoftmax._softmax import LOGSUMEXP
+from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from polysoftmax.engines import cuda
 from polysoftmax.engines.cuda._families import LOGITS
 from polysoftmax.engines.cuda._plan import Machine
 from tests.host_gpu import assert_close, device, folder, logits, needs_compiler, portable
-from tests.test_confident import GAPS, VECTOR, of_rows, softmax_product
+from tests.test_confident import GAPS, SURE, VECTOR, log_softmax_pull, of_rows, softmax_product
 from tests.test_confident import LOGITS as CONFIDENT
 
 __all__ = ["device", "folder"]  # fixtures
@@ -146,8 +146,22 @@ def test_the_mean_of_a_confident_row_does_not_cancel(device, shape):
     allowed = (64 + 2 * np.asarray(GAPS)[:, None]) * 2.0**-24 * np.abs(want) + 2.0**-126
     assert (np.abs(ps.softmax_vjp(x, v)[:, :5] - want) <= allowed).all()
     y = ps.softmax(x)
-    pullback = Call(ps._softmax.SOFTMAX.pullback(LOGITS), {}, 1, np.dtype(np.float32), np.dtype(np.float32))
+    pullback = Call(SOFTMAX.pullback(LOGITS), {}, 1, np.dtype(np.float32), np.dtype(np.float32))
     assert (np.abs(cuda.run(pullback, (y, None, None, y, v))[:, :5] - want) <= allowed).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("of_an_answer", [False, True])
+def test_what_is_beside_a_large_cotangent_is_not_lost(device, of_an_answer):
+    """log_softmax_vjp: at the sure class (1 - p)·g - p·(the sum of the others' cotangents), far less than g."""
+    x, v = np.asarray(CONFIDENT, np.float32), np.asarray([(0.5, 2e7, 0.25, 2.0, -3.0)] * len(GAPS), np.float32)
+    want = of_rows(lambda row: log_softmax_pull(row, v[0].tolist()), "float32")[:, SURE]
+    found = ps.log_softmax_vjp(x, v)
+    if of_an_answer:
+        pullback = Call(LOG_SOFTMAX.pullback(LOGITS), {}, 1, np.dtype(np.float32), np.dtype(np.float32))
+        y = ps.log_softmax(x)
+        found = cuda.run(pullback, (y, None, None, y, v))
+    np.testing.assert_allclose(found[:, SURE], want, rtol=(64 + 2 * max(GAPS)) * 2.0**-24)
 
 
 @needs_compiler

@@ -85,6 +85,7 @@ struct RowKernel {
     C inverse, log_total = 0;    // 1 / Σ, log Σ
     C others = -1;    // 1 - p of the class at the top where that has more than half of the probability; else negative
     C moment, own = 0;    // a mean or sum over the second array, and its entry at the class with more than half
+    C beside = 0;    // the sum but for that class
     Index target;
     int target_position = -1;    // -1 of a class that there is not
     bool counts = true;    // of a row that does not, the loss is 0, and so are the slopes
@@ -261,13 +262,23 @@ struct RowKernel {
         return merge_row(mine, [](const T& p, const T& q) { return p + q; });
     }
 
+    // What a thread finds of a sum or mean over the second array: its entry at a class with more than half, if there is one.
+    struct Mean {
+        C own, has_sure, of_others;
+
+        DEVICE Mean operator+(const Mean& more) const {
+            return Mean{own + more.own, has_sure + more.has_sure, of_others + more.of_others};
+        }
+    };
+
     // Find Σ exp((x - top) / T): each warp under its own maximum, so that one merge is enough.
     DEVICE void sum_up() {
         Total<C> mine = no_entries<C>();
-        C of_second = 0;
+        C of_second = 0, most = -infinity<C>();    // of log p, where that is given
         if constexpr (S::HELD) {
             visit([&](const auto& pack, const auto& other) {
-                if (!is_pullback()) mine.top = greater(mine.top, top_of(pack));
+                C& top = is_pullback() ? most : mine.top;
+                top = greater(top, top_of(pack));
                 if (pulls_log_softmax()) of_second += sum_of_pack(other);
             });
             if (!is_pullback()) {
@@ -281,7 +292,9 @@ struct RowKernel {
                 load(chunk);
                 C top = mine.top, terms = 0, others = 0;
                 visit_held(chunk, [&](const auto& pack, const auto&) { top = greater(top, top_of(pack)); });
-                if (!is_pullback()) {
+                if (is_pullback()) {
+                    most = greater(most, top);
+                } else {
                     top = top_of_warp(top);
                     if (top > mine.top) sum.scale(term_below(mine.top, top, t));
                     mine.top = top;
@@ -297,13 +310,18 @@ struct RowKernel {
             mine.sum = sum.value();
             of_second = sum_of_second.value();
         }
+        if (is_pullback()) {
+            Mean found = sum_of_row(Mean{0, is_sure(most) ? (C)1 : 0, of_second});
+            moment = found.of_others;
+            return sum_up_beside(found.has_sure > 0);
+        }
         if (pulls_log_softmax()) moment = sum_of_row(of_second);
-        if (is_pullback()) return;
         mine.sum = merged_in_warp<S::THREADS>(mine.sum, [](C p, C q) { return p + q; });
         total = merged_across_warps<S::THREADS, S::CLUSTER>(
             mine, memory_to_merge(), [&](const Total<C>& p, const Total<C>& q) { return merge(p, q, t); });
         inverse = 1 / sum_of(total);
         if (sets_apart()) set_apart();
+        if (pulls_log_softmax()) sum_up_beside(others >= 0);
         if (smooths()) look_at_spread();
         if (weighs_scores()) average_scores();
     }
@@ -359,6 +377,26 @@ struct RowKernel {
         if (!close) return;
         log_total = log1p(rest);
         others = rest * inverse;
+    }
+
+    // Whether an entry, a logit or a log p, is that of a class with more than half of the probability.
+    DEVICE bool is_sure(C entry) const {
+        return is_pullback() ? entry > (C)-0.69314718 : others >= 0 && entry == total.top;
+    }
+
+    // Of a row with such a class, the sum over the second array but for it, beside which nothing may be left of the others.
+    DEVICE void sum_up_beside(bool has_sure) {
+        if (S::THREADS < 32 ? !any_in_warp(has_sure) : !has_sure) return;
+        C sum = 0;
+        visit([&](const auto& pack, const auto& other) {
+            constexpr int N = sizeof(pack) / sizeof(X);
+            C v[N], g[N];
+            widen_again(pack, v);
+            widen_again(other, g);
+            UNROLL for (int i = 0; i < N; i++) g[i] = is_sure(v[i]) ? 0 : g[i];
+            sum += tree_sum<N>(g);
+        });
+        beside = sum_of_row(sum);
     }
 
     // What label smoothing asks of a row: how many classes are possible, and how far they are below the greatest.
@@ -434,15 +472,6 @@ struct RowKernel {
         UNROLL for (int i = 0; i < N; i++) g[i] = y[i] != 0 ? g[i] : 0;
     }
 
-    // What a thread finds of the mean of the cotangent under the softmax.
-    struct Mean {
-        C own, is_sure, of_others;
-
-        DEVICE Mean operator+(const Mean& more) const {
-            return Mean{own + more.own, is_sure + more.is_sure, of_others + more.of_others};
-        }
-    };
-
     // The mean less the cotangent of a class with more than half of the probability, which may be all of it.
     DEVICE void sum_up_weighted() {
         Mean found{0, 0, 0};
@@ -453,7 +482,7 @@ struct RowKernel {
             UNROLL for (int i = 0; i < N; i++) {
                 bool sure = y[i] > (C)0.5;
                 found.own += sure ? g[i] : 0;
-                found.is_sure = sure ? 1 : found.is_sure;
+                found.has_sure = sure ? 1 : found.has_sure;
                 g[i] = sure ? 0 : y[i] * g[i];
             }
             found.of_others += tree_sum<N>(g);
@@ -461,8 +490,8 @@ struct RowKernel {
         found = sum_of_row(found);
         own = found.own;
         moment = found.of_others;
-        bool is_sure = found.is_sure > 0;
-        if (S::THREADS < 32 ? !any_in_warp(is_sure) : !is_sure) return;
+        bool has_sure = found.has_sure > 0;
+        if (S::THREADS < 32 ? !any_in_warp(has_sure) : !has_sure) return;
         // Less its cotangent in each term, and not in the sum, of which nothing is left where theirs are close to it.
         C less = 0;
         visit_positions([&](int position, const auto& pack, const auto& other) {
@@ -474,7 +503,7 @@ struct RowKernel {
         });
         less = sum_of_row(less);
         // Or the bits of a row would depend on the others in its warp.
-        if (is_sure) moment = less;
+        if (has_sure) moment = less;
     }
 
     template <int N>
@@ -497,9 +526,9 @@ struct RowKernel {
                 widen_again(other, g);
                 UNROLL for (int i = 0; i < N; i++) {
                     C slope = g[i] - v[i] * moment;
-                    if (v[i] > (C)0.5) {
-                        C lacking = is_pullback() ? -expm1((C)widen(pack.get(i))) : lacking_of(v[i]);
-                        slope = lacking * g[i] - v[i] * (moment - g[i]);
+                    if (v[i] >= (C)0.5 && is_sure((C)widen(pack.get(i)))) {
+                        C lacking = is_pullback() ? -expm1((C)widen(pack.get(i))) : others;
+                        slope = lacking * g[i] - v[i] * beside;
                     }
                     v[i] = slope_over_temperature(slope, t);
                 }
