@@ -44,7 +44,7 @@ def test_sample_draws_the_same_tokens(device, dtype, rows, n, processors, genera
     expected, logprobs = portable(ps.sample, x, 11, dtype=None, **options)
     with np.errstate(all="ignore"):
         tokens, found = ps.sample(x, 11, **options)
-    of_logprobs = "log_softmax" if general else "cross_entropy"
+    of_logprobs = "log_prob" if general else "cross_entropy"
     assert [plan.formula for plan in device.plans] == ["sample_masses", "sample_draw", of_logprobs]
     assert (device.plans[0].cluster > 1) == (processors > 1)
     assert tokens.dtype == np.int64
@@ -149,7 +149,7 @@ def test_sample_draws_the_same_tokens_from_what_filters_leave(device, dtype, n, 
         tokens, found = ps.sample(x, 5, return_logprobs=True, **options)
     few = isinstance(options.get("top_k"), int) and 2 * options["top_k"] ** 2 <= n
     kernels = ["sample_leading", "sample_draw_leading"] if few else ["truncate", "sample_masses", "sample_draw"]
-    of_logprobs = ["truncate", "log_softmax" if masked or "temperature" in options else "cross_entropy"]
+    of_logprobs = ["truncate", "log_prob" if masked or "temperature" in options else "cross_entropy"]
     assert [plan.formula for plan in device.plans] == [*kernels, *of_logprobs]
     np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_allclose(found, logprobs, rtol=1e-5, atol=1e-5)
@@ -170,7 +170,7 @@ def test_draws_after_the_first(device, options):
     found = [plan.formula for plan in device.plans]
     each = len(found) // 3
     assert found == 3 * found[:each]
-    assert found[each - 1] == "log_softmax"
+    assert found[each - 1] == "log_prob"
 
 
 @needs_compiler

@@ -19,9 +19,9 @@ N = 1003
 OPTIONS = {
     "plain": ({}, ["cross_entropy"]),
     "top_k": ({"top_k": 40}, ["truncate", "cross_entropy"]),
-    "temperature": ({"temperature": 0.5}, ["log_softmax"]),
-    "mask": ({"where": True}, ["log_softmax"]),
-    "all": ({"temperature": 2.0, "where": True, "top_k": 300, "top_p": 0.9}, ["truncate", "log_softmax"]),
+    "temperature": ({"temperature": 0.5}, ["log_prob"]),
+    "mask": ({"where": True}, ["log_prob"]),
+    "all": ({"temperature": 2.0, "where": True, "top_k": 300, "top_p": 0.9}, ["truncate", "log_prob"]),
 }
 
 
@@ -96,7 +96,7 @@ def test_the_greatest_tokens_of_a_row_and_their_log_probabilities(device, dtype,
     x[8] = np.round(x[8])  # many equal logits
     options = {"where": rng.random(x.shape) < 0.8} if masked else {}
     values, tokens = ps.top_log_probs(x, 20, **options)
-    assert formulas(device) == ["sample_leading", "log_softmax" if masked else "cross_entropy"]
+    assert formulas(device) == ["sample_leading", "log_prob" if masked else "cross_entropy"]
     expected, order = portable(ps.top_log_probs, x, 20, dtype=None, **options)
     np.testing.assert_array_equal(tokens, order)
     assert tokens.dtype == order.dtype
@@ -139,4 +139,3 @@ def test_what_explain_says_of_log_probabilities(device):
     assert ps.explain(x, "top_log_probs").engine == "cuda"
     found = ps.explain(x, "log_prob")
     assert found.engine == "cuda"
-    assert "with a temperature or a mask, by the kernel of log_softmax" in found.reason

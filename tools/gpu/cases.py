@@ -62,6 +62,7 @@ def smoke_cases() -> Iterator[Case]:
             for function in (*DERIVATIVES, *LOSSES):
                 yield Case(function, dtype, 9, n, {})
             yield Case("log_prob", dtype, 9, n, {"top_k": 2})
+            yield Case("log_prob", dtype, 9, n, {"where": True, "temperature": True})
             for function in OF_FEW_CALLS:
                 yield Case(function, dtype, 9, n, {})
             for function in LOSSES:

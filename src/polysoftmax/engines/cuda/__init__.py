@@ -88,10 +88,7 @@ def _launch_along_last_axis(call: Call, operands: tuple[Array, ...]) -> Any:
     return xp.squeeze(y, axis) if call.squeeze else y
 
 
-_BESIDE = {
-    LOG_PROB: "; with a temperature or a mask, by the kernel of log_softmax and an array of the logits' size",
-    TOP_LOG_PROBS: f"; of up to {MOST_LEADING} tokens",
-}
+_BESIDE = {TOP_LOG_PROBS: f"; of up to {MOST_LEADING} tokens"}
 """What else there is to say of a formula."""
 
 

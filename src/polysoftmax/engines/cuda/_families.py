@@ -55,6 +55,7 @@ ROLES = {
     LOG_SOFTMAX.pullback(LOGITS): Roles("log_softmax_pullback", x=3, y_or_cotangent=4, temperature=1, where=2),
     CROSS_ENTROPY: Roles("cross_entropy", targets=1, weight=2),
     CROSS_ENTROPY.pullback(LOGITS): Roles("cross_entropy_slope", targets=1, weight=2, cotangent=4),
+    LOG_PROB: Roles("log_prob", targets=1, temperature=2, where=3),
     LOG_PROB.pullback((*LOGITS, *[False] * 4)): Roles("log_prob_slope", targets=1, temperature=2, where=3, cotangent=8),
     ENTROPY: Roles("entropy", temperature=1, where=2),
     ENTROPY.pullback(LOGITS): Roles("entropy_slope", temperature=1, where=2, cotangent=4),
@@ -70,8 +71,8 @@ def rows_launch(call: Call, operands: tuple[Any, ...], device: Device) -> Launch
     smooths = bool(call.options.get("label_smoothing"))
     if smooths and operands[2] is not None:
         raise Uncovered("the kernel of cross_entropy takes class weights or smoothing, not both")
-    if roles.name == "log_prob_slope" and (call.options["top_k"] is not None or operands[4:7] != (None, None, None)):
-        raise Uncovered("the kernel of log_prob's gradient takes no filters")
+    if roles.name.startswith("log_prob") and (call.options["top_k"] is not None or operands[4:7] != (None,) * 3):
+        raise Uncovered("the kernels of log_prob take no filters")
     reduces = KINDS[roles.name] == REDUCTIONS
     batch = Batch(call, operands[roles.x], device)
     x = batch.x
@@ -134,7 +135,7 @@ def _loss_arguments(batch: Batch, call: Call, operands: tuple[Any, ...], roles: 
         along = weight.strides[-1]
     ignore_index = call.options.get("ignore_index")
     options, targets = list(call.options), operands[roles.targets]
-    if targets.shape and targets.shape[-1] > 1 and targets.dtype == "int64":
+    if targets is not None and targets.dtype == "int64" and targets.shape and targets.shape[-1] > 1:
         raise Uncovered("the kernel takes one token a row")
     return (
         *batch.per_row(targets, "int64", "targets"),

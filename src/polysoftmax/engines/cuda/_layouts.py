@@ -23,6 +23,7 @@ KINDS: Final = {
     "entropy_slope": PROBABILITIES,
     "logsumexp": REDUCTIONS,
     "cross_entropy": REDUCTIONS,
+    "log_prob": REDUCTIONS,
     "entropy": REDUCTIONS,
     "softmax_vjp": SOFTMAX_PULLBACKS,
     "log_softmax_vjp": LOG_SOFTMAX_PULLBACKS,
@@ -40,7 +41,7 @@ IN_GENERAL: Final = {
 
 TWO_INPUTS: Final = frozenset({PULLBACKS, SOFTMAX_PULLBACKS, LOG_SOFTMAX_PULLBACKS})
 
-ALWAYS_GENERAL: Final = frozenset({"entropy", "entropy_slope"})
+ALWAYS_GENERAL: Final = frozenset({"log_prob", "entropy", "entropy_slope"})
 """Formulas of few calls, for which only the kernels have room that serve masks and temperatures, too."""
 
 FEW_PACKS: Final = 4

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from polysoftmax import _formula
 from polysoftmax._formula import Call
 from polysoftmax._losses import CROSS_ENTROPY, classes
-from polysoftmax._probability import INF
+from polysoftmax._probability import INF, LOG_PROB
 from polysoftmax._sampling import LEADING
-from polysoftmax._softmax import LOG_SOFTMAX
+from polysoftmax._softmax import scores_below
 from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines.cuda._calls import evaluate
 from polysoftmax.engines.cuda._plan import MOST_LEADING
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polysoftmax._arrays import Array
+    from polysoftmax._softmax import Maybe, Temperature
 
     Step = Callable[[Call, tuple[Any, ...]], Any]
 
 _PLAIN = {"ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0}
+_UNFILTERED = {"top_k": None}
 
 
 def run(call: Call, operands: tuple[Array, ...], step: Step) -> Any:
@@ -34,30 +36,31 @@ def run(call: Call, operands: tuple[Array, ...], step: Step) -> Any:
     if call.options["top_k"] is not None or any(one is not None for one in filters):
         truncate = Call(TRUNCATE, call.options, call.axis, call.compute, x.dtype)
         x = step(truncate, (x, t, where, *filters))
-    if t is not None or where is not None:
-        return call.answer(_by_log_softmax(call, x, tokens, (t, where), step))
     if tokens.shape[call.axis] == 1:
+        return _of_one(call, x, tokens, t, where, step)
+    return call.answer(_of_several(call, x, tokens, t, where, step))
+
+
+def _of_one(call: Call, x: Array, token: Array, t: Temperature, where: Maybe, step: Step) -> Array:
+    """Return the log-probability of a token a row, in the kernel that asks least."""
+    if t is None and where is None:
         # Not with its sign changed, which would make -0 of what is 0 among several tokens.
-        return 0.0 - step(call._replace(formula=CROSS_ENTROPY, options=_PLAIN), (x, tokens, None))
-    return call.answer(_by_the_loss_of_the_greatest(call, x, tokens, step))
+        return 0.0 - step(call._replace(formula=CROSS_ENTROPY, options=_PLAIN), (x, token, None))
+    return step(call._replace(options=_UNFILTERED), (x, token, t, where, None, None, None))
 
 
-def _by_log_softmax(call: Call, x: Array, tokens: Array, others: tuple[Any, ...], step: Step) -> Array:
-    """Return log-probabilities under a temperature or a mask, which the kernel of the loss does not take."""
+def _of_several(call: Call, x: Array, tokens: Array, t: Temperature, where: Maybe, step: Step) -> Array:
+    """Return log-probabilities of several tokens a row. That of the greatest logit is -log Σ exp(z) itself."""
     ops = _formula.words(x, call.axis)
     known, index = classes(ops, x, tokens)
-    y = ops.take(step(Call(LOG_SOFTMAX, {}, call.axis, call.compute, call.compute), (x, *others)), index)
-    return ops.nan_unless(known, y, y)
-
-
-def _by_the_loss_of_the_greatest(call: Call, x: Array, tokens: Array, step: Step) -> Array:
-    """Return log-probabilities of several tokens a row. The loss of the greatest logit is log Σ exp(x - max) itself."""
-    ops = _formula.words(x, call.axis)
-    known, index = classes(ops, x, tokens)
-    best = ops.astype(ops.argmax(x), ops.index_dtype)
-    log_total = step(Call(CROSS_ENTROPY, _PLAIN, call.axis, call.compute, call.compute), (x, best, None))
+    best = ops.astype(ops.argmax(ops.where(where, x, -INF)), ops.index_dtype)
+    alone = Call(LOG_PROB, _UNFILTERED, call.axis, call.compute, call.compute)
+    log_total = 0.0 - _of_one(alone, x, best, t, where, step)
     top, logits = (ops.cast(ops.take(x, at), call.compute) for at in (best, index))
-    return ops.nan_unless(known, (logits - top) - log_total, log_total)
+    y = scores_below(ops, logits, top, t) - log_total
+    if where is not None:
+        y = ops.where(ops.take(ops.broadcast_like(where, x), index), y, -INF)
+    return ops.nan_unless(known, y, log_total)
 
 
 def run_leading(call: Call, operands: tuple[Array, ...], step: Step) -> Any:

@@ -189,7 +189,7 @@ class Plan(NamedTuple):
 def answers(formula: str, x: str) -> tuple[str, ...]:
     """Return the dtypes that a formula answers rows of ``x`` in."""
     compute = compute_of(x)
-    if formula == "cross_entropy":
+    if formula in ("cross_entropy", "log_prob"):
         return (compute,)
     if formula.endswith("pullback"):
         return (x,) if x == compute else ()  # an answer that was rounded to 16 bits has not the digits

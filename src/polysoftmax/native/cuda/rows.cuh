@@ -34,6 +34,7 @@ enum Formula {
     ENTROPY_SLOPE,
     LOGSUMEXP,
     CROSS_ENTROPY,
+    LOG_PROB,
     ENTROPY,
     SOFTMAX_VJP,
     LOG_SOFTMAX_VJP,
@@ -126,7 +127,8 @@ struct RowKernel {
     DEVICE bool is_slope_of_loss() const {
         return S::KIND == LOSS_SLOPES || (IS_OPEN && !REDUCES && (is(CROSS_ENTROPY_SLOPE) || is(LOG_PROB_SLOPE)));
     }
-    DEVICE bool is_loss() const { return is_slope_of_loss() || (REDUCES && is(CROSS_ENTROPY)); }
+    DEVICE bool is_log_prob() const { return IS_OPEN && REDUCES && is(LOG_PROB); }
+    DEVICE bool is_loss() const { return is_slope_of_loss() || (REDUCES && is(CROSS_ENTROPY)) || is_log_prob(); }
     DEVICE bool smooths() const { return IS_OPEN && is_loss() && a.label_smoothing != 0; }
     DEVICE bool weighs_scores() const { return IS_OPEN && (is(ENTROPY) || is(ENTROPY_SLOPE)); }
     // Of an answer, which has its digits, and not of logits.
@@ -647,10 +649,18 @@ struct RowKernel {
         return weight * y + (a.z_loss != 0 ? (C)a.z_loss * (z * z) : 0);
     }
 
-    DEVICE C value_of_row() {
+    // The log-probability of a class, of which nothing is left where the mask hides it.
+    DEVICE C log_prob_of_row() const {
+        if (target_position < 0) return nan_of<C>();
+        if (!mask.exists(target_position)) return -infinity<C>();
+        return score_below(target_logit, total.top, t) - log_total;
+    }
+
+    DEVICE C value_of_row() const {
         if (is(LOGSUMEXP)) return logsumexp_of(total, log_total);
         if (!counts) return 0;
         if (weighs_scores()) return log_total - mean;
+        if (is_log_prob()) return member == 0 ? log_prob_of_row() : 0;
         return smooths() ? smoothed_loss() : loss_of(total, log_total, target_logit, weight, (C)a.z_loss);
     }
 
