@@ -44,7 +44,7 @@ def test_a_dry_run_from_the_command_to_the_report(tmp_path):
     assert list(results["stages"]) == ["env", "smoke", "bench"]
     for stage in results["stages"].values():
         assert (stage["ok"], stage["ended"], stage["items"]) == (True, "done", len(stage["records"]))
-    assert len(results["stages"]["smoke"]["records"]) == 12
+    assert len(results["stages"]["smoke"]["records"]) == 13
     assert results["versions"]["torch"] == torch.__version__
     assert str(ROOT) not in json.dumps(results)
     assert [one.name for one in tmp_path.iterdir()] == ["results.json"]
