@@ -83,6 +83,7 @@ inline int thread_index() { return host->now->thread; }
 inline int block_threads() { return host->threads; }
 inline int cluster_size() { return host->cluster; }
 inline Index block_index() { return host->first_block + host->now->block; }
+inline Index cluster_index() { return host->first_block / host->cluster; }
 inline int cluster_rank() { return host->now->block; }
 inline void block_barrier() { wait(host->blocks[host->now->block]); }
 inline void warp_barrier() { wait(host->warps[(host->now->block * host->threads + host->now->thread) / 32]); }

@@ -32,6 +32,14 @@ DEVICE int cluster_size() {
     return size;
 }
 
+DEVICE Index cluster_index() {
+    Word index = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+#endif
+    return index;
+}
+
 // The two halves of a barrier of a cluster, between which a thread may do what concerns nobody else. Not the aligned
 // form, which asks that a warp has come together again after its last branch.
 DEVICE void cluster_arrive() {

@@ -104,7 +104,7 @@ struct RowKernel {
           team(threads() * (S::CLUSTER ? cluster_size() : 1)) {
         const int rows = S::THREADS > 32 ? 1 : S::BLOCK / S::THREADS;
         member = thread_index() % S::THREADS + (S::CLUSTER ? cluster_rank() * threads() : 0);
-        row = (S::CLUSTER ? block_index() / cluster_size() : block_index()) * rows + thread_index() / S::THREADS;
+        row = (S::CLUSTER ? cluster_index() : block_index()) * rows + thread_index() / S::THREADS;
         present = row < a.rows;
         if (!present) row = 0;    // it has to take part in what a warp does together
         x = (const X*)a.x + row * a.x_stride;

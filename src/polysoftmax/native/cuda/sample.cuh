@@ -32,11 +32,12 @@ struct MassKernel {
 
     const MassArguments& a;
     char* shared;
-    const int lanes, groups;    // powers of two
-    const Index size;           // of a block of tokens
+    const int lanes, groups;    // powers of two, and so is the team: the groups of threads that have a row together
+    const int size, team;       // size: tokens of a block
     C *tops, *masses;    // of the blocks of tokens that this thread block has looked at; without room, masses are in the answer
     int shift;           // how many tokens before the row its first whole access starts
-    Index row, count;
+    int count, rounds;    // blocks of tokens, and how many of them a group has
+    Index row;
     const X* x;
     C* mass;
     RowTemperature<C> t;
@@ -47,23 +48,22 @@ struct MassKernel {
           shared(shared),
           lanes(S::LANES ? S::LANES : (int)arguments.lanes),
           groups(block_threads() >> log2_of(lanes)),
-          size(lanes * PACKS * W) {
+          size(lanes * PACKS * W),
+          team(S::CLUSTER ? cluster_size() * groups : groups) {
         tops = (C*)(shared + bytes_of_merge<WHOLE_BLOCK, S::CLUSTER>());
-        row = S::CLUSTER ? block_index() / cluster_size() : block_index();
+        row = S::CLUSTER ? cluster_index() : block_index();
         count = ((int)a.n - 1 >> log2_of(size)) + 1;
+        rounds = (count - 1 >> log2_of(team)) + 1;
         x = (const X*)a.x + row * a.x_stride;
         mass = (C*)a.mass + row * count;
-        masses = rounds() * groups * (int)sizeof(C) <= ROOM_FOR_MASSES ? tops + rounds() * groups : nullptr;
+        masses = rounds * groups * (int)sizeof(C) <= ROOM_FOR_MASSES ? tops + rounds * groups : nullptr;
         shift = (int)((unsigned long long)x / sizeof(X) % W);
         t = row_temperature<C>(false, 1);
         if constexpr (S::GENERAL) t = a.temperature.as_temperature<C>(row), mask = a.where.of(row);
     }
 
-    // Groups of threads that have a row together.
-    DEVICE int team() const { return S::CLUSTER ? cluster_size() * groups : groups; }
-    DEVICE Index rounds() const { return (count + team() - 1) / team(); }
-    DEVICE Index block_at(Index round, int group) const {
-        return round * team() + (S::CLUSTER ? cluster_rank() * groups : 0) + group;
+    DEVICE int block_at(int round, int group) const {
+        return round * team + (S::CLUSTER ? cluster_rank() * groups : 0) + group;
     }
 
     DEVICE int lane() const { return thread_index() & (lanes - 1); }
@@ -71,10 +71,10 @@ struct MassKernel {
 
     // Tokens of a block in the lane's accesses; those past the end, and those that the mask hides, are -inf. Of the access
     // that the block starts in, the block's last tokens take the place of those before it.
-    DEVICE void read(Index block, Pack<X, W>* packs) const {
+    DEVICE void read(int block, Pack<X, W>* packs) const {
         const X nothing = rounded<X>(-infinity<C>());
         const X* from = x + block * size;
-        Index end = a.n - block * size;    // may be none
+        const int end = (int)a.n - block * size;    // may be none
         const int before = end >= size ? shift : 0;
         if (end >= size) {
             UNROLL for (int j = 0; j < PACKS; j++) packs[j].load(from - before + place(j));
@@ -91,7 +91,7 @@ struct MassKernel {
         if (!S::GENERAL || !mask.where) return;
         UNROLL for (int j = 0; j < PACKS; j++) {
             UNROLL for (int e = 0; e < W; e++) {
-                Index i = place(j) + e - before;
+                int i = place(j) + e - before;
                 if (i < 0) i += size;
                 if (i < end && !mask.exists(block * size + i)) packs[j].set(e, nothing);
             }
@@ -99,7 +99,7 @@ struct MassKernel {
     }
 
     // A NaN among the tokens is a NaN in the mass.
-    DEVICE Tokens look(Index block) const {
+    DEVICE Tokens look(int block) const {
         Pack<X, W> packs[PACKS];
         read(block, packs);
         C top = top_of(packs[0]);
@@ -124,10 +124,10 @@ struct MassKernel {
 
     DEVICE Total<C> look_at_all() const {
         Total<C> total = no_entries<C>();
-        for (Index round = 0; round < rounds(); round++) {
+        for (int round = 0; round < rounds; round++) {
             int group = thread_index() >> log2_of(lanes);
             // Past the last block too, where all is -inf: a warp has to look together.
-            Index block = block_at(round, group);
+            int block = block_at(round, group);
             Tokens one = look(block);
             if (lane() == 0) {
                 tops[round * groups + group] = one.top;
@@ -153,8 +153,8 @@ struct MassKernel {
         if constexpr (S::CLUSTER) cluster_wait();
         total = merged_once<WHOLE_BLOCK, S::CLUSTER>(
             total, shared, [&](const Total<C>& p, const Total<C>& q) { return merge(p, q, t); });
-        for (Index i = thread_index(); i < rounds() * groups; i += block_threads()) {
-            Index block = block_at(i >> log2_of(groups), (int)(i & (groups - 1)));
+        for (int i = thread_index(); i < rounds * groups; i += block_threads()) {
+            int block = block_at(i >> log2_of(groups), i & (groups - 1));
             if (block < count) mass[block] = mass_under(Tokens{tops[i], masses ? masses[i] : mass[block]}, total.top);
         }
         bool first = thread_index() == 0 && (!S::CLUSTER || cluster_rank() == 0);
