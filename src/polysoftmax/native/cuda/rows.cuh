@@ -73,9 +73,9 @@ struct RowKernel {
     const RowArguments& a;
     char* shared;
     const Formula formula;
-    int team;           // how many threads have a row together
-    int merges = 0;     // so far
-    int member;         // which of the row's threads this is
+    int team;          // how many threads have a row together
+    int merges = 0;    // so far
+    int member;        // which of the row's threads this is
     Index row;
     bool present;
     const X *x, *second;
@@ -418,7 +418,7 @@ struct RowKernel {
     }
 
     DEVICE void average_scores() {
-        C sum = 0;
+        LongSum<C> sum;
         visit([&](const auto& pack, const auto&) {
             constexpr int N = sizeof(pack) / sizeof(X);
             C v[N];
@@ -427,9 +427,9 @@ struct RowKernel {
                 C z = score_below(v[i], total.top, t), term = exp(z);
                 v[i] = term != 0 ? term * z : 0;
             }
-            sum += tree_sum<N>(v);
+            sum.add(tree_sum<N>(v));
         });
-        mean = sum_of_row(sum) * inverse;
+        mean = sum_of_row(sum.value()) * inverse;
     }
 
     // Whether the mask hides all of a row, whose entropy is 0: each thread of the row gets the answer.
