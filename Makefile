@@ -18,7 +18,7 @@ COMPILERS := $(shell for one in $${CXX:-c++ g++ clang++}; do command -v $$one; d
 export POLYSOFTMAX_NATIVE ?= $(if $(COMPILERS),required)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-oldest test-build fuzz-native lint docs figures dist bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
+.PHONY: help demo test test-quick test-oldest test-build fuzz-native lint docs figures dist bench accuracy gpu gpu-prepare gpu-report test-gpu test-kernels clean
 
 help: ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -66,15 +66,20 @@ lint: $(VENV)/installed-test $(VENV)/installed-lint ## Check style and types.
 docs: $(VENV)/installed-docs ## Build the documentation into docs/_build/html; a warning is an error.
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
-figures: $(VENV)/installed-docs ## Draw the guide's figures, and write its table of backends, anew.
+figures: export PYTHONPATH := $(CURDIR)
+figures: $(VENV)/installed-docs ## Draw the guide's figures, and write its tables of backends and of errors, anew.
 	@$(BIN)/python docs/figures.py
 	@$(BIN)/python docs/support.py
+	@$(BIN)/python docs/accuracy.py
 
 dist: ## Build the source distribution and the wheel into dist, check them, and try them in empty environments.
 	@$(PYTHON) tools/dist.py $(ARGS)
 
 bench: $(VENV)/installed-test ## Race every function against its peers; the table, JSON and plots go to benchmarks/results.
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+accuracy: $(VENV)/installed-test ## Measure errors in ulp, ours and the peers'; make figures takes what goes to benchmarks/results.
+	@$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
 gpu: ## On a machine with a GPU, with the libraries of PYTHON: is it right, and how fast is it?
 	@$(PYTHON) tools/gpu_session.py $(ARGS)

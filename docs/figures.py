@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FOLDER = Path(__file__).parent / "figures"
-RESULTS = max((FOLDER.parents[1] / "benchmarks" / "results").glob("*-cpus")) / "results.json"  # the newest run
+_MEASURED = FOLDER.parents[1] / "benchmarks" / "results"
+RESULTS = max(_MEASURED.glob("*-cpus")) / "results.json"  # the newest run
+ERRORS = max(_MEASURED.glob("*-accuracy")) / "results.json"
 SMALL = 10_000  # entries of a call whose time is overhead
 
-BLUE, ORANGE = "#2f86c8", "#d9822b"
+BLUE, ORANGE, GREEN, PURPLE = "#2f86c8", "#d9822b", "#3a9d5d", "#b05fb8"
 INK = "#010203"  # becomes currentColor
 
 STYLE = {
@@ -208,9 +210,59 @@ def speed_jax() -> Figure:
     return speed("jax", "jit")
 
 
+MARKS = {"ours": (BLUE, "o"), "scipy": (ORANGE, "s"), "jax.nn": (GREEN, "^"), "torch": (PURPLE, "D")}
+BEYOND = 1e9  # where what is no number at all is drawn
+
+
+def errors(dtype: str, *, together: bool = False) -> Figure:
+    """Draw the largest errors on rows of each kind, ours on the library where it is largest; all functions together?"""
+    found: dict[tuple[str, str, str], float] = {}
+    for one in json.loads(ERRORS.read_text(encoding="utf-8"))["rows"]:
+        if one["dtype"] == dtype:
+            key = "" if together else one["function"], one["rows"], one["by"].partition(",")[0]
+            found[key] = max(found.get(key, 0.0), min(float(one["ulps"]), BEYOND))
+    titles, rows = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+    everyone = [name for name in MARKS if any(key[2] == name for key in found)]
+    figure = Figure(figsize=(5, 1 + 2 * len(titles)))
+    panels = figure.subplots(len(titles), sharex=True, squeeze=False)[:, 0]
+    for panel, title in zip(panels, titles, strict=True):
+        for place, name in enumerate(everyone):
+            colour, mark = MARKS[name]
+            heights = [k + 0.24 * (place - (len(everyone) - 1) / 2) for k in range(len(rows))]
+            label = "polysoftmax" if name == "ours" else name
+            values = [found[title, kind, name] for kind in rows]
+            panel.plot(values, heights, mark, color=colour, markersize=4.5, markeredgewidth=0, label=label)
+        panel.set_title(title)
+        panel.set_yticks(range(len(rows)), rows)
+        panel.invert_yaxis()
+        panel.grid(axis="x", color=INK, alpha=0.15)
+        panel.set_xscale("log")
+        panel.minorticks_off()
+    panel.set_xlabel(f"largest error in ulp, {dtype}")
+    names = panel.get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper center", ncols=4, frameon=False, columnspacing=1)
+    return figure
+
+
+def accuracy() -> Figure:
+    """Draw the largest error in float32 of softmax, log_softmax and logsumexp."""
+    return errors("float32", together=True)
+
+
+def accuracy_float32() -> Figure:
+    """Draw the errors of each in float32."""
+    return errors("float32")
+
+
+def accuracy_bfloat16() -> Figure:
+    """Draw the errors of each in bfloat16, which SciPy does not have."""
+    return errors("bfloat16")
+
+
 FIGURES = (
     *(steps, emphasis, temperature, jacobian, rounded_maximum, loss_gradient, attention),
     *(speed_numpy, speed_torch, speed_jax),
+    *(accuracy, accuracy_float32, accuracy_bfloat16),
 )
 
 

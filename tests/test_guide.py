@@ -46,6 +46,15 @@ def test_the_support_table_is_up_to_date() -> None:
     assert support.current(support.PAGE.read_text(encoding="utf-8")) == support.table(), "run: make figures"
 
 
+def test_the_tables_of_errors_are_up_to_date() -> None:
+    accuracy = load("accuracy.py")
+    page = accuracy.PAGE.read_text(encoding="utf-8")
+    assert accuracy.current(page) == accuracy.tables(), "run: make figures"
+    folder = accuracy.RESULTS.parent.name
+    assert f"benchmarks/results/{folder}" in page
+    assert f"on {folder.removesuffix('-accuracy')}:" in page.replace("\n", " ")
+
+
 def formulas() -> list[str]:
     """Return every formula of the guide and of the docstrings of public functions."""
     pages = [CODE.sub("", page.read_text(encoding="utf-8")) for page in sorted(DOCS.glob("*.md"))]
