@@ -34,7 +34,9 @@ def load(name: str) -> Any:
 
 def test_figures_are_up_to_date() -> None:
     figures = load("figures.py")
-    drawn = {one.__name__: figures.digest(one()) for one in figures.FIGURES}
+    from benchmarks.svg import digest
+
+    drawn = {one.__name__: digest(one()) for one in figures.FIGURES}
     kept = {file.stem: file.read_text(encoding="utf-8") for file in figures.FOLDER.glob("*.svg")}
     assert set(kept) == set(drawn)
     assert [name for name in drawn if drawn[name] not in kept[name]] == [], "run: make figures"
