@@ -77,10 +77,9 @@ docs: $(VENV)/installed-docs ## Build the documentation into docs/_build/html; a
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 figures: export PYTHONPATH := $(CURDIR)
-figures: $(VENV)/installed-docs ## Draw the guide's figures, and write its tables of backends and of errors, anew.
+figures: $(VENV)/installed-docs ## Draw the guide's figures, and write its tables of backends, errors and draws, anew.
 	@$(BIN)/python docs/figures.py
-	@$(BIN)/python docs/support.py
-	@$(BIN)/python docs/accuracy.py
+	@$(BIN)/python docs/tables.py
 
 dist: ## Build the source distribution and the wheel into dist, check them, and try them in empty environments.
 	@$(PYTHON) tools/dist.py $(ARGS)
