@@ -18,7 +18,7 @@ COMPILERS := $(shell for one in $${CXX:-c++ g++ clang++}; do command -v $$one; d
 export POLYSOFTMAX_NATIVE ?= $(if $(COMPILERS),required)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-oldest test-build fuzz-native lint docs figures dist bench gpu gpu-prepare gpu-report test-gpu test-kernels clean
+.PHONY: help demo test test-quick test-oldest test-newest test-build fuzz-native lint docs figures dist bench accuracy gpu gpu-prepare gpu-report test-gpu test-kernels clean
 
 help: ## Show this list.
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -43,14 +43,24 @@ test-quick: export POLYSOFTMAX_TEST_BACKENDS ?= numpy,torch
 test-quick: $(VENV)/installed-test ## Run two minutes' worth of tests: NumPy and eager PyTorch, most functions, the C++ kernels.
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK:%=tests/test_%.py) $(ARGS)
 
-OLDEST := contract losses linear streaming partial sampling_calls random
+ENDS := contract losses linear streaming partial sampling_calls random
+BESIDE_ENDS := rich matplotlib mpmath ml-dtypes hypothesis pytest pytest-xdist
 
-test-oldest: export PYTHONPATH := $(abspath src)
-test-oldest: export POLYSOFTMAX_TEST_BACKENDS ?= numpy,jax
+define try_most
+	@$(VENV)/$(1)/bin/python -m polysoftmax check --quick --backend numpy jax:fused
+	@$(VENV)/$(1)/bin/python -m polysoftmax demo --steps 20 --backend numpy jax
+	@$(VENV)/$(1)/bin/python -m pytest -q -p no:cacheprovider $(ENDS:%=tests/test_%.py) $(ARGS)
+endef
+
+test-oldest test-newest: export PYTHONPATH := $(abspath src)
+test-oldest test-newest: export POLYSOFTMAX_TEST_BACKENDS ?= numpy,jax
 test-oldest: $(VENV)/oldest/installed $(VENV)/installed-test ## On the oldest NumPy, JAX and array-api-compat admitted: most functions, both tools.
-	@$(VENV)/oldest/bin/python -m polysoftmax check --quick --backend numpy jax:fused
-	@$(VENV)/oldest/bin/python -m polysoftmax demo --steps 20 --backend numpy jax
-	@$(VENV)/oldest/bin/python -m pytest -q -p no:cacheprovider $(OLDEST:%=tests/test_%.py) $(ARGS)
+	$(call try_most,oldest)
+
+test-newest: $(VENV)/installed-test ## The same on the newest that PYTHON can install, upgraded each time.
+	@$(PYTHON) -m venv $(VENV)/newest
+	@$(VENV)/newest/bin/python -m pip install -qq --disable-pip-version-check --upgrade numpy jax array-api-compat $(BESIDE_ENDS)
+	$(call try_most,newest)
 
 test-build: $(VENV)/installed-test ## Build wheels and a source distribution, and install without a compiler: the tests that call pip.
 	@$(BIN)/python -m pytest -m build tests/test_native_build.py $(ARGS)
@@ -66,15 +76,19 @@ lint: $(VENV)/installed-test $(VENV)/installed-lint ## Check style and types.
 docs: $(VENV)/installed-docs ## Build the documentation into docs/_build/html; a warning is an error.
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
-figures: $(VENV)/installed-docs ## Draw the guide's figures, and write its table of backends, anew.
+figures: export PYTHONPATH := $(CURDIR)
+figures: $(VENV)/installed-docs ## Draw the guide's figures, and write its tables of backends, errors and draws, anew.
 	@$(BIN)/python docs/figures.py
-	@$(BIN)/python docs/support.py
+	@$(BIN)/python docs/tables.py
 
 dist: ## Build the source distribution and the wheel into dist, check them, and try them in empty environments.
 	@$(PYTHON) tools/dist.py $(ARGS)
 
 bench: $(VENV)/installed-test ## Race every function against its peers; the table, JSON and plots go to benchmarks/results.
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+accuracy: $(VENV)/installed-test ## Measure errors in ulp, ours and the peers'; make figures takes what goes to benchmarks/results.
+	@$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
 gpu: ## On a machine with a GPU, with the libraries of PYTHON: is it right, and how fast is it?
 	@$(PYTHON) tools/gpu_session.py $(ARGS)
@@ -113,8 +127,7 @@ $(VENV)/installed-%: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build-to
 $(VENV)/oldest/installed: constraints-oldest.txt
 	@echo "Installing the oldest NumPy, JAX and array-api-compat into $(VENV)/oldest."
 	@$(PYTHON) -m venv $(VENV)/oldest
-	@$(VENV)/oldest/bin/python -m pip install -qq --disable-pip-version-check -c $< numpy jax array-api-compat rich \
-	    matplotlib mpmath ml-dtypes hypothesis pytest pytest-xdist
+	@$(VENV)/oldest/bin/python -m pip install -qq --disable-pip-version-check -c $< numpy jax array-api-compat $(BESIDE_ENDS)
 	@touch $@
 
 $(VENV)/build-tools: | $(BIN)/pip

@@ -1,47 +1,27 @@
-"""The figures of the guide, drawn with the functions that they show: python docs/figures.py writes them anew.
-
-They are transparent, and their text has the colour of the page, light or dark. A file records what it shows, so a test
-can tell that it is up to date whatever the version of matplotlib.
-"""
+"""The figures of the guide, drawn with the functions that they show: make figures writes them anew."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 import polysoftmax as ps
+from benchmarks.svg import BLUE, GREEN, INK, ORANGE, PURPLE, draw
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from matplotlib.axes import Axes
 
 FOLDER = Path(__file__).parent / "figures"
-RESULTS = max((FOLDER.parents[1] / "benchmarks" / "results").glob("*-cpus")) / "results.json"  # the newest run
+_MEASURED = FOLDER.parents[1] / "benchmarks" / "results"
+RESULTS = max(_MEASURED.glob("*-cpus")) / "results.json"  # the newest run
+ERRORS = max(_MEASURED.glob("*-accuracy")) / "results.json"
 SMALL = 10_000  # entries of a call whose time is overhead
-
-BLUE, ORANGE = "#2f86c8", "#d9822b"
-INK = "#010203"  # becomes currentColor
-
-STYLE = {
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    **dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize"), 10),
-    "axes.titlesize": 11,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "polysoftmax",
-    "figure.constrained_layout.use": True,
-}
-
-# A file that is looked at by itself, as on a code host, follows the preference of the reader's system.
-SCHEME = "<style>svg { color: #1f2328; } @media (prefers-color-scheme: dark) { svg { color: #e6edf3; } }</style>"
 
 
 def bars(panel: Axes, heights: Iterable[float], names: Iterable[str], labels: Iterable[str] = ()) -> None:
@@ -208,34 +188,60 @@ def speed_jax() -> Figure:
     return speed("jax", "jit")
 
 
+MARKS = {"ours": (BLUE, "o"), "scipy": (ORANGE, "s"), "jax.nn": (GREEN, "^"), "torch": (PURPLE, "D")}
+BEYOND = 1e9  # where what is no number at all is drawn
+
+
+def errors(dtype: str, *, together: bool = False) -> Figure:
+    """Draw the largest errors on rows of each kind, ours on the library where it is largest; all functions together?"""
+    found: dict[tuple[str, str, str], float] = {}
+    for one in json.loads(ERRORS.read_text(encoding="utf-8"))["rows"]:
+        if one["dtype"] == dtype:
+            key = "" if together else one["function"], one["rows"], one["by"].partition(",")[0]
+            found[key] = max(found.get(key, 0.0), min(float(one["ulps"]), BEYOND))
+    titles, rows = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+    everyone = [name for name in MARKS if any(key[2] == name for key in found)]
+    figure = Figure(figsize=(5, 1 + 2 * len(titles)))
+    panels = figure.subplots(len(titles), sharex=True, squeeze=False)[:, 0]
+    for panel, title in zip(panels, titles, strict=True):
+        for place, name in enumerate(everyone):
+            colour, mark = MARKS[name]
+            heights = [k + 0.24 * (place - (len(everyone) - 1) / 2) for k in range(len(rows))]
+            label = "polysoftmax" if name == "ours" else name
+            values = [found[title, kind, name] for kind in rows]
+            panel.plot(values, heights, mark, color=colour, markersize=4.5, markeredgewidth=0, label=label)
+        panel.set_title(title)
+        panel.set_yticks(range(len(rows)), rows)
+        panel.invert_yaxis()
+        panel.grid(axis="x", color=INK, alpha=0.15)
+        panel.set_xscale("log")
+        panel.minorticks_off()
+    panel.set_xlabel(f"largest error in ulp, {dtype}")
+    names = panel.get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper center", ncols=4, frameon=False, columnspacing=1)
+    return figure
+
+
+def accuracy() -> Figure:
+    """Draw the largest error in float32 of softmax, log_softmax and logsumexp."""
+    return errors("float32", together=True)
+
+
+def accuracy_float32() -> Figure:
+    """Draw the errors of each in float32."""
+    return errors("float32")
+
+
+def accuracy_bfloat16() -> Figure:
+    """Draw the errors of each in bfloat16, which SciPy does not have."""
+    return errors("bfloat16")
+
+
 FIGURES = (
     *(steps, emphasis, temperature, jacobian, rounded_maximum, loss_gradient, attention),
     *(speed_numpy, speed_torch, speed_jax),
+    *(accuracy, accuracy_float32, accuracy_bfloat16),
 )
-
-
-def draw(function: Callable[[], Figure]) -> str:
-    """Return a figure as the text of an SVG file."""
-    with mpl.rc_context(STYLE):
-        figure = function()
-        file = io.StringIO()
-        metadata = {"Date": None, "Creator": None, "Description": digest(figure)}
-        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-    head, _, rest = file.getvalue().replace(INK, "currentColor").partition("<metadata>")
-    return "\n".join(line.rstrip() for line in f"{head}{SCHEME}<metadata>{rest}".splitlines()) + "\n"
-
-
-def digest(figure: Figure) -> str:
-    """Return a hash of the numbers and words of a figure, not of how matplotlib draws them."""
-    shown: list[Any] = []
-    for panel in figure.axes:
-        words = [panel.get_title(), panel.get_xlabel(), panel.get_ylabel(), *(one.get_text() for one in panel.texts)]
-        heights = [one.get_height() for one in panel.patches]
-        curves = [one.get_xydata() for one in panel.lines]
-        cells = [one.get_array() for one in panel.collections if one.get_array() is not None]
-        numbers = [[round(float(one), 5) + 0.0 for one in np.ravel(values)] for values in (heights, *curves, *cells)]
-        shown.append([words, numbers])
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -305,13 +305,14 @@ def _axes(draw: Draw, shape: tuple[int, ...], needs: str) -> Given:
 
 @st.composite
 def random_calls(
-    draw: Draw, functions: tuple[str, ...] = FUNCTIONS, shape: tuple[int, ...] | None = None
+    draw: Draw, functions: tuple[str, ...] = FUNCTIONS, shapes: tuple[tuple[int, ...], ...] = ()
 ) -> RandomCall:
-    """Return a call of one of some functions, on arrays of a shape if one is given."""
+    """Return a call of one of some functions, on arrays of one of some shapes if any are given."""
     function = draw(st.sampled_from(functions))
     space = _SPACES[function]
     needs_axes = "axis" in space.needs or "axes" in space.needs
-    own = shape if shape is not None else draw(_shapes(int(needs_axes), space.most))
+    few = [one for one in shapes if math.prod(one) <= space.most or space.most >= 48]
+    own = draw(st.sampled_from(few)) if few else draw(_shapes(int(needs_axes), space.most))
     if "entries" in space.needs and 0 in own:
         own = tuple(max(1, n) for n in own)
     rows = _Rows(draw, own, draw(_axes(own, space.needs)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,9 +14,11 @@ if TYPE_CHECKING:
 QUICKLY = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
 }
 """XLA's own operations, without what LLVM and MLIR do for their speed: a fifth of the time."""
+
+if find_spec("jaxlib") and tuple(map(int, version("jaxlib").split(".")[:3])) < (0, 11, 1):
+    QUICKLY["xla_cpu_use_fusion_emitters"] = False  # later versions have no others, and refuse the option
 
 FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICKLY.items())
 """The same as XLA_FLAGS of a subprocess; a process reads them once."""

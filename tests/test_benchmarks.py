@@ -50,6 +50,41 @@ def test_one_quick_case_from_the_command_to_its_files(tmp_path: Path) -> None:
     assert "## logsumexp" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
+def test_errors_from_the_command_to_its_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("mpmath", "rich", "scipy", "torch"):
+        pytest.importorskip(name)
+    from benchmarks import accuracy
+
+    monkeypatch.setattr(accuracy, "ROWS", {name: accuracy.ROWS[name] for name in ("confident", "cancelling")})
+    monkeypatch.setattr(accuracy, "CHECKS", {name: accuracy.CHECKS[name] for name in accuracy.OPS})
+    accuracy.main(["--backend", "numpy", "--quick", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert str(ROOT) not in json.dumps(result)
+    found = {
+        (one["function"], one["rows"], one["by"]): one["ulps"] for one in result["rows"] if one["dtype"] == "float32"
+    }
+    # Where the answer is close to 0, SciPy has none of its digits for a confident row, and nobody where it cancels.
+    assert found["log_softmax", "confident", "ours, numpy"] < 2
+    assert found["log_softmax", "confident", "scipy"] > 1e6
+    assert found["logsumexp", "cancelling", "ours, numpy"] > 1e6
+    assert {(one["function"], one["dtype"]) for one in result["functions"]} == {
+        (name, dtype) for name in accuracy.OPS for dtype in accuracy.DTYPES
+    }
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| log_softmax | bfloat16 | confident | 0.4 | – |" in text
+    assert text.count("\n| softmax |") == 7
+
+
+def test_wrong_answers_stop_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mpmath")
+    import polysoftmax
+    from benchmarks import accuracy
+
+    monkeypatch.setattr(polysoftmax, "softmax", polysoftmax.log_softmax)
+    with pytest.raises(AssertionError, match="softmax of 'moderate' in float32"):
+        next(accuracy.errors(["numpy"]))
+
+
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 def test_peers_answer_the_same_question(targets: tuple[ModuleType, ModuleType], backend: str) -> None:
     pytest.importorskip(backend)

@@ -90,6 +90,22 @@ def test_the_readme_names_what_is_there() -> None:
     assert {"demo", "test", "test-quick"} <= set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) <= targets
 
 
+def headings(page: Path) -> list[str]:
+    """Return the headings of a page as a code host, and the built guide, name them in addresses."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_heading_can_be_linked_to(page: Path) -> None:
+    """No two headings of a page have one address, and links to headings lead to one."""
+    names = headings(page)
+    assert [one for one in set(names) if names.count(one) > 1] == []
+    links = re.findall(r"\]\((?!https:)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if link[1] not in headings(page.parent / link[0] if link[0] else page)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_can_be_read_where_it_lies(page: Path) -> None:
     """A code host shows Markdown: no directive and no placeholder, and what a page links to is there."""

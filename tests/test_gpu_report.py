@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -110,13 +111,29 @@ def report(results, folder: Path) -> Path:
 def test_one_command_makes_a_folder_with_json_a_table_and_plots(results, tmp_path):
     found = report(results, tmp_path)
     assert found.name == "2026-01-02-gpu-nvidia-made-up-80gb"
-    names = {"results.json", "table.md", "bandwidth.png", "draws.png", "host.png"}
+    names = {"results.json", "table.md", "bandwidth.svg", "draws.svg", "host.svg"}
     assert {one.name for one in found.iterdir()} == names
     assert json.loads((found / "results.json").read_text(encoding="utf-8")) == results
-    for name in names:
-        if name.endswith("png"):
-            assert (found / name).read_bytes().startswith(b"\x89PNG")
-            assert (found / name).stat().st_size > 20_000
+    shown = {
+        "bandwidth.svg": ("softmax, bfloat16", "NVIDIA Made-up 80GB, 2026-01-02", "the limit"),
+        "draws.svg": ("sample, 64×50257 float32", "µs on the device"),
+        "host.svg": ("polysoftmax, no launch", "µs until a call returns"),
+    }
+    for name, words in shown.items():
+        text = (found / name).read_text(encoding="utf-8")
+        assert [one for one in words if one not in text] == []
+        assert "currentColor" in text
+        assert "#ffffff" not in text
+
+
+def test_the_plots_of_runs_on_record_are_up_to_date(tmp_path):
+    from tools import gpu_report
+
+    for kept in (gpu_report.ROOT / "benchmarks" / "results").glob("*-gpu-*"):
+        assert gpu_report.main([str(kept), "--into", str(tmp_path)]) == 0
+        for one in sorted((tmp_path / kept.name).glob("*.svg")):
+            digests = [re.findall("<dc:description>.*", (where / one.name).read_text()) for where in (kept, one.parent)]
+            assert digests[0] == digests[1], f"run: make gpu-report ARGS=benchmarks/results/{kept.name}"
 
 
 def test_the_table_says_what_was_measured_and_how(results):

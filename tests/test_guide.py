@@ -34,16 +34,25 @@ def load(name: str) -> Any:
 
 def test_figures_are_up_to_date() -> None:
     figures = load("figures.py")
-    drawn = {one.__name__: figures.digest(one()) for one in figures.FIGURES}
+    from benchmarks.svg import digest
+
+    drawn = {one.__name__: digest(one()) for one in figures.FIGURES}
     kept = {file.stem: file.read_text(encoding="utf-8") for file in figures.FOLDER.glob("*.svg")}
     assert set(kept) == set(drawn)
     assert [name for name in drawn if drawn[name] not in kept[name]] == [], "run: make figures"
     assert [name for name in kept if "currentColor" not in kept[name]] == []
 
 
-def test_the_support_table_is_up_to_date() -> None:
-    support = load("support.py")
-    assert support.current(support.PAGE.read_text(encoding="utf-8")) == support.table(), "run: make figures"
+def test_tables_are_up_to_date() -> None:
+    tables = load("tables.py")
+    assert [one.page.name for one in tables.TABLES if one.current() != one.make()] == [], "run: make figures"
+
+
+def test_the_page_on_errors_names_its_results() -> None:
+    page = (DOCS / "accuracy.md").read_text(encoding="utf-8").replace("\n", " ")
+    found = load("tables.py").results("accuracy")
+    assert f"benchmarks/results/{found['date']}-accuracy" in page
+    assert f"on an {found['machine']['cpu']} with AVX2 on {found['date']}:" in page
 
 
 def formulas() -> list[str]:

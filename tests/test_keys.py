@@ -166,7 +166,7 @@ def test_no_generator_is_drawn_from_once_for_many_calls_of_jax(name: str) -> Non
                 traced(x)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore:Converting a tensor to a Python")
 def test_no_generator_of_numpy_is_drawn_from_once_for_many_calls_of_torch() -> None:
     torch = pytest.importorskip("torch")
     source, x = np.random.default_rng(0), torch.zeros(4, 1000)

@@ -60,3 +60,21 @@ def test_a_bug_is_found_and_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     shown = capsys.readouterr().out
     assert "y = polysoftmax.softmax(x, where=where)" in shown
     assert "calls failed (seed 0)" in shown
+
+
+def test_jax_gets_calls_of_a_few_shapes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jax")
+    from jax._src import compiler
+
+    shapes, compile_as_users_do = set(), compiler.get_compile_options
+    right = many.try_call
+
+    def noted(call: RandomCall, lib: Adapter) -> str | None:
+        shapes.add(call.case.operand("x").shape)
+        return right(call, lib)
+
+    monkeypatch.setattr(many, "try_call", noted)
+    assert many.main(["--backend", "jax", "--function", "softmax", "--examples", "12", "--quickly"]) == 0
+    assert "jax                portable  softmax " in capsys.readouterr().out
+    assert shapes <= set(many._FEW_SHAPES)
+    assert compiler.get_compile_options is compile_as_users_do

@@ -23,7 +23,7 @@ def inlined(svg: str, name: str, alt: str) -> str:
 
 
 class InlineFigures(SphinxTransform):
-    """Replace the images of `figures/`."""
+    """Replace the images that are SVG files of this project."""
 
     default_priority = 500
 
@@ -32,7 +32,7 @@ class InlineFigures(SphinxTransform):
         del kwargs
         for node in list(self.document.findall(nodes.image)):
             path = Path(self.env.doc2path(self.env.docname)).parent / node["uri"]
-            if path.suffix == ".svg" and path.parent.name == "figures":
+            if path.suffix == ".svg":
                 self.env.note_dependency(str(path))
                 figure = inlined(path.read_text(encoding="utf-8"), path.stem, node.get("alt", ""))
                 node.replace_self(nodes.raw("", figure, format="html"))

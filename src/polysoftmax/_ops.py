@@ -182,6 +182,10 @@ class Ops:
         del answered
         return x
 
+    def computed_first(self, x: Array) -> Array:
+        """Return ``x``, which a compiler does not compute anew within each of its uses."""
+        return x
+
     def with_slope_of(self, y: Array, smooth: Callable[[], Array]) -> Array:
         """Return ``y``, which is differentiated as ``smooth()`` is, its equal but for rounding."""
         del smooth

@@ -196,6 +196,7 @@ def gumbel_argmax(ops: Ops, mass: Array, score: Array, keys: Array, index: Array
 
 def variates(ops: Ops, keys: Array, index: Array, domain: int, like: Array) -> Array:
     """Standard Gumbel variates of the indices, in the dtype of what they are added to."""
+    keys = ops.computed_first(keys)
     return ops.astype(gumbel_of(words(keys[..., 0:1], keys[..., 1:2], index, domain)), like.dtype)
 
 

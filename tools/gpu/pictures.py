@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
-from benchmarks.plots import COLOURS, OURS_COLOURS, STYLE
+from benchmarks import svg
 from tools.gpu.bench import limit
 from tools.gpu.contenders import COPY, OURS, READ
 from tools.gpu.host import NO_LAUNCH
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-PANEL = (3.5, 2.9)
-LINE = 0.38
+WIDTH, PANEL = 6.5, 1.65
+LINE = 0.3
+FAINT = "#808080"
 LIMIT = "the limit"
 
 
@@ -34,23 +35,20 @@ def draw(results: dict[str, Any], out: Path) -> list[str]:
     draws = [one for one in raced if one["op"].startswith("sample")]
     host = [one for one in records(results, "bench") if one.get("returned")]
     wanted: dict[str, tuple[Callable[..., Figure], list[dict[str, Any]]]] = {
-        "bandwidth.png": (_bandwidth, rows),
-        "draws.png": (_draws, draws),
-        "host.png": (_host, host),
+        "bandwidth.svg": (_bandwidth, rows),
+        "draws.svg": (_draws, draws),
+        "host.svg": (_host, host),
     }
-    drawn = []
-    with mpl.rc_context(STYLE):
-        for name, (make, found) in wanted.items():
-            if found:
-                make(found, where).savefig(out / name, dpi=110)
-                drawn.append(name)
-    return drawn
+    drawn = {name: (make, found) for name, (make, found) in wanted.items() if found}
+    for name, (make, found) in drawn.items():
+        (out / name).write_text(svg.draw(functools.partial(make, found, where)), encoding="utf-8")
+    return list(drawn)
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
     others = [name for name in dict.fromkeys(names) if name not in (OURS, NO_LAUNCH, COPY, READ)]
-    return {OURS: OURS_COLOURS[0], NO_LAUNCH: OURS_COLOURS[1]} | {
-        name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)
+    return {OURS: svg.INK, NO_LAUNCH: FAINT} | {
+        name: svg.COLOURS[i % len(svg.COLOURS)] for i, name in enumerate(others)
     }
 
 
@@ -58,15 +56,13 @@ def _bandwidth(found: list[dict[str, Any]], where: str) -> Figure:
     """Draw the share of the device's own limit by row length: a panel for each operation and dtype."""
     ops, dtypes = (list(dict.fromkeys(one[key] for one in found)) for key in ("op", "dtype"))
     colours = _colours(name for one in found for name in one["seconds"])
-    size = max(PANEL[0] * len(ops), 9), PANEL[1] * len(dtypes) + 1.6
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(dtypes), len(ops), squeeze=False, sharex=True, sharey=True)
-    for line, dtype in zip(grid, dtypes, strict=True):
-        for ax, op in zip(line, ops, strict=True):
+    figure = Figure(figsize=(WIDTH, PANEL * len(ops) + 1.4))
+    grid = figure.subplots(len(ops), len(dtypes), squeeze=False, sharex=True, sharey=True)
+    for line, op in zip(grid, ops, strict=True):
+        for ax, dtype in zip(line, dtypes, strict=True):
             _shares(ax, [one for one in found if (one["op"], one["dtype"]) == (op, dtype)], colours)
             ax.set_title(f"{op}, {dtype}")
-    for ax in grid[:, 0]:
-        ax.set_ylabel("share of the limit")
+            ax.grid(color=svg.INK, alpha=0.15)
     for ax in grid[-1]:
         ax.set_xlabel("entries in a row")
     ax = grid[0, 0]
@@ -75,8 +71,8 @@ def _bandwidth(found: list[dict[str, Any]], where: str) -> Figure:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    title = "Bandwidth as a share of the device's own: that of a copy, or of a read where the answer is short"
-    figure.suptitle(f"{title}\n{where}{_limits(found)}", fontsize=13)
+    title = "Bandwidth as a share of the device's own:\nthat of a copy, or of a read where the answer is short"
+    figure.suptitle(f"{title}\n{where}{_limits(found)}", fontsize=11)
     _legend(figure, grid.flat, colours)
     return figure
 
@@ -94,7 +90,7 @@ def _limits(found: list[dict[str, Any]]) -> str:
 def _legend(figure: Figure, panels: Iterable[Axes], colours: dict[str, str]) -> None:
     handles = {str(line.get_label()): line for ax in panels for line in ax.lines}
     names = [name for name in (*colours, LIMIT) if name in handles]
-    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=8, frameon=False)
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _shares(ax: Axes, found: list[dict[str, Any]], colours: dict[str, str]) -> None:
@@ -105,9 +101,9 @@ def _shares(ax: Axes, found: list[dict[str, Any]], colours: dict[str, str]) -> N
             if name in one["seconds"] and limit(one) in one["seconds"]
         }
         if points:
-            width = 2.6 if name == OURS else 1.5
-            ax.plot(*zip(*sorted(points.items()), strict=True), marker="o", ms=5, color=colour, lw=width, label=name)
-    ax.axhline(1, color="#999999", ls="--", lw=1.2, zorder=0, label=LIMIT)
+            width = 2.2 if name == OURS else 1.3
+            ax.plot(*zip(*sorted(points.items()), strict=True), marker="o", ms=4, color=colour, lw=width, label=name)
+    ax.axhline(1, color=FAINT, ls="--", lw=1.2, zorder=0, label=LIMIT)
 
 
 def _draws(found: list[dict[str, Any]], where: str) -> Figure:
@@ -128,13 +124,13 @@ def _host(found: list[dict[str, Any]], where: str) -> Figure:
 
 def _dots(lines: dict[str, dict[str, float]], x_label: str, title: str) -> Figure:
     """Draw a line for each label, with a dot for each time: on a logarithmic scale bars would have no beginning."""
-    colours = _colours(name for line in lines.values() for name in line) | {READ: "#999999"}
-    figure = Figure(figsize=(9, LINE * len(lines) + 1.9), layout="constrained")
+    colours = _colours(name for line in lines.values() for name in line) | {READ: FAINT}
+    figure = Figure(figsize=(WIDTH, LINE * len(lines) + 1.7))
     ax = figure.subplots()
     for name, colour in reversed(colours.items()):  # ours last, on top
         points = [(line[name], y) for y, line in enumerate(lines.values()) if name in line]
         if points:
-            style = {"marker": "|", "ms": 16, "mew": 2} if name == READ else {"marker": "o", "ms": 8}
+            style = {"marker": "|", "ms": 12, "mew": 2} if name == READ else {"marker": "o", "ms": 6, "mew": 0}
             ax.plot(*zip(*points, strict=True), ls="", color=colour, label=name, **style)
     ax.set_yticks(range(len(lines)), lines)
     ax.set_ylim(len(lines) - 0.5, -0.5)
@@ -145,6 +141,7 @@ def _dots(lines: dict[str, dict[str, float]], x_label: str, title: str) -> Figur
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel(x_label)
-    figure.suptitle(title, fontsize=13)
+    ax.grid(axis="x", color=svg.INK, alpha=0.15)
+    figure.suptitle(title, fontsize=11)
     _legend(figure, [ax], colours)
     return figure

@@ -301,7 +301,7 @@ class Run {
     }
 
     // Whether rows go through memory of their own dtype one by one: side by side they would have what pads them between.
-    bool one_by_one(const Stage& s) const { return !across && s.length > 1 && (padded || s.operand->step == size_of(s.operand->dtype)); }
+    bool one_by_one(const Stage& s) const { return !across && s.pitch > 1 && (padded || s.operand->step == size_of(s.operand->dtype)); }
 
     void gather(const Stage& s, int64_t rows, char* const* places, char* raw, char* wide) {
         const int64_t held = across ? Across<C>::lanes : 0, step = s.length == 1 ? 0 : s.operand->step;
