@@ -196,3 +196,17 @@ def test_k_of_the_greatest() -> None:
             ps.top_log_probs(x, wrong)
     with pytest.raises(TypeError, match="k must be an int, got float"):
         ps.top_log_probs(x, 2.0)  # type: ignore[arg-type]
+
+
+@quick
+@pytest.mark.parametrize("n", [1, 2, 16])
+def test_tokens_of_short_rows_that_lie_in_columns(lib: Adapter, n: int) -> None:
+    """Rows are computed with what pads them; beside a row of one entry that is not another row."""
+    dtype = "float16" if "float16" in lib.can.dtypes else lib.can.default_float
+    x, tokens = rows_of(n, rows=35).astype(np.float16), np.arange(70).reshape(2, 35).T % n
+    expected = lib.values(lib.call(ps.log_prob, lib.asarray(x, dtype), lib.asarray(np.ascontiguousarray(tokens), "int64")))
+    columns = lib.xp.permute_dims(lib.asarray(np.ascontiguousarray(tokens.T), "int64"), (1, 0))
+    found = lib.values(lib.call(ps.log_prob, lib.asarray(x, dtype), columns))
+    np.testing.assert_array_equal(found, expected)
+    if n == 1:
+        np.testing.assert_array_equal(found, 0.0)

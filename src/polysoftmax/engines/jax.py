@@ -155,6 +155,11 @@ class JaxOps(Ops):
         # Not one of them by its index: XLA would sort the rows for that.
         return jnp.min(jnp.where(self.indices(leading, rank.dtype) < rank, leading, jnp.inf), axis=-1, keepdims=True)
 
+    def computed_first(self, x: Array) -> Array:
+        # Keys that are made in the program: since 0.11 XLA repeats their making in every round of Threefry, in
+        # programs that take minutes to compile (seen with 0.11.0 and 0.12.0.1).
+        return lax.optimization_barrier(x)
+
     def top_k_indices(self, x: Array, k: int) -> Array:
         entries, index = _candidates(x, k)
         return jnp.take_along_axis(index, jnp.sort(_top_k(entries, k), axis=-1), axis=-1)
