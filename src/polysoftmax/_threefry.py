@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import cast, device_for, namespace
+from polysoftmax._arrays import cast, namespace
+from polysoftmax._ops import replaceable
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -86,9 +87,16 @@ def _fold(k: Array, index: Array, domain: int) -> Array:
     return xp.concat(threefry(k[..., 0:1], k[..., 1:2], index, domain), axis=-1)
 
 
+@replaceable
+def folded(ops: Ops, k: Array, index: Array) -> Array:
+    """Return what `fold` does, in a formula."""
+    del ops
+    return fold(k, index)
+
+
 def fold_draws(ops: Ops, k: Array, draws: int) -> Array:
     """Return the keys of several draws with each key, side by side: the key itself, then folded with 1, 2 and so on."""
     xp, batch, count = namespace(k), k.shape[:-1], k.shape[-1] // 2
     each = ops.reshape(k, (*batch, count, 1, 2))
-    further = fold(each, ops.reshape(xp.arange(1, draws, dtype=xp.int32, device=device_for(k)), (-1, 1)))
+    further = folded(ops, each, ops.reshape(1 + ops.arange(draws - 1, xp.int32, k), (-1, 1)))
     return ops.reshape(xp.concat([each, further], axis=each.ndim - 2), (*batch, 2 * count * draws))
