@@ -12,7 +12,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from polysoftmax._formula import RowFormula
-from polysoftmax._ops import replaceable
 from polysoftmax._softmax import (
     is_zero,
     pull_scores,
@@ -21,7 +20,7 @@ from polysoftmax._softmax import (
     scores_below,
     softmax_of_scores,
 )
-from polysoftmax._threefry import BLOCKS, TOKENS, fold_draws, folded, gumbel_of, words
+from polysoftmax._threefry import BLOCKS, TOKENS, fold, fold_draws, gumbel_of, words
 from polysoftmax._truncation import (
     TRUNCATE,
     Filters,
@@ -68,7 +67,7 @@ def sample_of_rows(
     """
     size, kept = block_length(x.shape[-1]), Filters(*filters)
     if draws > 1:
-        keys = folded(ops, keys, ops.row_numbers(x)) if is_one_key else keys
+        keys = fold(keys, ops.row_numbers(x)) if is_one_key else keys
         keys, is_one_key = fold_draws(ops, keys, draws), False
     count = keys.shape[-1] // 2
     how = {"size": size, "is_one_key": is_one_key}
@@ -140,7 +139,7 @@ def draw(
     is_one_key: bool,
 ) -> Array:
     """Draw a block by the masses, and a token inside it."""
-    keys = folded(ops, keys, ops.row_numbers(mass)) if is_one_key else keys
+    keys = fold(keys, ops.row_numbers(mass)) if is_one_key else keys
     block = gumbel_argmax(ops, mass, ops.log(mass), keys, ops.indices(mass), BLOCKS, t)
     inside, index = ops.block_of(x, block, size)
     exists = index < x.shape[-1]
@@ -171,7 +170,7 @@ def draw_leading(
     is_one_key: bool,
 ) -> Array:
     """Draw what `draw` would from the few tokens that top_k left, given with their indices in increasing order."""
-    keys = folded(ops, keys, ops.row_numbers(x)) if is_one_key else keys
+    keys = fold(keys, ops.row_numbers(x)) if is_one_key else keys
     filters = Filters(None, p, min_p)
     if has_mass(filters):
         x, *_ = filtered_few(ops, x, index, t, filters)
@@ -195,7 +194,6 @@ def gumbel_argmax(ops: Ops, mass: Array, score: Array, keys: Array, index: Array
     return ops.argmax(noisy)
 
 
-@replaceable
 def variates(ops: Ops, keys: Array, index: Array, domain: int, like: Array) -> Array:
     """Standard Gumbel variates of the indices, in the dtype of what they are added to."""
     return ops.astype(gumbel_of(words(keys[..., 0:1], keys[..., 1:2], index, domain)), like.dtype)
@@ -217,7 +215,7 @@ def noise_of_rows(ops: Ops, x: Array, keys: Array, where: Maybe, *, is_one_key: 
     """
     x = ops.where(where, x, -INF)
     n, size = x.shape[-1], block_length(x.shape[-1])
-    keys = folded(ops, keys, ops.row_numbers(x)) if is_one_key else keys
+    keys = fold(keys, ops.row_numbers(x)) if is_one_key else keys
     top, mass = ops.call(MASSES, x, None, None)
     best = ops.expand_dims(ops.log(mass) + variates(ops, keys, ops.indices(mass), BLOCKS, mass), axis=-1)
     z = scores_below(ops, x, top, None)

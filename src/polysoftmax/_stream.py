@@ -13,7 +13,7 @@ from polysoftmax._formula import RowFormula
 from polysoftmax._partial import partial_of_rows
 from polysoftmax._sampling import gumbel_argmax, read_out, variates
 from polysoftmax._softmax import finite, is_zero, scores_below
-from polysoftmax._threefry import BLOCKS, TOKENS, folded
+from polysoftmax._threefry import BLOCKS, TOKENS, fold
 from polysoftmax._truncation import has_axes, on_last_axis
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def race(
     by its maximum, the logarithm of its mass below that, and its variate.
     """
     size = best.shape[-1]
-    keys = folded(ops, keys, ops.row_numbers(top)) if is_one_key else keys
+    keys = fold(keys, ops.row_numbers(top)) if is_one_key else keys
     blocks = ops.reshape(x, (x.shape[0], x.shape[-1] // size, size))
     of_blocks = ops.expand_dims(t, axis=-1) if has_axes(t) else t
     tops, count, rest = (ops.squeeze(one, axis=-1) for one in partial_of_rows(ops, blocks, of_blocks, None))
@@ -76,7 +76,7 @@ def winner(
     ops: Ops, best: Array, top: Array, block: Array, keys: Array, t: Temperature, *, is_one_key: bool
 ) -> tuple[Array, Array]:
     """The token that is drawn from the entries of the best block, and its logit."""
-    keys = folded(ops, keys, ops.row_numbers(top)) if is_one_key else keys
+    keys = fold(keys, ops.row_numbers(top)) if is_one_key else keys
     index = block * best.shape[-1] + ops.indices(best)
     z = scores_below(ops, best, top, t)
     position = gumbel_argmax(ops, ops.exp(z), z, keys, index, TOKENS, t)

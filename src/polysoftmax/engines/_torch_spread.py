@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from polysoftmax._sampling import variates
-from polysoftmax._threefry import fold, folded
 from polysoftmax._truncation import is_among_greatest
 from polysoftmax.engines._torch_sharded import beside, from_parts, has_whole_rows, replicated
 from polysoftmax.engines._torch_words import DifferentiatedOps, TorchOps
@@ -85,8 +83,8 @@ class SpreadOps(TorchOps):
         index = block.to(torch.int32) * size + self.arange(size, torch.int32, x)
         entries, is_here = self._entries_here(x, index)
         entries = torch.where(is_here, entries, -math.inf if self.is_floating(x) else False)
-        shape = (*entries.shape[:-1], size * _parts(x, x.ndim - 1))
-        along = self.here(index, x).expand(entries.shape)
+        shape = (*_shape_of_all(entries, x, x.ndim - 1)[:-1], size * _parts(x, x.ndim - 1))
+        along = self._here(index, x).expand(entries.shape)
         return from_parts(entries, x, shape, x.placements), from_parts(along, x, shape, x.placements)
 
     def block_sums(self, terms: Array, size: int) -> Array:
@@ -117,7 +115,7 @@ class SpreadOps(TorchOps):
     def top_k_indices(self, x: Array, k: int) -> Array:
         if self._is_whole(x):
             return super().top_k_indices(x, k)
-        is_kept = is_among_greatest(self, x, k)
+        is_kept = is_among_greatest(self, torch.where(x == x, x, math.inf), k)  # a NaN belongs to what is taken
         slot = torch.where(is_kept, self.running_sum(is_kept, torch.int64) - 1, k).clamp(max=k).to_local()
         found = slot.new_zeros((*slot.shape[:-1], k + 1))
         found.scatter_(-1, slot, self.indices(x, torch.int64).to_local().expand(slot.shape))
@@ -145,7 +143,7 @@ class SpreadOps(TorchOps):
         sums = local.cumsum(-1, dtype=dtype)
         totals = from_parts(local.sum(-1, True, dtype=dtype), x, (*x.shape[:-1], _parts(x, axis)), x.placements)
         place, _ = _span(totals, axis)
-        before = self.here(totals, x)[..., :place].sum(-1, True)
+        before = self._here(totals, x)[..., :place].sum(-1, True)
         return from_parts(sums + before, x, tuple(x.shape), x.placements)
 
     def _limit(self, x: Array, mass: Array, target: Array) -> tuple[Array, Array]:
@@ -153,24 +151,22 @@ class SpreadOps(TorchOps):
 
         The value is found digit by digit, from the mass that lies at or above each of the values of a digit.
         """
-        whole, bits = (torch.int64, 64) if x.dtype == torch.float64 else (torch.int32, 32)
-        least, greatest = torch.iinfo(whole).min, torch.iinfo(whole).max
-        numbers = torch.where(x == 0, 0.0, x).to_local().view(whole)  # -0 is no less than 0
-        ordered, place = (numbers ^ ((numbers >> (bits - 1)) & greatest)).sort(-1)
+        ordered, place = _order_of(x.to_local()).sort(-1)
+        whole = torch.iinfo(ordered.dtype)
         below = mass.to_local().gather(-1, place)
         from_each = torch.nn.functional.pad(below.flip(-1).cumsum(-1).flip(-1), (0, 1))
-        target = self.here(target, x).expand(*ordered.shape[:-1], 1)
+        target = self._here(target, x).expand(*ordered.shape[:-1], 1)
 
         def mass_from(ends: Array) -> Array:
             return self._merged(from_each.gather(-1, torch.searchsorted(ordered, ends)), x, "sum").to_local()
 
-        end = torch.full_like(target, least, dtype=whole)
-        digits = torch.arange(1, 1 << _DIGIT, dtype=whole, device=x.device)
-        for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        end = torch.full_like(target, whole.min, dtype=ordered.dtype)
+        digits = torch.arange(1, 1 << _DIGIT, dtype=ordered.dtype, device=x.device)
+        for shift in range(whole.bits - _DIGIT, -1, -_DIGIT):
             reached = mass_from(end + (digits << shift))
-            end = end + (((reached >= target) & (reached > 0)).sum(-1, True).to(whole) << shift)
+            end = end + (((reached >= target) & (reached > 0)).sum(-1, True).to(end.dtype) << shift)
         above = mass_from(end + 1)
-        value = torch.where(end == least, -math.inf, (end ^ ((end >> (bits - 1)) & greatest)).view(x.dtype))
+        value = torch.where(end == whole.min, -math.inf, _number_of(end, x.dtype))
         shape = (*x.shape[:-1], 1)
         places = [Replicate() if p.is_shard(x.ndim - 1) else p for p in x.placements]
         return from_parts(value, x, shape, places), from_parts(above, x, shape, places)
@@ -183,7 +179,7 @@ class SpreadOps(TorchOps):
     def _number(self, number: int, x: Array) -> DTensor:
         return replicated(torch.full((1,) * x.ndim, number, device=x.device), x)
 
-    def here(self, one: Array, x: Array) -> Array:
+    def _here(self, one: Array, x: Array) -> Array:
         """Return all of an array along the axis, for this device's rows of ``x``."""
         axis = self.axis % x.ndim
         places = [
@@ -193,48 +189,33 @@ class SpreadOps(TorchOps):
         return one.redistribute(x.device_mesh, places).to_local()
 
     def _extreme(self, x: Array, how: str) -> DTensor:
-        local = x.to_local()
-        if local.shape[self.axis]:
-            return self._merged((torch.amax if how == "max" else torch.amin)(local, self.axis, True), x, how)
-        # There are more devices than entries.
-        lowest, highest = (-math.inf, math.inf) if self.is_floating(x) else _range(x.dtype)
-        shape = list(local.shape)
-        shape[self.axis] = 1
-        return self._merged(local.new_full(shape, lowest if how == "max" else highest), x, how)
+        local, axis = x.to_local(), self.axis % x.ndim
+        if not local.shape[axis]:  # there are more devices than entries
+            shape = [1 if i == axis else n for i, n in enumerate(local.shape)]
+            lowest, highest = (-math.inf, math.inf) if self.is_floating(x) else _range(x.dtype)
+            local = local.new_full(shape, lowest if how == "max" else highest)
+        found = (torch.amax if how == "max" else torch.amin)(local, axis, True)
+        if not self.is_floating(x):
+            return self._merged(found, x, how)
+        # As integers, because a collective may lose a NaN among numbers.
+        merged = self._merged(_order_of(found), x, how)
+        return from_parts(_number_of(merged.to_local(), x.dtype), x, tuple(merged.shape), merged.placements)
 
     def _merged(self, local: Array, x: Array, how: str) -> DTensor:
         """Reduce what the devices have found in their parts of the rows of ``x``."""
         axis = self.axis % x.ndim
-        spread = {p.dim for p in x.placements if p.is_shard()} - {axis}
-        shape = tuple(x.shape[i] if i in spread else n for i, n in enumerate(local.shape))
+        shape = _shape_of_all(local, x, axis)
         return _everywhere(from_parts(local, x, shape, [Partial(how) if p.is_shard(axis) else p for p in x.placements]))
 
     def _entries_here(self, x: Array, index: Array) -> tuple[Array, Array]:
         """Return the entries at an index where they are on this device, any others elsewhere, and which are here."""
         axis, local = self.axis % x.ndim, x.to_local()
         start, length = _span(x, axis)
-        at = self.here(index, x) - start
+        at = self._here(index, x) - start
         is_here = (at >= 0) & (at < length)
         if not length:
             return torch.zeros_like(at, dtype=x.dtype), is_here
         return super().take(local, at.clamp(0, length - 1).to(torch.int64)), is_here
-
-
-# Random words are made of what is here: `<<` and `>>` of a DTensor return it as it was (seen with PyTorch 2.13).
-
-
-@SpreadOps.replace(variates)
-def _variates(ops: SpreadOps, keys: Array, index: Array, domain: int, like: Array) -> Array:
-    keys, index = ops.here(keys, like), beside(index, like).to_local()
-    return from_parts(variates.__wrapped__(ops, keys, index, domain, like), like, tuple(like.shape), like.placements)
-
-
-@SpreadOps.replace(folded)
-def _folded(ops: SpreadOps, keys: Array, index: Array) -> Array:
-    del ops
-    like = keys[..., 0:1] + index
-    found = fold(beside(keys, like).to_local(), beside(index, like).to_local())
-    return from_parts(found, like, (*like.shape[:-1], 2), like.placements)
 
 
 def _everywhere(y: DTensor) -> DTensor:
@@ -242,6 +223,28 @@ def _everywhere(y: DTensor) -> DTensor:
     if not any(p.is_partial() for p in y.placements):
         return y
     return y.redistribute(y.device_mesh, [Replicate() if p.is_partial() else p for p in y.placements])
+
+
+def _shape_of_all(local: Array, x: DTensor, axis: int) -> tuple[int, ...]:
+    """Return the shape of what the devices have found for their rows of ``x``, with this length along the axis."""
+    spread = {p.dim for p in x.placements if p.is_shard()} - {axis}
+    return tuple(x.shape[i] if i in spread else n for i, n in enumerate(local.shape))
+
+
+def _order_of(x: Array) -> Array:
+    """Return integers in the order of floats: -0 is no less than 0, and NaN is the greatest."""
+    x = torch.where(x == 0, 0.0, torch.where(x == x, x, math.nan))
+    return _flipped(x.view(torch.int64 if x.dtype == torch.float64 else torch.int32))
+
+
+def _number_of(order: Array, dtype: DType) -> Array:
+    return _flipped(order).view(dtype)
+
+
+def _flipped(number: Array) -> Array:
+    """Give integers the order of the numbers whose bits they are, or the other way round."""
+    whole = torch.iinfo(number.dtype)
+    return number ^ ((number >> (whole.bits - 1)) & whole.max)
 
 
 def _range(dtype: DType) -> tuple[int, int]:
