@@ -101,9 +101,6 @@ class SpreadOps(TorchOps):
 
     # Order, along the last axis alone
 
-    def descending_indices(self, x: Array) -> Array:
-        return from_parts(super().descending_indices(x.to_local()), x, tuple(x.shape), x.placements)
-
     def kth_greatest(self, x: Array, k: int) -> Array:
         return super().kth_greatest(x, k) if self._is_whole(x) else self.ranked(x, self._number(k, x), k)
 
