@@ -5,6 +5,7 @@ The number of devices is fixed when JAX starts, so this file is also a program, 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -32,6 +33,9 @@ WORDS_A_ROW = {
     "sample, top_p": 2 * 256 + 2 * N // 256 + 48,
 }
 """What each function may send, at most; a draw needs the tokens of one block, and each token's filter a search."""
+
+WIDE, ENOUGH = 65_536, 64 << 10
+"""A vocabulary, and the bytes that `top_k=50` and `top_p` of 8 rows of it may send in all."""
 
 FUNCTIONS = (*WORDS_A_ROW, "sample, top_k", "sample, top_ks", "truncate, top_p", "top_log_probs")
 
@@ -122,6 +126,11 @@ def run() -> None:
             y = np.asarray(compiled(*arrays))
             is_equal = np.array_equal if y.dtype.kind == "i" else lambda y, x: np.allclose(y, x, rtol=1e-5, atol=1e-5)
             report[mode][name] = {"equal": bool(is_equal(y, want[name])), "sent": sent(compiled.as_text())}
+        if where == "vocabulary":
+            wide = jax.ShapeDtypeStruct((ROWS, WIDE), np.float32, sharding=arrays[0].sharding)
+            for name, filters in {"top_k": {"top_k": 50}, "top_p": {"top_p": 0.9}}.items():
+                draw = jax.jit(functools.partial(ps.sample, **filters))
+                report[mode][f"wide, {name}"] = {"sent": sent(draw.lower(wide, arrays[2]).compile().as_text())}
         if mode == "explicit, vocabulary":
             report["eager"] = bool((np.asarray(functions()["sample"](*arrays)) == want["sample"]).all())
     print(json.dumps(report))
@@ -139,7 +148,7 @@ def report() -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_answers_are_those_of_one_device(report: dict[str, Any], mode: str) -> None:
-    assert {name for name, found in report[mode].items() if not found["equal"]} == set()
+    assert {name for name in MODES[mode][2] if not report[mode][name]["equal"]} == set()
 
 
 def test_an_eager_draw_takes_arrays_with_explicit_axes(report: dict[str, Any]) -> None:
@@ -153,6 +162,12 @@ def test_a_vocabulary_is_not_gathered(report: dict[str, Any], mode: str) -> None
         assert set(found) <= {"all-reduce", "all-gather"}, name
         assert found.get("all-gather", 0) <= ROWS * N * 4 / 8, name
         assert sum(found.values()) <= ROWS * 4 * WORDS_A_ROW.get(name, N // 2), (name, found)
+
+
+@pytest.mark.parametrize("mode", ["automatic, vocabulary", "explicit, vocabulary"])
+def test_filters_of_a_wide_vocabulary_send_little(report: dict[str, Any], mode: str) -> None:
+    for name in ("wide, top_k", "wide, top_p"):
+        assert sum(report[mode][name]["sent"].values()) <= ENOUGH, name
 
 
 @pytest.mark.parametrize("mode", ["automatic, rows", "explicit, rows", "shard_map, rows"])

@@ -50,6 +50,10 @@ _CACHED = 1 << 20
 """Entries that are searched together on a CPU, so that they are in its cache for all bits."""
 
 
+_SHORTEST_OF_SHARED = 16
+"""Length up to which groups of entries are as long on many devices as on one, where it is best for time."""
+
+
 class JaxOps(Ops):
     """The words of JAX in a program of the caller's, which may compute the rows anew for each use."""
 
@@ -156,8 +160,7 @@ class JaxOps(Ops):
         return jnp.min(jnp.where(self.indices(leading, rank.dtype) < rank, leading, jnp.inf), axis=-1, keepdims=True)
 
     def top_k_indices(self, x: Array, k: int) -> Array:
-        entries, index = _candidates(x, k)
-        return jnp.take_along_axis(index, jnp.sort(_top_k(entries, k), axis=-1), axis=-1)
+        return _greatest(x, k)
 
     def end_of_prefix(
         self, x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]
@@ -308,18 +311,29 @@ def _one_zero(x: Array) -> Array:
     return jnp.where(x == 0, 0.0, x)
 
 
+def _greatest(x: Array, k: int) -> Array:
+    """Return the indices of the k greatest entries, the lowest ones among equals, in increasing order."""
+    entries, index = _candidates(x, k)
+    return jnp.take_along_axis(index, jnp.sort(_top_k(entries, k), axis=-1), axis=-1)
+
+
 def _candidates(x: Array, k: int) -> tuple[Array, Array]:
     """Return few entries that the k greatest are among, and their indices in increasing order."""
-    n = x.shape[-1]
-    size = 1 << ((n // k).bit_length() // 2)
+    n, size = x.shape[-1], _group_length(x.shape[-1], k)
     if -(-n // size) <= 8 * k:
         return x, jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), x.shape)
     # XLA's search is slow. The k greatest entries are in the k groups with the greatest maxima: whatever stands in
     # another group is less than each of those, or equal to it and of a higher index.
-    chosen = jnp.sort(_top_k(_over_blocks(x, -jnp.inf, lax.max, size), k), axis=-1)
+    chosen = _greatest(_over_blocks(x, -jnp.inf, lax.max, size), k)
     within = lax.broadcasted_iota(chosen.dtype, (*chosen.shape, size), chosen.ndim)
     index = (chosen[..., None] * size + within).reshape(*x.shape[:-1], k * size)
     return jnp.where(index < n, _take_of_shards(x, jnp.minimum(index, n - 1), x.ndim - 1), -jnp.inf), index
+
+
+def _group_length(n: int, k: int) -> int:
+    size = 1 << ((n // k).bit_length() // 2)
+    # Devices that share a row send the groups that were chosen; their maxima, twice as many, are in groups themselves.
+    return size if jax.device_count() == 1 or size <= _SHORTEST_OF_SHARED else size // 2
 
 
 @jax.jit  # type: ignore[untyped-decorator]
