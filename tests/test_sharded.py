@@ -41,7 +41,7 @@ FUNCTIONS = (*WORDS_A_ROW, "sample, top_k", "sample, top_ks", "truncate, top_p",
 
 MODES = {
     "explicit, vocabulary": ("Explicit", "vocabulary", FUNCTIONS),
-    "explicit, rows": ("Explicit", "rows", ("gradient", "sample, top_ks", "hidden states")),
+    "explicit, rows": ("Explicit", "rows", ("gradient", "sample, top_ks", "hidden states", "gradient of a weight")),
     "automatic, vocabulary": ("Auto", "vocabulary", ("gradient", "sample, top_p", "head")),
     "automatic, rows": ("Auto", "rows", ("gradient", "truncate, top_p", "hidden states")),
     "shard_map, rows": (None, "rows", ("sample, top_p", "sample, top_ks")),
@@ -68,6 +68,7 @@ def functions() -> dict[str, Any]:
     return {
         "head": lambda x, i, k: head(small(x, ROWS, ROWS), x.T, i),
         "hidden states": lambda x, i, k: head(x, small(x, 16, N), i % 16),
+        "gradient of a weight": lambda x, i, k: jax.grad(lambda w: head(x / 16, w, i % 16).sum())(small(x, 16, N)),
         "softmax": lambda x, i, k: ps.softmax(x),
         "logsumexp": lambda x, i, k: ps.logsumexp(x),
         "cross_entropy": lambda x, i, k: loss(x, i),
@@ -111,6 +112,8 @@ def run() -> None:
     )
     x, i, _ = given
     want = {"gradient": ps.softmax(x) - (np.arange(N) == i[:, None])}
+    of_weight = "gradient of a weight"
+    want[of_weight] = np.asarray(functions()[of_weight](*map(jax.numpy.asarray, given)))
     want |= {name: f(*given) for name, f in functions().items() if name not in want}
     report: dict[str, Any] = {}
     for mode, (axis_type, where, names) in MODES.items():
@@ -125,7 +128,12 @@ def run() -> None:
             compiled = program.lower(*arrays).compile()
             y = np.asarray(compiled(*arrays))
             is_equal = np.array_equal if y.dtype.kind == "i" else lambda y, x: np.allclose(y, x, rtol=1e-5, atol=1e-5)
-            report[mode][name] = {"equal": bool(is_equal(y, want[name])), "sent": sent(compiled.as_text())}
+            loops, _, once = compiled.as_text().partition("\nENTRY ")
+            report[mode][name] = {
+                "equal": bool(is_equal(y, want[name])),
+                "sent": sent(loops + once),
+                "again": sent(loops),
+            }
         if where == "vocabulary":
             wide = jax.ShapeDtypeStruct((ROWS, WIDE), np.float32, sharding=arrays[0].sharding)
             for name, filters in {"top_k": {"top_k": 50}, "top_p": {"top_p": 0.9}}.items():
@@ -173,9 +181,18 @@ def test_filters_of_a_wide_vocabulary_send_little(report: dict[str, Any], mode: 
 @pytest.mark.parametrize("mode", ["automatic, rows", "explicit, rows", "shard_map, rows"])
 def test_rows_stay_where_they_are(report: dict[str, Any], mode: str) -> None:
     """Beside a word on whether any row is confident, and XLA's search for a few tokens, which it does not split."""
-    for name, found in report[mode].items():
+    for name in set(report[mode]) - {"gradient of a weight"}:
+        found = report[mode][name]
         searches = name == "sample, top_ks" and mode != "shard_map, rows"
         assert sum(found["sent"].values()) <= (ROWS * N if searches else 8), name
+
+
+def test_the_gradient_of_a_weight_is_sent_once_for_all_chunks(report: dict[str, Any]) -> None:
+    """Where the axes of the mesh are explicit, so that it is known that rows are spread."""
+    found = report["explicit, rows"]["gradient of a weight"]
+    assert found["again"] == {}
+    assert set(found["sent"]) == {"all-reduce"}
+    assert found["sent"]["all-reduce"] == 16 * N * 4
 
 
 if __name__ == "__main__":

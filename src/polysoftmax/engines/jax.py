@@ -23,6 +23,7 @@ from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, OUTWEIGHED, SOFTMAX, lo
 from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines import portable
 from polysoftmax.engines._jax_linear import JaxHeads
+from polysoftmax.engines._jax_mesh import axes_of_mesh, on_each_device, spread_like, take_of_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,14 +137,14 @@ class JaxOps(Ops):
 
     def indices(self, x: Array, dtype: DType = None) -> Array:
         index, axis = super().indices(x, dtype), self.axis % x.ndim
-        spread = _axes_of_mesh(x, axis)
-        return index if spread is None else _spread_like(x, index, *(None,) * axis, spread)
+        spread = axes_of_mesh(x, axis)
+        return index if spread is None else spread_like(x, index, *(None,) * axis, spread)
 
     def take(self, x: Array, index: Array) -> Array:
-        return _take_of_shards(x, index, self.axis % x.ndim)
+        return take_of_shards(x, index, self.axis % x.ndim)
 
     def running_sum(self, x: Array, dtype: DType) -> Array:
-        return super().running_sum(_on_each_device(x), dtype)
+        return super().running_sum(on_each_device(x), dtype)
 
     def block_sums(self, terms: Array, size: int) -> Array:
         return _over_blocks(terms, 0, lax.add, size)
@@ -266,45 +267,10 @@ def _over_blocks(x: Array, start: float, combine: Callable[..., Array], size: in
     return lax.optimization_barrier(lax.reduce_window(x, x.dtype.type(start), combine, window, window, padding))
 
 
-def _axes_of_mesh(x: Array, axis: int) -> Any:
-    """Return what of a mesh an axis of ``x`` is spread over, where its axes are explicit; None for nothing."""
-    spec = jax.typeof(x).sharding.spec
-    return spec[axis] if axis < len(spec) else None
-
-
-def _on_each_device(x: Array) -> Array:
-    """Return ``x`` with whole rows on each device, along the last axis; it is small."""
-    if _axes_of_mesh(x, x.ndim - 1) is None:
-        return x
-    return _spread_like(x, x, *jax.typeof(x).sharding.spec[:-1])
-
-
-def _spread_like(like: Array, x: Array, *spec: Any) -> Array:
-    """Return ``x`` spread in another way over the mesh of an array."""
-    mesh = jax.typeof(like).sharding.mesh
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
-
-
-def _take_of_shards(x: Array, index: Array, axis: int) -> Array:
-    """Return the entries at an index along an axis; of one that is spread by explicit axes, without gathering it."""
-    spread = _axes_of_mesh(x, axis)
-    if spread is None:
-        return jnp.take_along_axis(x, index, axis=axis)
-    mesh = jax.typeof(x).sharding.mesh
-    shards = math.prod(mesh.shape[one] for one in (spread if isinstance(spread, tuple) else (spread,)))
-    length = x.shape[axis] // shards
-    # Each shard answers for the indices that are its own, and 0 for the others.
-    local = x.reshape(*x.shape[:axis], shards, length, *x.shape[axis + 1 :])
-    at = jnp.expand_dims(index, axis)
-    at = at - length * lax.broadcasted_iota(at.dtype, (shards,) + (1,) * (at.ndim - axis - 1), 0)
-    found = jnp.take_along_axis(local, jnp.clip(at, 0, length - 1), axis=axis + 1)
-    return jnp.sum(jnp.where((at >= 0) & (at < length), found, 0), axis=axis, dtype=x.dtype)
-
-
 def _top_k(x: Array, k: int) -> Array:
     """Return the indices of the k greatest entries, the lowest among those that XLA compares as equal."""
     # Its top_k puts 0 before -0, and tells subnormal numbers apart, which its comparisons on the CPU do not.
-    return lax.top_k(_one_zero(_on_each_device(x)), k)[1]
+    return lax.top_k(_one_zero(on_each_device(x)), k)[1]
 
 
 def _one_zero(x: Array) -> Array:
@@ -327,7 +293,7 @@ def _candidates(x: Array, k: int) -> tuple[Array, Array]:
     chosen = _greatest(_over_blocks(x, -jnp.inf, lax.max, size), k)
     within = lax.broadcasted_iota(chosen.dtype, (*chosen.shape, size), chosen.ndim)
     index = (chosen[..., None] * size + within).reshape(*x.shape[:-1], k * size)
-    return jnp.where(index < n, _take_of_shards(x, jnp.minimum(index, n - 1), x.ndim - 1), -jnp.inf), index
+    return jnp.where(index < n, take_of_shards(x, jnp.minimum(index, n - 1), x.ndim - 1), -jnp.inf), index
 
 
 def _group_length(n: int, k: int) -> int:
