@@ -44,6 +44,7 @@ OF_SPREAD_ROWS = (
     "truncate",
     "truncate, ties",
     "sample, NaN",
+    "top_log_probs, NaN",
     "several tokens",
     "gradient, filters",
 )
@@ -54,7 +55,14 @@ MODES = {
     4: {
         "tokens": ("softmax", "gradient", "sample", "sample, top_p", "sample, top_k"),
         "rows and tokens": ("sample, one key", "sample, limits", "truncate, ties", "gradient, filters"),
-        "few tokens": ("softmax", "sample, mask", "sample, limits", "sample, NaN", "several tokens"),
+        "few tokens": (
+            "softmax",
+            "sample, mask",
+            "sample, limits",
+            "sample, NaN",
+            "top_log_probs, NaN",
+            "several tokens",
+        ),
     },
 }
 """By the number of processes: how arrays lie, and functions."""
@@ -98,8 +106,9 @@ def functions() -> dict[str, Any]:
         "sample, draws": lambda x, i, k: ps.sample(x, k, top_p=0.9, draws=3),
         "sample, distinct": lambda x, i, k: ps.sample(x, k, draws=3, replace=False),
         "truncate": lambda x, i, k: ps.truncate(x, top_p=0.9),
-        "truncate, ties": lambda x, i, k: ps.truncate(x.round(), top_k=1 + i % 99, top_p=0.9),
-        "sample, NaN": lambda x, i, k: ps.sample(x + 0.0 / (x < 8.0), k, top_k=2),
+        "truncate, ties": lambda x, i, k: ps.truncate(x.round(), top_k=1 + i % 99, top_p=i % 3 / 2.5),
+        "sample, NaN": lambda x, i, k: ps.sample(x + 0.0 / (x < 4.0), k),
+        "top_log_probs, NaN": lambda x, i, k: ps.top_log_probs(x + 0.0 / (x < 4.0), 2)[1],
         "log_prob, filters": lambda x, i, k: ps.log_prob(x, i, top_k=50, top_p=0.9),
         "several tokens": lambda x, i, k: ps.log_prob(x, ps.top_log_probs(x, 2)[1]),
         "gradient, filters": gradient(lambda x, i: ps.log_prob(x, i, top_p=0.99)),
