@@ -1,6 +1,6 @@
 """PyTorch's DTensor on two and four processes: equal answers, and how much they send to each other.
 
-This file is also a program, which torch.distributed.run starts.
+This file is also a program, which forks them after it has imported PyTorch once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,16 +140,15 @@ def counting() -> Any:
     return Counting()
 
 
-def run() -> None:
-    """Run every function in every mode, and write what was right and what was sent."""
+def run(rank: int, processes: int, folder: str) -> None:
+    """Run every function in every mode as one of several processes, and write what was right and what was sent."""
     import torch
     from torch import distributed
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
     import polysoftmax as ps
 
-    distributed.init_process_group("gloo")
-    processes = distributed.get_world_size()
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     lines, square = init_device_mesh("cpu", (processes,)), init_device_mesh("cpu", (2, processes // 2))
     layouts = {
         "rows": (lines, [Shard(0)], [Shard(0)], N),
@@ -178,23 +179,28 @@ def run() -> None:
                 "calls": counted.calls,
                 "bytes": counted.bytes,
             }
-    if distributed.get_rank() == 0:
-        print(json.dumps(report))
+    if rank == 0:
+        Path(folder, "report.json").write_text(json.dumps(report), encoding="utf-8")
     distributed.destroy_process_group()
 
 
-def _start(processes: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+def main() -> None:
+    import torch.distributed.tensor  # noqa: F401  # once, before the fork
+    from torch.multiprocessing import start_processes
+
+    for processes in MODES:
+        with tempfile.TemporaryDirectory() as folder:
+            start_processes(run, (processes, folder), nprocs=processes, start_method="fork")
+            print(Path(folder, "report.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def reports() -> dict[int, dict[str, Any]]:
     pytest.importorskip("torch.distributed.tensor")
-    return {processes: _start(processes) for processes in MODES}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    return dict(zip(MODES, map(json.loads, found.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("processes", MODES)
@@ -218,4 +224,4 @@ def test_rows_that_are_spread_send_a_few_words(reports: dict[int, dict[str, Any]
 
 
 if __name__ == "__main__":
-    run()
+    main()
