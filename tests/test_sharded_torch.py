@@ -43,6 +43,7 @@ OF_SPREAD_ROWS = (
     "sample, limits",
     "sample, draws",
     "sample, distinct",
+    "sample, inference",
     "truncate",
     "truncate, ties",
     "sample, NaN",
@@ -89,6 +90,12 @@ def functions() -> dict[str, Any]:
         """Draw at T = 0 from some rows, with k of their own, and a bad one."""
         return ps.sample(x, k, temperature=(i % 3) / 2, top_k=i % 4 - 1, top_p=0.9)
 
+    def in_inference_mode(x: Any, i: Any, k: Any) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            return ps.sample(x, k, top_k=9, where=x < 2.0)
+
     return {
         "softmax": lambda x, i, k: ps.softmax(x),
         "log_softmax": lambda x, i, k: ps.log_softmax(x, temperature=0.7),
@@ -107,6 +114,7 @@ def functions() -> dict[str, Any]:
         "sample, limits": limits,
         "sample, draws": lambda x, i, k: ps.sample(x, k, top_p=0.9, draws=3),
         "sample, distinct": lambda x, i, k: ps.sample(x, k, draws=3, replace=False),
+        "sample, inference": in_inference_mode,
         "truncate": lambda x, i, k: ps.truncate(x, top_p=0.9),
         "truncate, ties": lambda x, i, k: ps.truncate(x.round(), top_k=1 + i % 99, top_p=i % 3 / 2.5),
         "sample, NaN": lambda x, i, k: ps.sample(x + 0.0 / (x < 4.0), k),

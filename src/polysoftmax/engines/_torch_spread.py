@@ -7,22 +7,33 @@ never gathered: each device looks at its own, and a few words a row are added up
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from polysoftmax._truncation import is_among_greatest
-from polysoftmax.engines._torch_sharded import beside, from_parts, has_whole_rows, replicated
-from polysoftmax.engines._torch_words import DifferentiatedOps, TorchOps
+from polysoftmax.engines._torch_sharded import beside, beside_each_other, from_parts, has_whole_rows, replicated
+from polysoftmax.engines._torch_words import DifferentiatedOps, TorchOps, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polysoftmax._arrays import Array, DType
+    from polysoftmax._formula import Call
 
 _DIGIT = 4
 """Bits of a limit that one all-reduce finds."""
+
+
+def evaluate_spread(call: Call, operands: tuple[Array, ...]) -> Any:
+    """Run a formula of DTensors as it stands."""
+    if torch.is_inference_mode_enabled():
+        # There `&` and `|` of DTensors return what stands on their left (seen with PyTorch 2.13).
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return evaluate_spread(call, operands)
+    operands = beside_each_other(operands)
+    return call.evaluate(words(operands[0], call.axis), operands)
 
 
 class SpreadOps(TorchOps):

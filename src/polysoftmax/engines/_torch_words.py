@@ -163,15 +163,14 @@ def _differentiates() -> bool:
 
 def evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula as it stands."""
-    ops = words(operands[0], call.axis)
     if not torch.compiler.is_compiling():
         for one in operands[1:]:
             require_dense(one)
         if is_sharded(operands[0]):
-            from polysoftmax.engines._torch_sharded import beside_each_other
+            from polysoftmax.engines._torch_spread import evaluate_spread
 
-            operands = beside_each_other(operands)
-    return call.evaluate(ops, operands)
+            return evaluate_spread(call, operands)
+    return call.evaluate(words(operands[0], call.axis), operands)
 
 
 def is_transformed() -> bool:
