@@ -12,7 +12,7 @@ from jax import numpy as jnp
 
 from polysoftmax._arrays import float_bits
 from polysoftmax._linear import Head, Heads, has_rows
-from polysoftmax.engines._jax_mesh import axes_of_mesh, copies, spec_of, spread_like
+from polysoftmax.engines._jax_mesh import axes_of_mesh, copies, names_of, spec_of, spread_like
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -47,7 +47,7 @@ def _on_each_device(head: Head, is_cut: tuple[bool, ...], dtypes: list[Any], spr
 
     These parts meet once. Those of an array that devices share would be sent after every chunk.
     """
-    hidden, names = arrays[0], spread if isinstance(spread, tuple) else (spread,)
+    hidden, names = arrays[0], names_of(spread)
     mesh, rows = jax.typeof(hidden).sharding.mesh, jax.sharding.PartitionSpec(spread)
     each = head._replace(size=-(-head.size // math.prod(mesh.shape[one] for one in names)))
 

@@ -23,7 +23,14 @@ from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, OUTWEIGHED, SOFTMAX, lo
 from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines import portable
 from polysoftmax.engines._jax_linear import JaxHeads
-from polysoftmax.engines._jax_mesh import axes_of_mesh, on_each_device, spread_like, take_of_shards
+from polysoftmax.engines._jax_mesh import (
+    axes_of_mesh,
+    is_uneven,
+    on_each_device,
+    over_cut_blocks,
+    spread_like,
+    take_of_shards,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -260,6 +267,12 @@ def _add_each(sums: tuple[Array, ...], entries: tuple[Array, ...]) -> tuple[Arra
 
 def _over_blocks(x: Array, start: float, combine: Callable[..., Array], size: int) -> Array:
     """Reduce every block of ``size`` entries along the last axis."""
+    if is_uneven(x, size):
+        return over_cut_blocks(x, start, combine, size, _over_whole_blocks)
+    return _over_whole_blocks(x, start, combine, size)
+
+
+def _over_whole_blocks(x: Array, start: float, combine: Callable[..., Array], size: int) -> Array:
     # A window is computed together with its entries, which are then never kept, as a reshape of whole blocks is not.
     # The barrier keeps XLA from computing it anew for each use of the answer.
     window = (1,) * (x.ndim - 1) + (size,)
