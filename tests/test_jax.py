@@ -321,3 +321,11 @@ def test_arrays_meet_on_one_set_of_devices() -> None:
     command = [sys.executable, "-c", DEVICES]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.stdout == "done\n", found.stderr
+
+
+def test_the_greatest_of_a_long_row_are_searched_in_groups_of_groups() -> None:
+    """With ties within groups and between them, the lowest index first."""
+    x = np.round(2 * np.random.default_rng(0).normal(size=(4, 20_001))).astype(np.float32)
+    x[3, :] = x[3, 0]
+    for k in (1, 3, 60):
+        np.testing.assert_array_equal(ps.top_log_probs(jnp.asarray(x), k)[1], ps.top_log_probs(x, k)[1])

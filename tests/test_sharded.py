@@ -5,6 +5,7 @@ The number of devices is fixed when JAX starts, so this file is also a program, 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -33,11 +34,17 @@ WORDS_A_ROW = {
 }
 """What each function may send, at most; a draw needs the tokens of one block, and each token's filter a search."""
 
+WIDE, ENOUGH = 65_536, 64 << 10
+"""A vocabulary, and the bytes that `top_k=50` and `top_p` of 8 rows of it may send in all."""
+
+CUT = 4000
+"""A vocabulary of 63 blocks of 64 tokens, of which four devices cut the most."""
+
 FUNCTIONS = (*WORDS_A_ROW, "sample, top_k", "sample, top_ks", "truncate, top_p", "top_log_probs")
 
 MODES = {
     "explicit, vocabulary": ("Explicit", "vocabulary", FUNCTIONS),
-    "explicit, rows": ("Explicit", "rows", ("gradient", "sample, top_ks", "hidden states")),
+    "explicit, rows": ("Explicit", "rows", ("gradient", "sample, top_ks", "hidden states", "gradient of a weight")),
     "automatic, vocabulary": ("Auto", "vocabulary", ("gradient", "sample, top_p", "head")),
     "automatic, rows": ("Auto", "rows", ("gradient", "truncate, top_p", "hidden states")),
     "shard_map, rows": (None, "rows", ("sample, top_p", "sample, top_ks")),
@@ -64,6 +71,7 @@ def functions() -> dict[str, Any]:
     return {
         "head": lambda x, i, k: head(small(x, ROWS, ROWS), x.T, i),
         "hidden states": lambda x, i, k: head(x, small(x, 16, N), i % 16),
+        "gradient of a weight": lambda x, i, k: jax.grad(lambda w: head(x / 16, w, i % 16).sum())(small(x, 16, N)),
         "softmax": lambda x, i, k: ps.softmax(x),
         "logsumexp": lambda x, i, k: ps.logsumexp(x),
         "cross_entropy": lambda x, i, k: loss(x, i),
@@ -75,6 +83,16 @@ def functions() -> dict[str, Any]:
         "sample, top_ks": lambda x, i, k: ps.sample(x, k, top_k=i % 50),
         "truncate, top_p": lambda x, i, k: ps.truncate(x, top_p=0.9),
         "top_log_probs": lambda x, i, k: ps.top_log_probs(x, 3)[1],
+    }
+
+
+def filters_of_cut_blocks() -> dict[str, Any]:
+    import polysoftmax as ps
+
+    return {
+        "sample": lambda x: ps.sample(x, 7),
+        "top_k": lambda x: ps.sample(x, 7, top_k=5),
+        "top_p": lambda x: ps.truncate(x, top_p=0.9),
     }
 
 
@@ -107,6 +125,8 @@ def run() -> None:
     )
     x, i, _ = given
     want = {"gradient": ps.softmax(x) - (np.arange(N) == i[:, None])}
+    of_weight = "gradient of a weight"
+    want[of_weight] = np.asarray(functions()[of_weight](*map(jax.numpy.asarray, given)))
     want |= {name: f(*given) for name, f in functions().items() if name not in want}
     report: dict[str, Any] = {}
     for mode, (axis_type, where, names) in MODES.items():
@@ -121,8 +141,24 @@ def run() -> None:
             compiled = program.lower(*arrays).compile()
             y = np.asarray(compiled(*arrays))
             is_equal = np.array_equal if y.dtype.kind == "i" else lambda y, x: np.allclose(y, x, rtol=1e-5, atol=1e-5)
-            report[mode][name] = {"equal": bool(is_equal(y, want[name])), "sent": sent(compiled.as_text())}
+            loops, _, once = compiled.as_text().partition("\nENTRY ")
+            report[mode][name] = {
+                "equal": bool(is_equal(y, want[name])),
+                "sent": sent(loops + once),
+                "again": sent(loops),
+            }
+        if where == "vocabulary":
+            wide = jax.ShapeDtypeStruct((ROWS, WIDE), np.float32, sharding=arrays[0].sharding)
+            for name, filters in {"top_k": {"top_k": 50}, "top_p": {"top_p": 0.9}}.items():
+                draw = jax.jit(functools.partial(ps.sample, **filters))
+                report[mode][f"wide, {name}"] = {"sent": sent(draw.lower(wide, arrays[2]).compile().as_text())}
         if mode == "explicit, vocabulary":
+            cut = given[0][:, :CUT]
+            spread = jax.device_put(cut, arrays[0].sharding)
+            for name, f in filters_of_cut_blocks().items():
+                program = jax.jit(f).lower(spread).compile()
+                equal = np.array_equal(program(spread), f(cut))
+                report[f"cut, {name}"] = {"equal": equal, "sent": sent(program.as_text())}
             report["eager"] = bool((np.asarray(functions()["sample"](*arrays)) == want["sample"]).all())
     print(json.dumps(report))
 
@@ -139,7 +175,7 @@ def report() -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_answers_are_those_of_one_device(report: dict[str, Any], mode: str) -> None:
-    assert {name for name, found in report[mode].items() if not found["equal"]} == set()
+    assert {name for name in MODES[mode][2] if not report[mode][name]["equal"]} == set()
 
 
 def test_an_eager_draw_takes_arrays_with_explicit_axes(report: dict[str, Any]) -> None:
@@ -155,12 +191,35 @@ def test_a_vocabulary_is_not_gathered(report: dict[str, Any], mode: str) -> None
         assert sum(found.values()) <= ROWS * 4 * WORDS_A_ROW.get(name, N // 2), (name, found)
 
 
+@pytest.mark.parametrize("mode", ["automatic, vocabulary", "explicit, vocabulary"])
+def test_filters_of_a_wide_vocabulary_send_little(report: dict[str, Any], mode: str) -> None:
+    for name in ("wide, top_k", "wide, top_p"):
+        assert sum(report[mode][name]["sent"].values()) <= ENOUGH, name
+
+
+def test_blocks_that_devices_cut_are_not_gathered(report: dict[str, Any]) -> None:
+    """JAX has no windows over an axis that is spread by explicit axes where their number is no multiple of these."""
+    for name in filters_of_cut_blocks():
+        found = report[f"cut, {name}"]
+        assert found["equal"], name
+        assert sum(found["sent"].values()) <= ROWS * CUT * 4 / 8, name
+
+
 @pytest.mark.parametrize("mode", ["automatic, rows", "explicit, rows", "shard_map, rows"])
 def test_rows_stay_where_they_are(report: dict[str, Any], mode: str) -> None:
     """Beside a word on whether any row is confident, and XLA's search for a few tokens, which it does not split."""
-    for name, found in report[mode].items():
+    for name in set(report[mode]) - {"gradient of a weight"}:
+        found = report[mode][name]
         searches = name == "sample, top_ks" and mode != "shard_map, rows"
         assert sum(found["sent"].values()) <= (ROWS * N if searches else 8), name
+
+
+def test_the_gradient_of_a_weight_is_sent_once_for_all_chunks(report: dict[str, Any]) -> None:
+    """Where the axes of the mesh are explicit, so that it is known that rows are spread."""
+    found = report["explicit, rows"]["gradient of a weight"]
+    assert found["again"] == {}
+    assert set(found["sent"]) == {"all-reduce"}
+    assert found["sent"]["all-reduce"] == 16 * N * 4
 
 
 if __name__ == "__main__":

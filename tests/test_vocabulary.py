@@ -348,6 +348,7 @@ ALONG_ANY: dict[str, Callable[[Arrays], Any]] = {
     "broadcast_like": lambda a: a.ops.broadcast_like(a.first(ROWS), a(ROWS)),
     "part": lambda a: (a.ops.part(a(ROWS), 1, 3), a.ops.part(a(ROWS), 1, None), a.ops.part(a(ROWS), 0, 0)),
     "side_by_side": lambda a: (a.ops.side_by_side([a(ROWS)]), a.ops.side_by_side([a(ROWS), a(ORDERED)])),
+    "arange": lambda a: tuple(a.ops.arange(n, a.ops.int32, a(ROWS)) for n in (0, 5)),
     "indices": lambda a: (a.ops.indices(a(ROWS)), a.ops.indices(a(ROWS), a.ops.index_dtype)),
     "take": lambda a: a.ops.take(a(ROWS), a.place),
     "call": lambda a: a.ops.call(LOGSUMEXP, a(ROWS), None, None),

@@ -193,6 +193,10 @@ class Ops:
 
     # Entries by their place in the row
 
+    def arange(self, n: int | Array, dtype: DType, like: Array) -> Array:
+        """Return the integers below ``n``, beside another array."""
+        return self.xp.arange(n, dtype=dtype, device=device_for(like))
+
     def length(self, x: Array) -> int | Array:
         """Return the number of entries of a row; an array where that is open while a program is made."""
         return x.shape[self.axis]
@@ -203,15 +207,14 @@ class Ops:
 
     def indices(self, x: Array, dtype: DType = None) -> Array:
         """Return the indices of a row, int32 by default, laid along the axis of ``x``."""
-        along = self.xp.arange(self.length(x), dtype=dtype or self.xp.int32, device=device_for(x))
+        along = self.arange(self.length(x), dtype or self.xp.int32, x)
         axis = self.axis % x.ndim
         return self.xp.reshape(along, (1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1))
 
     def row_numbers(self, x: Array) -> Array:
         """Return the numbers of the rows along the last axis, int32, of length 1 there."""
         batch = x.shape[:-1]
-        numbers = self.xp.arange(math.prod(batch), dtype=self.xp.int32, device=device_for(x))
-        return self.reshape(numbers, (*batch, 1))
+        return self.reshape(self.arange(math.prod(batch), self.xp.int32, x), (*batch, 1))
 
     def broadcast_like(self, x: Array, like: Array) -> Array:
         """Return ``x`` in the shape of another array."""
@@ -227,7 +230,7 @@ class Ops:
 
     def block_of(self, x: Array, block: Array, size: int) -> tuple[Array, Array]:
         """Return a block of ``size`` entries of every row, and their indices as int32; the last entry is repeated."""
-        within = self.xp.arange(size, dtype=self.xp.int32, device=device_for(x))
+        within = self.arange(size, self.xp.int32, x)
         index = self.astype(block, self.xp.int32) * size + self.xp.reshape(within, (1,) * (x.ndim - 1) + (-1,))
         inside = self.xp.minimum(index, self.xp.full_like(index, x.shape[-1] - 1))
         return self.take(x, self.astype(inside, self.index_dtype)), index

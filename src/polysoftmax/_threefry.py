@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polysoftmax._arrays import cast, device_for, namespace
+from polysoftmax._arrays import cast, namespace
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -40,7 +40,9 @@ def threefry(k0: Array, k1: Array, c0: Array, c1: Array | int) -> tuple[Array, A
 
 
 def _rotate(x: Array, by: int) -> Array:
-    return (x << by) | ((x >> (32 - by)) & ((1 << by) - 1))
+    # Not by operators: those of PyTorch's DTensor return x as it is (seen with 2.13).
+    xp = namespace(x)
+    return xp.bitwise_left_shift(x, by) | (xp.bitwise_right_shift(x, 32 - by) & ((1 << by) - 1))
 
 
 def words(k0: Array, k1: Array, index: Array, domain: int) -> Array:
@@ -51,7 +53,7 @@ def words(k0: Array, k1: Array, index: Array, domain: int) -> Array:
 def uniform_of(word: Array) -> Array:
     """Return float32 numbers in (0, 1) with the full resolution of 32 bits near 0."""
     xp = namespace(word)
-    high, low = cast((word >> 16) & 0xFFFF, xp.float32), cast(word & 0xFFFF, xp.float32)
+    high, low = cast(xp.bitwise_right_shift(word, 16) & 0xFFFF, xp.float32), cast(word & 0xFFFF, xp.float32)
     return xp.minimum((high * 65536.0 + low + 0.5) * 2.0**-32, xp.full_like(high, 1.0 - 2.0**-24))
 
 
@@ -90,5 +92,5 @@ def fold_draws(ops: Ops, k: Array, draws: int) -> Array:
     """Return the keys of several draws with each key, side by side: the key itself, then folded with 1, 2 and so on."""
     xp, batch, count = namespace(k), k.shape[:-1], k.shape[-1] // 2
     each = ops.reshape(k, (*batch, count, 1, 2))
-    further = fold(each, ops.reshape(xp.arange(1, draws, dtype=xp.int32, device=device_for(k)), (-1, 1)))
+    further = fold(each, ops.reshape(1 + ops.arange(draws - 1, xp.int32, k), (-1, 1)))
     return ops.reshape(xp.concat([each, further], axis=each.ndim - 2), (*batch, 2 * count * draws))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import numpy as jnp
 
 from polysoftmax._arrays import float_bits
 from polysoftmax._linear import Head, Heads, has_rows
+from polysoftmax.engines._jax_mesh import axes_of_mesh, copies, names_of, spec_of, spread_like
 
 if TYPE_CHECKING:
     from polysoftmax._arrays import Array
@@ -28,29 +30,59 @@ class JaxHeads(Heads):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answers(head: Head, *arrays: Any) -> Array:
-    n = arrays[0].shape[0]
-    if not isinstance(n, int) or n <= head.size:  # a symbol of jax.export tells no number of chunks
+    hidden = arrays[0]
+    if not isinstance(hidden.shape[0], int) or hidden.shape[0] <= head.size:  # a symbol tells no number of chunks
         return head(*arrays)
+    is_cut = (True, False, False, *map(has_rows, arrays[3:]))
+    dtypes = [getattr(one, "dtype", None) for one in arrays]
+    given = [one if cuts else _wide(one) for one, cuts in zip(arrays, is_cut, strict=True)]
+    spread, shared = axes_of_mesh(hidden, 0), [one for one, cuts in zip(given, is_cut, strict=True) if not cuts]
+    if spread is None or any(one is not None and any(spec_of(one)) for one in shared):
+        return _by_chunks(head, is_cut, dtypes, *given)
+    return _on_each_device(head, is_cut, dtypes, spread, *given)
+
+
+def _on_each_device(head: Head, is_cut: tuple[bool, ...], dtypes: list[Any], spread: Any, *arrays: Any) -> Array:
+    """Let each device go over its own rows, and add up its part of a gradient in a copy of what they share.
+
+    These parts meet once. Those of an array that devices share would be sent after every chunk.
+    """
+    hidden, names = arrays[0], names_of(spread)
+    mesh, rows = jax.typeof(hidden).sharding.mesh, jax.sharding.PartitionSpec(spread)
+    each = head._replace(size=-(-head.size // math.prod(mesh.shape[one] for one in names)))
+
+    def on_a_device(*here: Any) -> Array:
+        own = (one if cuts or one is None else one[0] for one, cuts in zip(here, is_cut, strict=True))
+        return _by_chunks(each, is_cut, dtypes, *own)
+
+    given = (
+        None if one is None else spread_like(hidden, one, spread, *spec_of(one)[1:]) if cuts else copies(hidden, one)
+        for one, cuts in zip(arrays, is_cut, strict=True)
+    )
+    everywhere = jax.shard_map(on_a_device, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=set(names))
+    return everywhere(*given)
+
+
+def _by_chunks(head: Head, is_cut: tuple[bool, ...], dtypes: list[Any], *arrays: Any) -> Array:
+    """Go over chunks of rows, with what they share in the dtypes in which its gradient is added up."""
+    n = arrays[0].shape[0]
     # What is left over would have a gradient of the weight of its own.
     size = next((one for one in range(head.size, head.size // 2, -1) if n % one == 0), head.size)
     count = n // size
     whole = size * count
-    is_cut = [True, False, False, *map(has_rows, arrays[3:])]
     cut = [_in_chunks(one[:whole], count) for one, cuts in zip(arrays, is_cut, strict=True) if cuts]
-    shared = [_wide(one) for one in arrays]
 
-    @jax.checkpoint  # type: ignore[untyped-decorator]
     def answer(few: list[Array]) -> Array:
         given = iter(few)
-        each = zip(arrays, shared, is_cut, strict=True)
-        return head(*(next(given) if cuts else _narrow(wide, like) for like, wide, cuts in each))
+        each = zip(arrays, dtypes, is_cut, strict=True)
+        return head(*(next(given) if cuts else _narrow(one, dtype) for one, dtype, cuts in each))
 
-    _, found = lax.scan(lambda carry, few: (carry, answer(few)), None, cut)
+    checkpointed = jax.checkpoint(answer)
+    _, found = lax.scan(lambda carry, few: (carry, checkpointed(few)), None, cut)
     y = _one_after_another(found)
     if whole == n:
         return y
-    rest = (one[whole:] if cuts else one for one, cuts in zip(arrays, is_cut, strict=True))
-    return jnp.concatenate([y, head(*rest)])
+    return jnp.concatenate([y, answer([one[whole:] for one, cuts in zip(arrays, is_cut, strict=True) if cuts])])
 
 
 def _in_chunks(x: Array, count: int) -> Array:
@@ -71,5 +103,5 @@ def _wide(one: Any) -> Any:
     return one.astype(jnp.float32) if one is not None and float_bits(jnp, one.dtype) == 16 else one
 
 
-def _narrow(wide: Any, like: Any) -> Any:
-    return None if wide is None else wide.astype(like.dtype)
+def _narrow(wide: Any, dtype: Any) -> Any:
+    return None if wide is None else wide.astype(dtype)

@@ -1,6 +1,6 @@
-"""PyTorch's DTensor. Rows that are whole on each device are computed there, and nothing is sent.
+"""PyTorch's DTensor: where arrays lie, and rows that are whole on each device, which are computed there.
 
-Rows that are spread are a graph of DTensor's own operations, in which indices are DTensors, too.
+Rows that are spread are a graph of DTensor's own operations, in the words of `_torch_spread.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from polysoftmax._sampling import SAMPLE
 from polysoftmax._threefry import fold
-from polysoftmax.engines._torch_words import DifferentiatedOps, TorchOps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from polysoftmax._arrays import Array, DType
+    from torch.distributed.tensor.placement_types import Placement
+
+    from polysoftmax._arrays import Array
     from polysoftmax._formula import Call
 
 
@@ -44,12 +45,18 @@ def run(call: Call, operands: tuple[Array, ...], run_local: Callable[[Call, tupl
     return answers if isinstance(y, tuple) else answers[0]
 
 
-def _on_this_device(one: Any, x: DTensor) -> Any:
-    """Return the part of an operand that belongs to this device's rows of ``x``."""
-    if not isinstance(one, torch.Tensor):
-        return one
-    if not isinstance(one, DTensor):  # every device has all of it
-        one = _replicated(one, x)
+def beside_each_other(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return rows as final numbers in contiguous parts, and the other operands where they meet these."""
+    x = operands[0]
+    places = [Shard(p.dim) if p.is_shard() else Replicate() for p in x.placements]
+    x = x.redistribute(x.device_mesh, places)
+    return x, *(beside(one, x) if isinstance(one, torch.Tensor) else one for one in operands[1:])
+
+
+def beside(one: Array, x: DTensor) -> DTensor:
+    """Return an operand where it meets the entries of ``x``; every device has all of what is no DTensor."""
+    if not isinstance(one, DTensor):
+        one = replicated(one, x)
     missing = x.ndim - one.ndim
     places = [
         Shard(p.dim - missing)
@@ -57,7 +64,23 @@ def _on_this_device(one: Any, x: DTensor) -> Any:
         else Replicate()
         for p in x.placements
     ]
-    return one.redistribute(x.device_mesh, places).to_local()
+    return one.redistribute(x.device_mesh, places)
+
+
+def replicated(one: Array, x: DTensor) -> DTensor:
+    """Return what every device has as a DTensor."""
+    return DTensor.from_local(one, x.device_mesh, [Replicate()] * x.device_mesh.ndim, run_check=False)
+
+
+def from_parts(local: Array, x: DTensor, shape: tuple[int, ...], places: Sequence[Placement]) -> DTensor:
+    """Return what the devices of ``x`` hold as one DTensor; the parts of rows may differ in length."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, x.device_mesh, places, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def _on_this_device(one: Any, x: DTensor) -> Any:
+    """Return the part of an operand that belongs to this device's rows of ``x``."""
+    return beside(one, x).to_local() if isinstance(one, torch.Tensor) else one
 
 
 def _everywhere(y: Array, x: DTensor, axis: int, *, squeezed: bool) -> DTensor:
@@ -68,62 +91,4 @@ def _everywhere(y: Array, x: DTensor, axis: int, *, squeezed: bool) -> DTensor:
     else:
         shape[axis] = y.shape[axis]
     places = [Shard(p.dim - (squeezed and p.dim > axis)) if p.is_shard() else p for p in x.placements]
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(y, x.device_mesh, places, run_check=False, shape=torch.Size(shape), stride=stride)
-
-
-class ShardedOps(TorchOps):
-    """The words of PyTorch for DTensors: indices that are DTensors, and no gather along an axis that is spread."""
-
-    def indices(self, x: Array, dtype: DType = None) -> Array:
-        axis = self.axis % x.ndim
-        places = [p if p.is_shard(axis) else Replicate() for p in x.placements]
-        return _replicated(super().indices(x, dtype), x).redistribute(x.device_mesh, places)
-
-    def take(self, x: Array, index: Array) -> Array:
-        if index.shape[self.axis] != 1 or has_whole_rows(x, self.axis % x.ndim):
-            return super().take(x, index)
-        return torch.where(self.indices(x, index.dtype) == index, x, 0.0).sum(self.axis, keepdim=True).to(x.dtype)
-
-    # What a draw and a filter are made of goes from place to place in a row.
-
-    def row_numbers(self, x: Array) -> Array:
-        raise _spread()
-
-    def block_of(self, x: Array, block: Array, size: int) -> tuple[Array, Array]:
-        raise _spread()
-
-    def end_of_prefix(
-        self, x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]
-    ) -> tuple[Array, Array]:
-        raise _spread()
-
-    def ranked(self, x: Array, rank: Array, greatest: int | None) -> Array:
-        raise _spread()
-
-    def kth_greatest(self, x: Array, k: int) -> Array:
-        raise _spread()
-
-    def top_k_indices(self, x: Array, k: int) -> Array:
-        raise _spread()
-
-
-def _spread() -> NotImplementedError:
-    msg = (
-        "a DTensor whose rows are spread over devices cannot be drawn from, nor its tokens ordered: "
-        "bring whole rows to each device first, logits.redistribute(placements=[Shard(0)])"
-    )
-    return NotImplementedError(msg)
-
-
-def _replicated(one: Array, x: DTensor) -> DTensor:
-    return DTensor.from_local(one, x.device_mesh, [Replicate()] * x.device_mesh.ndim, run_check=False)
-
-
-def kind(*, differentiates: bool) -> type[TorchOps]:
-    """Return the words for DTensors."""
-    return ShardedDifferentiatedOps if differentiates else ShardedOps
-
-
-class ShardedDifferentiatedOps(ShardedOps, DifferentiatedOps):
-    """The words of PyTorch for DTensors, where it differentiates the formula itself."""
+    return from_parts(y, x, tuple(shape), places)

@@ -147,9 +147,9 @@ def words(x: Array, axis: int) -> Ops:
     """Return PyTorch's words for rows of ``x``, as it is run now."""
     compiles = torch.compiler.is_compiling()
     if not compiles and is_sharded(x):
-        from polysoftmax.engines import _torch_sharded
+        from polysoftmax.engines import _torch_spread
 
-        return ops_of(_torch_sharded.kind(differentiates=_differentiates()), library(x).xp, axis)
+        return ops_of(_torch_spread.kind(differentiates=_differentiates()), library(x).xp, axis)
     # The second question is for derivatives that are traced for compiled code, which PyTorch 2.11 runs as any others.
     if compiles or _len_torch_dispatch_stack():
         return (CompiledDifferentiatedOps if torch.is_grad_enabled() else CompiledOps)(library(x).xp, axis)
@@ -163,11 +163,14 @@ def _differentiates() -> bool:
 
 def evaluate(call: Call, operands: tuple[Array, ...]) -> Any:
     """Run a formula as it stands."""
-    ops = words(operands[0], call.axis)
     if not torch.compiler.is_compiling():
         for one in operands[1:]:
             require_dense(one)
-    return call.evaluate(ops, operands)
+        if is_sharded(operands[0]):
+            from polysoftmax.engines._torch_spread import evaluate_spread
+
+            return evaluate_spread(call, operands)
+    return call.evaluate(words(operands[0], call.axis), operands)
 
 
 def is_transformed() -> bool:

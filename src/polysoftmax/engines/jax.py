@@ -23,6 +23,14 @@ from polysoftmax._softmax import LOG_SOFTMAX, LOGSUMEXP, OUTWEIGHED, SOFTMAX, lo
 from polysoftmax._truncation import TRUNCATE
 from polysoftmax.engines import portable
 from polysoftmax.engines._jax_linear import JaxHeads
+from polysoftmax.engines._jax_mesh import (
+    axes_of_mesh,
+    is_uneven,
+    on_each_device,
+    over_cut_blocks,
+    spread_like,
+    take_of_shards,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +56,10 @@ _ONE_BY_ONE = 16
 
 _CACHED = 1 << 20
 """Entries that are searched together on a CPU, so that they are in its cache for all bits."""
+
+
+_SHORTEST_OF_SHARED = 16
+"""Length up to which groups of entries are as long on many devices as on one, where it is best for time."""
 
 
 class JaxOps(Ops):
@@ -132,14 +144,14 @@ class JaxOps(Ops):
 
     def indices(self, x: Array, dtype: DType = None) -> Array:
         index, axis = super().indices(x, dtype), self.axis % x.ndim
-        spread = _axes_of_mesh(x, axis)
-        return index if spread is None else _spread_like(x, index, *(None,) * axis, spread)
+        spread = axes_of_mesh(x, axis)
+        return index if spread is None else spread_like(x, index, *(None,) * axis, spread)
 
     def take(self, x: Array, index: Array) -> Array:
-        return _take_of_shards(x, index, self.axis % x.ndim)
+        return take_of_shards(x, index, self.axis % x.ndim)
 
     def running_sum(self, x: Array, dtype: DType) -> Array:
-        return super().running_sum(_on_each_device(x), dtype)
+        return super().running_sum(on_each_device(x), dtype)
 
     def block_sums(self, terms: Array, size: int) -> Array:
         return _over_blocks(terms, 0, lax.add, size)
@@ -161,8 +173,7 @@ class JaxOps(Ops):
         return lax.optimization_barrier(x)
 
     def top_k_indices(self, x: Array, k: int) -> Array:
-        entries, index = _candidates(x, k)
-        return jnp.take_along_axis(index, jnp.sort(_top_k(entries, k), axis=-1), axis=-1)
+        return _greatest(x, k)
 
     def end_of_prefix(
         self, x: Array, mass_of: Callable[[Array], Array], target_of: Callable[[Array], Array]
@@ -261,6 +272,12 @@ def _add_each(sums: tuple[Array, ...], entries: tuple[Array, ...]) -> tuple[Arra
 
 def _over_blocks(x: Array, start: float, combine: Callable[..., Array], size: int) -> Array:
     """Reduce every block of ``size`` entries along the last axis."""
+    if is_uneven(x, size):
+        return over_cut_blocks(x, start, combine, size, _over_whole_blocks)
+    return _over_whole_blocks(x, start, combine, size)
+
+
+def _over_whole_blocks(x: Array, start: float, combine: Callable[..., Array], size: int) -> Array:
     # A window is computed together with its entries, which are then never kept, as a reshape of whole blocks is not.
     # The barrier keeps XLA from computing it anew for each use of the answer.
     window = (1,) * (x.ndim - 1) + (size,)
@@ -268,63 +285,39 @@ def _over_blocks(x: Array, start: float, combine: Callable[..., Array], size: in
     return lax.optimization_barrier(lax.reduce_window(x, x.dtype.type(start), combine, window, window, padding))
 
 
-def _axes_of_mesh(x: Array, axis: int) -> Any:
-    """Return what of a mesh an axis of ``x`` is spread over, where its axes are explicit; None for nothing."""
-    spec = jax.typeof(x).sharding.spec
-    return spec[axis] if axis < len(spec) else None
-
-
-def _on_each_device(x: Array) -> Array:
-    """Return ``x`` with whole rows on each device, along the last axis; it is small."""
-    if _axes_of_mesh(x, x.ndim - 1) is None:
-        return x
-    return _spread_like(x, x, *jax.typeof(x).sharding.spec[:-1])
-
-
-def _spread_like(like: Array, x: Array, *spec: Any) -> Array:
-    """Return ``x`` spread in another way over the mesh of an array."""
-    mesh = jax.typeof(like).sharding.mesh
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
-
-
-def _take_of_shards(x: Array, index: Array, axis: int) -> Array:
-    """Return the entries at an index along an axis; of one that is spread by explicit axes, without gathering it."""
-    spread = _axes_of_mesh(x, axis)
-    if spread is None:
-        return jnp.take_along_axis(x, index, axis=axis)
-    mesh = jax.typeof(x).sharding.mesh
-    shards = math.prod(mesh.shape[one] for one in (spread if isinstance(spread, tuple) else (spread,)))
-    length = x.shape[axis] // shards
-    # Each shard answers for the indices that are its own, and 0 for the others.
-    local = x.reshape(*x.shape[:axis], shards, length, *x.shape[axis + 1 :])
-    at = jnp.expand_dims(index, axis)
-    at = at - length * lax.broadcasted_iota(at.dtype, (shards,) + (1,) * (at.ndim - axis - 1), 0)
-    found = jnp.take_along_axis(local, jnp.clip(at, 0, length - 1), axis=axis + 1)
-    return jnp.sum(jnp.where((at >= 0) & (at < length), found, 0), axis=axis, dtype=x.dtype)
-
-
 def _top_k(x: Array, k: int) -> Array:
     """Return the indices of the k greatest entries, the lowest among those that XLA compares as equal."""
     # Its top_k puts 0 before -0, and tells subnormal numbers apart, which its comparisons on the CPU do not.
-    return lax.top_k(_one_zero(_on_each_device(x)), k)[1]
+    return lax.top_k(_one_zero(on_each_device(x)), k)[1]
 
 
 def _one_zero(x: Array) -> Array:
     return jnp.where(x == 0, 0.0, x)
 
 
+def _greatest(x: Array, k: int) -> Array:
+    """Return the indices of the k greatest entries, the lowest ones among equals, in increasing order."""
+    entries, index = _candidates(x, k)
+    return jnp.take_along_axis(index, jnp.sort(_top_k(entries, k), axis=-1), axis=-1)
+
+
 def _candidates(x: Array, k: int) -> tuple[Array, Array]:
     """Return few entries that the k greatest are among, and their indices in increasing order."""
-    n = x.shape[-1]
-    size = 1 << ((n // k).bit_length() // 2)
+    n, size = x.shape[-1], _group_length(x.shape[-1], k)
     if -(-n // size) <= 8 * k:
         return x, jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), x.shape)
     # XLA's search is slow. The k greatest entries are in the k groups with the greatest maxima: whatever stands in
     # another group is less than each of those, or equal to it and of a higher index.
-    chosen = jnp.sort(_top_k(_over_blocks(x, -jnp.inf, lax.max, size), k), axis=-1)
+    chosen = _greatest(_over_blocks(x, -jnp.inf, lax.max, size), k)
     within = lax.broadcasted_iota(chosen.dtype, (*chosen.shape, size), chosen.ndim)
     index = (chosen[..., None] * size + within).reshape(*x.shape[:-1], k * size)
-    return jnp.where(index < n, _take_of_shards(x, jnp.minimum(index, n - 1), x.ndim - 1), -jnp.inf), index
+    return jnp.where(index < n, take_of_shards(x, jnp.minimum(index, n - 1), x.ndim - 1), -jnp.inf), index
+
+
+def _group_length(n: int, k: int) -> int:
+    size = 1 << ((n // k).bit_length() // 2)
+    # Devices that share a row send the groups that were chosen; their maxima, twice as many, are in groups themselves.
+    return size if jax.device_count() == 1 or size <= _SHORTEST_OF_SHARED else size // 2
 
 
 @jax.jit  # type: ignore[untyped-decorator]
