@@ -127,13 +127,13 @@ def test_the_oldest_nvrtc_that_the_extra_admits_compiles_every_family():
     """In a process of its own, which loads it."""
     if not OLDEST_NVRTC:
         pytest.skip("POLYSOFTMAX_TEST_NVRTC names no folder with the oldest NVRTC, as make test has it")
-    options = ["--heaviest", "--match", "float32_float32_float32", "--nvrtc", OLDEST_NVRTC]
+    options = ["--heaviest", "--match", "_float32_", "--nvrtc", OLDEST_NVRTC]
     command = [sys.executable, "-m", "polysoftmax.engines.cuda", *options]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr[-4000:]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     (oldest,) = re.findall(r"nvidia-cuda-nvrtc>=(\d+\.\d+)", " ".join(project["optional-dependencies"]["cuda"]))
-    assert f"NVRTC {oldest}: 14 kernels compiled" in found.stdout
+    assert f"NVRTC {oldest}: 11 kernels compiled" in found.stdout
     assert "0 with spills or narrow accesses" in found.stdout
 
 

@@ -204,7 +204,9 @@ def test_tokens_of_short_rows_that_lie_in_columns(lib: Adapter, n: int) -> None:
     """Rows are computed with what pads them; beside a row of one entry that is not another row."""
     dtype = "float16" if "float16" in lib.can.dtypes else lib.can.default_float
     x, tokens = rows_of(n, rows=35).astype(np.float16), np.arange(70).reshape(2, 35).T % n
-    expected = lib.values(lib.call(ps.log_prob, lib.asarray(x, dtype), lib.asarray(np.ascontiguousarray(tokens), "int64")))
+    expected = lib.values(
+        lib.call(ps.log_prob, lib.asarray(x, dtype), lib.asarray(np.ascontiguousarray(tokens), "int64"))
+    )
     columns = lib.xp.permute_dims(lib.asarray(np.ascontiguousarray(tokens.T), "int64"), (1, 0))
     found = lib.values(lib.call(ps.log_prob, lib.asarray(x, dtype), columns))
     np.testing.assert_array_equal(found, expected)

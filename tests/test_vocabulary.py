@@ -342,6 +342,7 @@ ALONG_ANY: dict[str, Callable[[Arrays], Any]] = {
     "int32": lambda a: a.ops.astype(a.place, a.ops.int32),
     "constant": lambda a: a.ops.constant(a(ROWS)),
     "divide": lambda a: tuple(a.ops.divide(a(ROWS), a(t, "float32")) for t in (0.5, 3.0, 1e-30, 1e30)),
+    "computed_first": lambda a: a.ops.computed_first(a(ROWS)),
     "steady": lambda a: a.ops.where(a(ROWS > 0.5), a.ops.steady(a(ROWS), a(ROWS > 0.5)), 0.0),
     "with_slope_of": lambda a: a.ops.with_slope_of(a(ROWS), lambda: a(np.ones_like(ROWS))),
     "length": lambda a: np.asarray(a.ops.length(a(ROWS))),
