@@ -528,9 +528,11 @@ struct RowKernel {
                 widen_again(other, g);
                 UNROLL for (int i = 0; i < N; i++) {
                     C slope = g[i] - v[i] * moment;
-                    if (v[i] >= (C)0.5 && is_sure((C)widen(pack.get(i)))) {
-                        C lacking = is_pullback() ? -expm1((C)widen(pack.get(i))) : others;
-                        slope = lacking * g[i] - v[i] * beside;
+                    if (v[i] >= (C)0.5) {
+                        C entry[N];
+                        widen_again(pack, entry);
+                        C lacking = is_pullback() ? -expm1(entry[i]) : others;
+                        slope = is_sure(entry[i]) ? lacking * g[i] - v[i] * beside : slope;
                     }
                     v[i] = slope_over_temperature(slope, t);
                 }
