@@ -193,7 +193,7 @@ BEYOND = 1e9  # where what is no number at all is drawn
 
 
 def errors(dtype: str, *, together: bool = False) -> Figure:
-    """Draw the largest errors on rows of each kind, ours on the library where it is largest; all functions together?"""
+    """Draw the largest errors on rows of each kind, ours where it is largest; a panel a function, or one."""
     found: dict[tuple[str, str, str], float] = {}
     for one in json.loads(ERRORS.read_text(encoding="utf-8"))["rows"]:
         if one["dtype"] == dtype:
