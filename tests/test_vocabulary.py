@@ -425,7 +425,7 @@ def test_every_word_and_every_kind_is_compared() -> None:
         pytest.importorskip(library)
         importlib.import_module(f"polysoftmax.engines.{name.partition('.')[0]}")
     found = {f"{one.__module__}.{one.__name__}" for one in _kinds_below(Ops) if not one.__name__.startswith("_")}
-    found = {one for one in found if "_torch_sharded" not in one}  # which takes several processes
+    found = {one for one in found if "_torch_spread" not in one}  # which takes several processes
     found -= {"polysoftmax.engines._chunked.ChunkedOps"}  # what Dask and Cubed share
     found -= {f"polysoftmax.engines.{name}" for name in OPTIONAL if name not in KINDS}  # imported for another test
     assert {one for one in found if one.startswith("polysoftmax.")} == {f"polysoftmax.engines.{one}" for one in KINDS}
