@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import polysoftmax as ps
+from benchmarks import newest_results
 from benchmarks.svg import BLUE, GREEN, INK, ORANGE, PURPLE, draw
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FOLDER = Path(__file__).parent / "figures"
-_MEASURED = FOLDER.parents[1] / "benchmarks" / "results"
-RESULTS = max(_MEASURED.glob("*-cpus")) / "results.json"  # the newest run
-ERRORS = max(_MEASURED.glob("*-accuracy")) / "results.json"
 SMALL = 10_000  # entries of a call whose time is overhead
 
 
@@ -150,7 +147,7 @@ def speed(backend: str, mode: str) -> Figure:
     """Draw how many times as long the library's own functions took, a dot for each size that was measured."""
     cases = [
         case
-        for case in json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
+        for case in newest_results("cpus")["cases"]
         if (case["backend"], case["mode"], case["dtype"], case["axis"]) == (backend, mode, "float32", -1)
     ]
     ops = list(dict.fromkeys(case["op"] for case in cases))
@@ -195,7 +192,7 @@ BEYOND = 1e9  # where what is no number at all is drawn
 def errors(dtype: str, *, together: bool = False) -> Figure:
     """Draw the largest errors on rows of each kind, ours where it is largest; a panel a function, or one."""
     found: dict[tuple[str, str, str], float] = {}
-    for one in json.loads(ERRORS.read_text(encoding="utf-8"))["rows"]:
+    for one in newest_results("accuracy")["rows"]:
         if one["dtype"] == dtype:
             key = "" if together else one["function"], one["rows"], one["by"].partition(",")[0]
             found[key] = max(found.get(key, 0.0), min(float(one["ulps"]), BEYOND))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks import newest_results
 from benchmarks.accuracy import table_of_functions, table_of_rows
 from polysoftmax.testing import CAPABILITIES, Backend
 
@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HERE = Path(__file__).parent
-
-
-def results(kind: str) -> Any:
-    """Return the newest results of a kind."""
-    newest = max((HERE.parent / "benchmarks" / "results").glob(f"*-{kind}"))
-    return json.loads((newest / "results.json").read_text(encoding="utf-8"))
 
 
 def support() -> str:
@@ -49,7 +43,7 @@ def draws() -> str:
     """Return the first peer's time divided by ours, for draws on a few shapes."""
     ratios = {
         (case["op"], case["backend"], case["mode"], tuple(case["shape"])): case["peers"][0]["ratio"]
-        for case in results("cpus")["cases"]
+        for case in newest_results("cpus")["cases"]
         if (case["dtype"], case["axis"]) == ("float32", -1)
     }
     lines = [f"| peer / ours | {' | '.join('×'.join(map(str, shape)) for shape in SHAPES)} |", "|---|---|---|---|---|"]
@@ -76,8 +70,8 @@ class Table(NamedTuple):
 
 TABLES = (
     Table(HERE / "backends.md", "| backend, and how", support),
-    Table(HERE / "accuracy.md", "| function | dtype |", lambda: table_of_rows(results("accuracy"))),
-    Table(HERE / "accuracy.md", "| function | numpy", lambda: table_of_functions(results("accuracy"))),
+    Table(HERE / "accuracy.md", "| function | dtype |", lambda: table_of_rows(newest_results("accuracy"))),
+    Table(HERE / "accuracy.md", "| function | numpy", lambda: table_of_functions(newest_results("accuracy"))),
     Table(HERE / "speed.md", "| peer / ours |", draws),
 )
 

@@ -52,6 +52,14 @@ def given(device, request):
     return rng, x, rng.normal(size=(rows, 1)).astype(np.float32)
 
 
+def classes_of(rng, x):
+    """A class for each row; of rows with special logits, two that do not exist and one that does."""
+    found = rng.integers(0, x.shape[1], (len(x), 1))
+    if len(x) > 6:
+        found[5:8, 0] = [-1, x.shape[1], 0]
+    return found
+
+
 def temperatures(rows):
     return np.resize(np.asarray([0.7, 0.0, np.inf, 1.0, 1.0, 3.0, 2.0], np.float32), (rows, 1))
 
@@ -99,12 +107,10 @@ def test_the_gradient_of_logsumexp(device, given, masked):
 @pytest.mark.parametrize("general", [False, True])
 def test_the_gradient_of_log_prob(device, given, general):
     rng, x, g = given
-    rows, n = x.shape
-    tokens = rng.integers(0, n, (rows, 1))
-    if rows > 6:
-        tokens[5:8, 0] = [-1, n, 0]
+    tokens = classes_of(rng, x)
+    if len(x) > 6:
         x[7, 0] = -np.inf
-    t, where = (temperatures(rows), rng.random(x.shape) < 0.8) if general else (None, None)
+    t, where = (temperatures(len(x)), rng.random(x.shape) < 0.8) if general else (None, None)
     options = {"top_k": None}
     found, expected = differentiate(
         LOG_PROB, (*LOGITS, *[False] * 4), x, (tokens, t, where, None, None, None), g, options, device
@@ -118,10 +124,7 @@ def test_the_gradient_of_log_prob(device, given, general):
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
 def test_a_smoothed_loss_and_its_gradient(device, given, smoothing):
     rng, x, g = given
-    rows, n = x.shape
-    targets = rng.integers(0, n, (rows, 1))
-    if rows > 6:
-        targets[5:8, 0] = [-1, n, 0]
+    targets = classes_of(rng, x)
     options = {"ignore_index": -1, "label_smoothing": smoothing, "z_loss": 1e-3}
     found, expected = differentiate(CROSS_ENTROPY, LOGITS, x, (targets, None), g, options, device)
     assert device.plans[0].formula == "cross_entropy_slope"

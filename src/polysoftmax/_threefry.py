@@ -7,7 +7,7 @@ SC 2011.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polysoftmax._arrays import cast, namespace
 
@@ -28,20 +28,19 @@ PARITY = 0x1BD11BDA
 
 def threefry(k0: Array, k1: Array, c0: Array, c1: Array | int) -> tuple[Array, Array]:
     """Return the two words of each block, from int32 arrays that broadcast; one word of the counter may be a number."""
-    schedule = (k0, k1, k0 ^ k1 ^ PARITY)
+    xp, schedule = namespace(k0), (k0, k1, k0 ^ k1 ^ PARITY)
     a, b = c0 + k0, c1 + k1
     for group in range(5):
         for by in ROTATIONS[group % 2]:
             a = a + b
-            b = _rotate(b, by) ^ a
+            b = _rotate(xp, b, by) ^ a
         a = a + schedule[(group + 1) % 3]
         b = b + (schedule[(group + 2) % 3] + (group + 1))
     return a, b
 
 
-def _rotate(x: Array, by: int) -> Array:
+def _rotate(xp: Any, x: Array, by: int) -> Array:
     # Not by operators: those of PyTorch's DTensor return x as it is (seen with 2.13).
-    xp = namespace(x)
     return xp.bitwise_left_shift(x, by) | (xp.bitwise_right_shift(x, 32 - by) & ((1 << by) - 1))
 
 

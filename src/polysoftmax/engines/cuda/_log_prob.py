@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, and the tokens of the greatest, by kernels of other formulas.
+"""Log-probabilities of tokens, and the tokens of the greatest, by as few kernels as their operands allow.
 
 A token has the same bits alone and among several: what they share, the greatest logit and log Σ exp(x - max), is found
 by the same kernel in the same layout, and the rest is two subtractions.

@@ -223,14 +223,9 @@ def plan_rows(
         layout = _held(layouts(kind, width=width, general=True), kind, rows, _over(n, width), machine)
     if layout is None:
         layout = _streamed(streamed(kind, width=width, general=general), rows, machine)
-    most = MOST_THREADS if layout.threads > 32 else _SMALL_BLOCK
-    block = layout.threads if layout.threads > 32 else _SMALL_BLOCK
+    block = _SMALL_BLOCK if layout.threads <= 32 else layout.threads
     kernel = Kernel(
-        kind,
-        x,
-        width,
-        threads=layout.threads if layout.threads <= 32 else MOST_THREADS,
-        block=most,
+        *(kind, x, width, *_threads_of(layout.threads)),
         packs=layout.packs,
         cluster=layout.cluster > 1,
         held=layout.held,
@@ -239,6 +234,11 @@ def plan_rows(
     )
     grid = _over(rows, block // layout.threads)
     return Plan(formula, kernel, grid, _shared_of(layout), block, layout.cluster, layout.staged)
+
+
+def _threads_of(threads: int) -> tuple[int, int]:
+    """Return the threads that share a row, and the most of a block, of the kernel for rows of so many threads."""
+    return (threads, _SMALL_BLOCK) if threads <= 32 else (MOST_THREADS, MOST_THREADS)
 
 
 def _held(held: tuple[Layout, ...], kind: str, rows: int, units: int, machine: Machine) -> Layout | None:
@@ -306,7 +306,7 @@ def plan_draw(x: str, rows: int, n: int, *, general: bool, machine: Machine) -> 
     # Blocks begin early, where there is room for them: many small ones would crowd on few multiprocessors.
     block = _SMALL_BLOCK if in_a_warp or rows >= 2 * machine.processors else MOST_THREADS
     kernel = Kernel(
-        *("sample_draw", x, 1, 32 if in_a_warp else MOST_THREADS, _SMALL_BLOCK if in_a_warp else MOST_THREADS, 1),
+        *("sample_draw", x, 1, *_threads_of(32 if in_a_warp else block), 1),
         general=general or in_a_warp or x == "float64",
     )
     return Plan("sample_draw", kernel, _over(rows, block // 32) if in_a_warp else rows, _SCRATCH, block)

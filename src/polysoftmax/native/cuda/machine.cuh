@@ -15,28 +15,29 @@ DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE Word word_across(Word word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); }
 DEVICE bool any_in_warp(bool mine) { return __any_sync(0xffffffffu, mine); }
 
-// Clusters are older than none of the architectures that the launcher gives them to: sm_90 and newer.
+// Clusters are older than none of the architectures that the launcher gives them to: sm_90 and newer. Others have no such
+// registers, and blocks of their own.
+#if __CUDA_ARCH__ >= 900
+#define READ_REGISTER(name, word) asm("mov.u32 %0, %%" name ";" : "=r"(word))
+#else
+#define READ_REGISTER(name, word)
+#endif
+
 DEVICE int cluster_rank() {
     Word rank = 0;
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
+    READ_REGISTER("cluster_ctarank", rank);
     return rank;
 }
 
 DEVICE int cluster_size() {
     Word size = 1;
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-#endif
+    READ_REGISTER("cluster_nctarank", size);
     return size;
 }
 
 DEVICE Index cluster_index() {
     Word index = 0;
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
-#endif
+    READ_REGISTER("clusterid.x", index);
     return index;
 }
 
