@@ -53,7 +53,7 @@ def test_the_page_on_errors_names_its_results() -> None:
     page = (DOCS / "accuracy.md").read_text(encoding="utf-8").replace("\n", " ")
     found = newest_results("accuracy")
     assert f"benchmarks/results/{found['date']}-accuracy" in page
-    assert f"on an {found['machine']['cpu']} with AVX2 on {found['date']}:" in page
+    assert f"on an {found['machine']['cpu']} with AVX-512 on {found['date']}:" in page
 
 
 def formulas() -> list[str]:
